@@ -1,0 +1,11 @@
+"""The command `nanovllm-jax`: generate, chat, convert and bench.
+
+Nothing here imports JAX or transformers until a command needs them, so that `--help` answers at once.
+"""
+
+from nanovllm_jax.cli.root import app
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="nanovllm-jax")

@@ -1,0 +1,37 @@
+import subprocess
+import sys
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_help_imports_neither_jax_nor_transformers():
+    done = run(
+        "import sys\n"
+        "from nanovllm_jax.cli import main\n"
+        "sys.argv = ['nanovllm-jax', 'generate', '--help']\n"
+        "try:\n    main()\n"
+        "finally:\n    print({'jax', 'transformers', 'numpy'} & {*sys.modules})\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nanovllm-jax generate --model smollm2" in done.stdout
+    assert done.stdout.endswith("set()\n")
+
+
+def test_each_command_shows_examples(cli):
+    for command in ("generate", "chat", "convert", "bench throughput"):
+        result = cli(f"{command} --help")
+        assert result.exit_code == 0
+        assert "Examples" in result.stdout
+        assert f"nanovllm-jax {command}" in result.stdout
+
+
+def test_version_is_printed(cli):
+    assert cli("--version").stdout.startswith("nanovllm-jax ")
+
+
+def test_unknown_option_is_a_usage_error(cli):
+    result = cli("generate a --temprature 1")
+    assert result.exit_code == 2
+    assert "--temprature" in result.stderr
