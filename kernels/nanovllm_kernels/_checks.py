@@ -1,0 +1,64 @@
+"""Shape and dtype checks shared by the operations; each error says what was got, what is allowed and why."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+FLOAT_DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"), jnp.dtype("float16"))
+
+
+def check_backend(backend: str) -> None:
+    if backend not in ("xla", "triton"):
+        raise ValueError(f"backend is {backend!r}; it must be 'xla' or 'triton'.")
+
+
+def check_float(**arrays: Array) -> None:
+    for name, array in arrays.items():
+        if array.dtype not in FLOAT_DTYPES:
+            allowed = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
+            raise ValueError(f"{name} has dtype {array.dtype}; the kernels take {allowed}.")
+
+
+def check_int32(**arrays: Array) -> None:
+    for name, array in arrays.items():
+        if array.dtype != jnp.int32:
+            raise ValueError(f"{name} has dtype {array.dtype}; it must be int32.")
+
+
+def check_shape(name: str, array: Array, expected: tuple[int, ...], letters: str) -> None:
+    if array.shape != expected:
+        raise ValueError(f"{name} has shape {array.shape}; it must be [{letters}] = {expected}.")
+
+
+def check_cache(k_cache: Array, v_cache: Array) -> None:
+    check_float(k_cache=k_cache, v_cache=v_cache)
+    if k_cache.ndim != 4 or 0 in k_cache.shape:
+        raise ValueError(
+            f"k_cache has shape {k_cache.shape}; it must be [N blocks, K KV heads, block_size, D], none of "
+            "them 0."
+        )
+    check_shape("v_cache", v_cache, k_cache.shape, "N, K, block_size, D")
+    if k_cache.dtype != v_cache.dtype:
+        raise ValueError(f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; they must be the same.")
+
+
+def check_attention(
+    q: Array, k_cache: Array, v_cache: Array, *, sliding_window: int | None, soft_cap: float | None
+) -> None:
+    check_cache(k_cache, v_cache)
+    check_float(q=q)
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    if q.ndim != 3 or q.shape[2] != head_dim:
+        raise ValueError(
+            f"q has shape {q.shape}; it must be [rows or tokens, H query heads, D], with D = {head_dim} as "
+            "in the cache."
+        )
+    if q.shape[1] == 0 or q.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"q has {q.shape[1]} query heads, which is not a multiple of the cache's {num_kv_heads} KV heads."
+        )
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1, or None for no window.")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap is {soft_cap}; it must be above 0, or None for no cap.")

@@ -1,0 +1,148 @@
+"""The one place that knows the installed versions of jax, triton and jax-triton, and the GPU that is meant.
+
+Nothing here imports triton until a Triton kernel is called, so the XLA implementations work without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+
+# What `triton.backends.nvidia.driver` calls the TMA data type TF32 since triton 3.7 (CUtensorMapDataType).
+_TMA_TF32 = 11
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU that kernels are compiled for; launch parameters depend on nothing else about the machine.
+
+    `compute_capability` is 90 for sm_90; `shared_bytes` is the most shared memory one block may use.
+    """
+
+    compute_capability: int
+    multiprocessors: int
+    shared_bytes: int
+
+
+# Shared memory a block may opt in to: CUDA C++ Programming Guide, technical specifications per compute
+# capability. Multiprocessors of the largest common part, for lowering without a device:
+# A100, A10/RTX 3090, RTX 4090, H100/H200, B200, RTX PRO 6000.
+_KNOWN_TARGETS = {
+    80: Target(80, 108, 163 * 1024),
+    86: Target(86, 82, 99 * 1024),
+    89: Target(89, 128, 99 * 1024),
+    90: Target(90, 132, 227 * 1024),
+    100: Target(100, 148, 227 * 1024),
+    120: Target(120, 188, 99 * 1024),
+}
+_SMALLEST_SHARED_BYTES = 99 * 1024
+
+_lowering_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar(
+    "nanovllm_kernels_lowering_target", default=None
+)
+
+
+@contextlib.contextmanager
+def lowering_for(compute_capability: int) -> Iterator[Target]:
+    """Compiles Triton kernels for `compute_capability` (80, 86, 89, 90, ...) instead of the GPU at hand.
+
+    Works on a machine without a GPU, with the CUDA plugin, triton and jax-triton installed::
+
+        with lowering_for(90):
+            traced = jax.jit(lambda *xs: paged_decode(*xs, scale=1.0, backend="triton")).trace(*args)
+            traced.lower(lowering_platforms=("cuda",))
+
+    The capability is read while a function is traced, and `jax.jit` keeps traces: lower a fresh function
+    for each capability.
+    """
+    target = _KNOWN_TARGETS.get(compute_capability)
+    if target is None:
+        raise ValueError(
+            f"compute_capability is {compute_capability}; known ones are {sorted(_KNOWN_TARGETS)} "
+            "(90 stands for sm_90)."
+        )
+    token = _lowering_target.set(target)
+    try:
+        yield target
+    finally:
+        _lowering_target.reset(token)
+
+
+def current_target() -> Target:
+    """The GPU that a kernel traced now is compiled for: that of `lowering_for`, else the first local one."""
+    if (target := _lowering_target.get()) is not None:
+        return target
+    for device in jax.local_devices():
+        if device.platform == "gpu":
+            capability = int(device.compute_capability.replace(".", ""))
+            known = _KNOWN_TARGETS.get(capability)
+            return Target(
+                compute_capability=capability,
+                multiprocessors=device.core_count,
+                shared_bytes=known.shared_bytes if known else _SMALLEST_SHARED_BYTES,
+            )
+    raise RuntimeError(
+        f"backend='triton' needs an NVIDIA GPU, but the devices are {jax.local_devices()}; use "
+        "backend='xla', or lower without running under nanovllm_kernels.lowering_for(compute_capability)."
+    )
+
+
+def _import_jax_triton() -> ModuleType:
+    """jax_triton, importable with triton 3.6 too.
+
+    jax-triton 0.4.1 reads a constant that triton has only since 3.7; without it, it takes the whole NVIDIA
+    back end for missing and fails at lowering.
+    """
+    try:
+        driver = importlib.import_module("triton.backends.nvidia.driver")
+        if not hasattr(driver, "TMA_TF32"):
+            driver.TMA_TF32 = _TMA_TF32  # pyright: ignore[reportAttributeAccessIssue]
+        return importlib.import_module("jax_triton")
+    except ImportError as error:
+        raise ImportError(
+            f"backend='triton' needs triton and jax-triton, but importing them failed ({error}); install "
+            "'nanovllm-jax[cuda13]' (or cuda12), or use backend='xla'."
+        ) from error
+
+
+def triton_call(
+    *args: Any,
+    kernel: Any,
+    out_type: Any,
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    **constants: Any,
+) -> Any:
+    """Launches the Triton function `kernel` over `grid`; `constants` are its constexpr arguments.
+
+    `args` are arrays, scalars, and `jax.Ref`s that the kernel updates in place; one pointer for each leaf of
+    `out_type` follows them. Returns arrays of `out_type`.
+    """
+    return _import_jax_triton().triton_call(
+        *args,
+        kernel=kernel,
+        out_type=out_type,
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        compute_capability=current_target().compute_capability,
+        **constants,
+    )
+
+
+def update_in_place(launch: Callable[..., object], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Calls `launch` on a mutable reference to each array and returns the arrays as it left them.
+
+    Inside jit the references become input-output aliases, so a donated array keeps its buffer.
+    """
+    refs = [jax.new_ref(array) for array in arrays]
+    launch(*refs)
+    return tuple(jax.freeze(ref) for ref in refs)

@@ -1,0 +1,103 @@
+"""Triton device functions and launch arithmetic that the attention kernels share.
+
+Device functions are marked `no_type_check`: a wrapper put around them by a type checker's import hook would
+hide their globals from Triton's compiler.
+"""
+
+# ruff: noqa: ANN001 (what a device function takes are Triton's values, which have no Python type)
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import jax.numpy as jnp
+import numpy as np
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def dot_dtype(q_dtype: np.dtype, cache_dtype: np.dtype) -> tl.dtype:
+    """The dtype that both sides of a product are cast to: the one that holds both exactly."""
+    dtype = jnp.promote_types(q_dtype, cache_dtype)
+    return {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}[dtype.name]
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+@triton.jit
+@no_type_check
+def slot_offsets(
+    table_ptr,
+    positions,
+    visible,
+    num_kv_heads,
+    kv_head,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Element offset into the cache of each position of one sequence and KV head.
+
+    64 bits wide: a cache may hold more than 2^31 elements.
+    """
+    if MASKED:
+        block = tl.load(table_ptr + positions // BLOCK_SIZE, mask=visible, other=0)
+    else:
+        block = tl.load(table_ptr + positions // BLOCK_SIZE)
+    return ((block.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE) * HEAD_DIM
+
+
+@triton.jit
+@no_type_check
+def load_rows(ptr, row_offsets, dims, row_mask, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of D elements as a tile [rows, dims], zero where masked: what is masked is never read.
+
+    dims may be padded past HEAD_DIM to a power of two.
+    """
+    pointers = ptr + row_offsets[:, None] + dims[None, :]
+    if MASKED:
+        tile = tl.load(pointers, mask=row_mask[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
+    elif dims.shape[0] != HEAD_DIM:
+        tile = tl.load(pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+@no_type_check
+def scaled_scores(q, k, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+    """Scores of queries [M, D] against keys [N, D], capped if SOFT_CAP > 0, in units of log2."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if SOFT_CAP > 0:
+        x = scores * (SCALE / SOFT_CAP)
+        # tanh from exp2 loses its low digits near 0, where 1 - 2 / (1 + e^2x) cancels: a series there.
+        square = x * x
+        series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+        exact = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))
+        scores = tl.where(tl.abs(x) < 0.25, series, exact) * (SOFT_CAP * LOG2_E)
+    else:
+        scores = scores * (SCALE * LOG2_E)
+    return scores
+
+
+@triton.jit
+@no_type_check
+def online_softmax(scores, v, maximum, total, acc):
+    """Folds a tile of scores [M, N] (log2, -inf where hidden) and values [N, D] into the running softmax."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    # A row that has seen no token keeps -inf, and -inf - -inf is NaN.
+    shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(maximum - shift)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return new_maximum, total, acc

@@ -1,0 +1,58 @@
+"""Causal attention of many new tokens a sequence over the paged KV cache, sequences laid end to end."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nanovllm_kernels._checks import check_attention, check_backend, check_int32, check_shape
+from nanovllm_kernels.ragged_prefill.reference import ragged_prefill_xla
+
+
+def ragged_prefill(
+    q: Float[Array, "T H D"],
+    k_cache: Float[Array, "N K block_size D"],
+    v_cache: Float[Array, "N K block_size D"],
+    block_tables: Int[Array, "S P"],
+    cu_q_lens: Int[Array, "S+1"],
+    context_lens: Int[Array, "S"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    backend: Literal["xla", "triton"],
+) -> Float[Array, "T H D"]:
+    """Causal softmax attention of ragged new tokens over their sequences' contexts, grouped queries.
+
+    T tokens, S sequences, H query heads, K KV heads (query head h reads KV head h // (H // K)), D head dim,
+    P blocks a sequence. Sequence s owns `q[cu_q_lens[s]:cu_q_lens[s + 1]]`; its last query is at position
+    `context_lens[s] - 1`, so what lies before its first query is a prefix already in the cache, and the keys
+    and values of the queries themselves are in the cache too. A query sees positions up to its own, with
+    `sliding_window` w only the newest w of them. A sequence may have one query (a decode row) or none
+    (unused). Rows of q past `cu_q_lens[S]` are padding and give zeros. `cu_q_lens` starts at 0 and never
+    falls.
+
+    Block tables, `scale`, `soft_cap`, dtypes, accumulation and unread slots are as in `paged_decode`.
+
+    Raises:
+        ValueError: if shapes, dtypes or options do not fit together, or the backend is unknown.
+    """
+    check_backend(backend)
+    check_attention(q, k_cache, v_cache, sliding_window=sliding_window, soft_cap=soft_cap)
+    check_int32(block_tables=block_tables, cu_q_lens=cu_q_lens, context_lens=context_lens)
+    if block_tables.ndim != 2:
+        raise ValueError(f"block_tables has shape {block_tables.shape}; it must be [S, P].")
+    num_seqs = block_tables.shape[0]
+    check_shape("cu_q_lens", cu_q_lens, (num_seqs + 1,), "S + 1")
+    check_shape("context_lens", context_lens, (num_seqs,), "S")
+    if 0 in (q.shape[0], *block_tables.shape):
+        return jnp.zeros_like(q)
+    options = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
+    args = (q, k_cache, v_cache, block_tables, cu_q_lens, context_lens)
+    if backend == "xla":
+        return ragged_prefill_xla(*args, **options)
+    from nanovllm_kernels.ragged_prefill.triton import ragged_prefill_triton
+
+    return ragged_prefill_triton(*args, **options)

@@ -1,0 +1,249 @@
+"""Triton implementation: one program a tile of queries and KV head, FlashAttention-2 over paged K and V.
+
+The G query heads of a KV head lie beside each other in a tile's rows (row m is query m // G, head m % G), so
+K and V are read once for all of them. Programs find their sequence by binary search: tiles of sequence s
+start at cu_q_lens[s] // TILE_QUERIES + s, which leaves each sequence at least as many programs as it has
+tiles, needs no other kernel first, and bounds the grid by the shapes alone.
+"""
+
+# ruff: noqa: ANN001, ANN201 (what a device function takes are Triton's values, which have no Python type)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jaxtyping import Array, Float, Int
+
+from nanovllm_kernels._compat import Target, current_target, triton_call
+from nanovllm_kernels._device import (
+    dot_dtype,
+    load_rows,
+    next_power_of_2,
+    online_softmax,
+    scaled_scores,
+    slot_offsets,
+)
+
+_MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch parameters: rows of a tile of queries (times G), tokens of a tile of K and V."""
+
+    tile_rows: int
+    tile_tokens: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_parameters(target: Target, *, num_tokens: int, group: int, head_dim: int, itemsize: int) -> Launch:
+    """Reasoned, not yet tuned; small buckets get small tiles, so that decode rows waste less.
+
+    In 16 bits: 128 rows over 8 warps are two warpgroups of 64 rows, the unit of Hopper's wgmma, and hold 64
+    accumulator registers a thread at D=128. Exact float32 products run on the ordinary cores: small tiles.
+    """
+    dim = next_power_of_2(max(head_dim, _MIN_DOT))
+    roomy = target.shared_bytes >= 160 * 1024
+    if itemsize == 4:
+        most_rows, tile_tokens, stages = 32, 32 if dim <= 128 else 16, 2
+    elif dim <= 128:
+        most_rows, tile_tokens, stages = 128, 64, 3 if roomy else 2
+    else:
+        most_rows, tile_tokens, stages = (128, 64, 2) if roomy else (64, 32, 2)
+    rows = max(_MIN_DOT, min(most_rows, next_power_of_2(num_tokens * group)))
+    return Launch(rows, tile_tokens, num_warps=8 if rows == 128 else 4, num_stages=stages)
+
+
+@triton.jit
+@no_type_check
+def attend_tiles(
+    q,
+    k_cache_ptr,
+    v_cache_ptr,
+    table_ptr,
+    q_positions,
+    maximum,
+    total,
+    acc,
+    begin,
+    end,
+    first_seen,
+    num_kv_heads,
+    kv_head,
+    dims,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Folds positions begin..end into the softmax; without MASKED every query sees all of them."""
+    for start in range(begin, end, TILE_TOKENS):
+        positions = start + tl.arange(0, TILE_TOKENS)
+        loaded = (positions >= first_seen) & (positions < end)
+        offsets = slot_offsets(
+            table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED
+        )
+        k = load_rows(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
+        v = load_rows(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
+        scores = scaled_scores(q, k, SCALE, SOFT_CAP)
+        if MASKED:
+            visible = loaded[None, :] & (positions[None, :] <= q_positions[:, None])
+            if WINDOW > 0:
+                visible = visible & (positions[None, :] > q_positions[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+        maximum, total, acc = online_softmax(scores, v, maximum, total, acc)
+    return maximum, total, acc
+
+
+@triton.jit
+@no_type_check
+def prefill_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    cu_q_lens_ptr,
+    context_lens_ptr,
+    out_ptr,
+    num_tokens,
+    num_seqs,
+    num_kv_heads,
+    table_width,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE_QUERIES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_DIM: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    # Later tiles of a sequence see more keys: they start first, so that the short ones fill the last wave.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    # The last sequence whose first tile is not past this one. The padding behind the last sequence counts as
+    # one more, from cu_q_lens[S] to T.
+    low = 0
+    high = num_seqs
+    while low < high:
+        middle = (low + high + 1) // 2
+        starts_before = tl.load(cu_q_lens_ptr + middle) // TILE_QUERIES + middle <= tile
+        low = tl.where(starts_before, middle, low)
+        high = tl.where(starts_before, high, middle - 1)
+    seq = low
+    q_begin = tl.load(cu_q_lens_ptr + seq)
+    is_padding = seq == num_seqs
+    q_end = tl.load(cu_q_lens_ptr + seq + 1, mask=seq < num_seqs, other=0)
+    q_end = tl.where(is_padding, num_tokens, q_end)
+    q_len = q_end - q_begin
+    first_query = (tile - q_begin // TILE_QUERIES - seq) * TILE_QUERIES
+    if first_query >= q_len:
+        return
+
+    rows = tl.arange(0, TILE_ROWS)
+    dims = tl.arange(0, TILE_DIM)
+    queries = first_query + rows // GROUP
+    row_mask = (rows < TILE_QUERIES * GROUP) & (queries < q_len)
+    heads = ((q_begin + queries).to(tl.int64) * num_kv_heads + kv_head) * GROUP + rows % GROUP
+    target = out_ptr + (heads * HEAD_DIM)[:, None] + dims[None, :]
+    stored = row_mask[:, None] & (dims[None, :] < HEAD_DIM)
+    if is_padding:
+        tl.store(target, tl.zeros([TILE_ROWS, TILE_DIM], out_ptr.dtype.element_ty), mask=stored)
+        return
+
+    first_position = tl.load(context_lens_ptr + seq) - q_len + first_query
+    end = first_position + tl.minimum(TILE_QUERIES, q_len - first_query)  # past the newest key seen
+    q_positions = first_position + rows // GROUP
+    q = load_rows(q_ptr, heads * HEAD_DIM, dims, row_mask, HEAD_DIM, True).to(DOT_DTYPE)
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * table_width
+    maximum = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_ROWS], tl.float32)
+    acc = tl.zeros([TILE_ROWS, TILE_DIM], tl.float32)
+    first_seen = 0
+    begin = 0
+    if WINDOW > 0:
+        first_seen = tl.maximum(first_position - WINDOW + 1, 0)
+        begin = first_seen // TILE_TOKENS * TILE_TOKENS
+    else:
+        # Whole tiles that every query sees need no mask.
+        begin = tl.maximum(first_position + 1, 0) // TILE_TOKENS * TILE_TOKENS
+        maximum, total, acc = attend_tiles(
+            q, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, maximum, total, acc, 0, begin, 0,
+            num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
+            DOT_DTYPE, False,
+        )  # fmt: skip
+    maximum, total, acc = attend_tiles(
+        q, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, maximum, total, acc, begin, end, first_seen,
+        num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
+        DOT_DTYPE, True,
+    )  # fmt: skip
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+def ragged_prefill_triton(
+    q: Float[Array, "T H D"],
+    k_cache: Float[Array, "N K block_size D"],
+    v_cache: Float[Array, "N K block_size D"],
+    block_tables: Int[Array, "S P"],
+    cu_q_lens: Int[Array, "S+1"],
+    context_lens: Int[Array, "S"],
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> Float[Array, "T H D"]:
+    num_tokens, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    num_seqs, table_width = block_tables.shape
+    group = num_heads // num_kv_heads
+    launch = launch_parameters(
+        current_target(),
+        num_tokens=num_tokens,
+        group=group,
+        head_dim=head_dim,
+        itemsize=jnp.promote_types(q.dtype, k_cache.dtype).itemsize,
+    )
+    tile_rows = max(launch.tile_rows, next_power_of_2(group))
+    tile_queries = tile_rows // group
+    return triton_call(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        cu_q_lens,
+        context_lens,
+        num_tokens=num_tokens,
+        num_seqs=num_seqs,
+        num_kv_heads=num_kv_heads,
+        table_width=table_width,
+        kernel=prefill_kernel,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(num_tokens // tile_queries + num_seqs + 1, num_kv_heads),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        SCALE=scale,
+        SOFT_CAP=soft_cap or 0.0,
+        WINDOW=sliding_window or 0,
+        GROUP=group,
+        BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim,
+        TILE_QUERIES=tile_queries,
+        TILE_ROWS=tile_rows,
+        TILE_TOKENS=launch.tile_tokens,
+        TILE_DIM=next_power_of_2(max(head_dim, _MIN_DOT)),
+        DOT_DTYPE=dot_dtype(q.dtype, k_cache.dtype),
+    )
