@@ -1,0 +1,167 @@
+"""Blocks of the KV cache: who holds them, and which hold a prefix that another request can share.
+
+A block is free when no block table holds it. Free blocks keep their content and their hash until they are
+taken again, least recently freed first, so a finished request's prefix stays useful while there is room.
+A full block's hash is SHA-256 over its parent's hash and its token ids: equal hashes mean equal prefixes, and
+nobody can craft a prompt that collides with another's.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable
+from hashlib import sha256
+
+from nanovllm_jax.engine.request import Request
+
+
+class BlockManager:
+    """Hands out blocks 0 to `num_blocks` - 1 with reference counts and a prefix cache.
+
+    Attributes:
+        num_blocks: blocks in the cache.
+        block_size: tokens (slots) in a block.
+        num_queried_tokens: prompt tokens looked up in the prefix cache so far.
+        num_hit_tokens: those of them that were found.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_queried_tokens = 0
+        self.num_hit_tokens = 0
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to take is first
+        self._reference_counts = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_with: dict[bytes, int] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no block table holds."""
+        return len(self._free)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, request: Request) -> list[int]:
+        """Blocks of the longest cached prefix; at least one token of the request is left to compute.
+
+        When every token is cached, the last block is left out: its tokens are computed into a block of their
+        own, since no slot of a shared block may be written again.
+        """
+        if not self.enable_prefix_caching or request.skip_prefix_cache_read:
+            return []
+        hits: list[int] = []
+        for index in range((request.num_tokens - 1) // self.block_size):
+            block_id = self._block_with.get(self._hash(request, index))
+            if block_id is None:
+                break
+            hits.append(block_id)
+        return hits
+
+    def can_allocate(self, hits: list[int], num_tokens: int, reserve: int = 0) -> bool:
+        """Whether blocks for `num_tokens`, `hits` among them, leave at least `reserve` blocks free."""
+        num_held_hits = sum(self._reference_counts[block_id] > 0 for block_id in hits)
+        return self.num_blocks_for(num_tokens) - num_held_hits + reserve <= len(self._free)
+
+    def allocate(self, request: Request, hits: list[int], num_tokens: int) -> None:
+        """Gives the request a block table for `num_tokens` that starts with the blocks in `hits`."""
+        for block_id in hits:
+            if self._reference_counts[block_id] == 0:
+                del self._free[block_id]
+            self._reference_counts[block_id] += 1
+        request.block_ids = list(hits)
+        request.num_registered_blocks = len(hits)
+        for _ in range(self.num_blocks_for(num_tokens) - len(hits)):
+            self.append_block(request)
+
+    def append_block(self, request: Request) -> None:
+        """Adds the least recently freed block to the request's table; its old content is forgotten."""
+        block_id, _ = self._free.popitem(last=False)
+        self._forget(block_id)
+        self._reference_counts[block_id] = 1
+        request.block_ids.append(block_id)
+
+    def register_full_blocks(self, request: Request) -> None:
+        """Offers the blocks that the request has filled: all ids known, K and V computed or in flight.
+
+        Every step writes K and V of all its tokens before it reads any, layer by layer, so a block may be
+        shared from the moment the step that fills it is scheduled, also within that step.
+        """
+        if not self.enable_prefix_caching:
+            return
+        num_full = min(request.num_computed_tokens, request.num_tokens) // self.block_size
+        for index in range(request.num_registered_blocks, num_full):
+            digest, block_id = self._hash(request, index), request.block_ids[index]
+            if digest not in self._block_with:  # of two equal blocks, the first serves
+                self._block_with[digest] = block_id
+                self._hash_of[block_id] = digest
+        request.num_registered_blocks = max(request.num_registered_blocks, num_full)
+
+    def unregister_blocks(self, block_ids: Iterable[int]) -> None:
+        """Takes blocks out of the prefix cache that a failed step did not fill."""
+        for block_id in block_ids:
+            self._forget(block_id)
+
+    def free(self, request: Request) -> None:
+        """Returns the request's blocks, tail first, so that the head of its prefix is reused last."""
+        for block_id in reversed(request.block_ids):
+            self._reference_counts[block_id] -= 1
+            if self._reference_counts[block_id] == 0:
+                self._free[block_id] = None
+        request.block_ids = []
+        request.num_registered_blocks = 0
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes. Returns False, and does nothing, while a request holds a block."""
+        if len(self._free) != self.num_blocks:
+            return False
+        self._block_with.clear()
+        self._hash_of = [None] * self.num_blocks
+        return True
+
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Checks every count and hash against the block tables of `requests`, all that hold blocks.
+
+        Raises:
+            RuntimeError: if the bookkeeping is wrong, which is a bug in this package.
+        """
+        counts = [0] * self.num_blocks
+        for request in requests:
+            for block_id in request.block_ids:
+                counts[block_id] += 1
+            for index in range(request.num_registered_blocks if self.enable_prefix_caching else 0):
+                if self._hash_of[request.block_ids[index]] not in (None, self._hash(request, index)):
+                    raise RuntimeError(
+                        f"Block {request.block_ids[index]} is cached under another prefix's hash."
+                    )
+        if counts != self._reference_counts:
+            wrong = [i for i in range(self.num_blocks) if counts[i] != self._reference_counts[i]]
+            raise RuntimeError(f"Reference counts of the blocks {wrong} differ from the block tables.")
+        if set(self._free) != {block_id for block_id, count in enumerate(counts) if count == 0}:
+            raise RuntimeError("The free blocks are not those that no block table holds.")
+        registered = {digest: block_id for block_id, digest in enumerate(self._hash_of) if digest is not None}
+        if registered != self._block_with:
+            raise RuntimeError("The prefix cache's two directions, block to hash and hash to block, differ.")
+
+    def _forget(self, block_id: int) -> None:
+        digest = self._hash_of[block_id]
+        if digest is not None:
+            del self._block_with[digest]
+            self._hash_of[block_id] = None
+
+    def _hash(self, request: Request, index: int) -> bytes:
+        """Digest of the request's tokens up to and including block `index`, kept on the request."""
+        hashes = request.block_hashes
+        while len(hashes) <= index:
+            if hashes:
+                parent = hashes[-1]
+            else:
+                parent = b"" if request.cache_salt is None else sha256(request.cache_salt.encode()).digest()
+            start = len(hashes) * self.block_size
+            token_ids = array("i", request.token_ids[start : start + self.block_size])
+            hashes.append(sha256(parent + token_ids.tobytes()).digest())
+        return hashes[index]
