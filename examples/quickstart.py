@@ -1,4 +1,6 @@
-"""Offline generation in a few lines:  uv run python examples/quickstart.py [MODEL]
+"""Offline generation in a few lines.
+
+    uv run python examples/quickstart.py [MODEL]
 
 MODEL is a directory, a hub id, a .gguf file or `smollm2`; without one, the small built-in model is used.
 """

@@ -172,9 +172,10 @@ def throughput(
         attention_backend=attention_backend,
         enforce_eager=enforce_eager,
         load_format=load_format,
+        skip_tokenizer_init=True,
     ) as session:
         note(f"ready after {session.startup_s:.1f} s")
-        max_token_id = min(MAX_TOKEN_ID, len(session.llm.get_tokenizer()) - 1)
+        max_token_id = min(MAX_TOKEN_ID, session.llm.model_config.vocab_size - 1)
         warm_up(session.llm, max_token_id)
         draws = (
             random_requests(seed + i, num_prompts, input_len, output_len, max_token_id)

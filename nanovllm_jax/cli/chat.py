@@ -15,9 +15,7 @@ from nanovllm_jax.errors import ConfigError, RequestError
 from nanovllm_jax.sampling_params import SamplingParams
 
 _PREFILL = 512  # tokens a step; a longer prompt takes several, and less is compiled
-_HELP = (
-    "/reset starts anew, /system TEXT sets the system prompt and starts anew, /exit ends (so does Ctrl-D)."
-)
+_HELP = "/reset starts anew, /system TEXT does so with another system prompt, /exit or Ctrl-D ends."
 
 
 class Conversation:
@@ -25,10 +23,9 @@ class Conversation:
 
     def __init__(self, llm: Any, params: SamplingParams, system: str | None) -> None:
         self._llm = llm
-        self._tokenizer = llm.get_tokenizer()
         self._params = params
         self._system = system
-        if not getattr(self._tokenizer, "chat_template", None):
+        if not llm.get_tokenizer().chat_template:
             raise ConfigError("the model has no chat template; use `nanovllm-jax generate` instead.")
         self.messages: list[dict[str, str]] = []
         self.reset()
@@ -41,8 +38,7 @@ class Conversation:
     def reply(self, message: str) -> Generator[str]:
         """Pieces of the reply. Closed early, it keeps what was said; without a word, it drops the turn."""
         turn = [*self.messages, {"role": "user", "content": message}]
-        prompt = self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        ids = self._llm.render_chat(turn, add_generation_prompt=True)
         outputs = self._llm.stream({"prompt_token_ids": ids}, self._params)
         text = ""
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,7 +13,10 @@ from nanovllm_jax.cli.terminal import note, set_up_logging, stderr
 def convert(
     source: Annotated[str, typer.Argument(help="Directory, hub id, .gguf file or 'smollm2'.")],
     destination: Annotated[Path, typer.Argument(file_okay=False, help="New directory.")],
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.", metavar="DTYPE")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Of the weights; 'auto' keeps what they were saved in."),
+    ] = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done.")] = False,
 ) -> None:
     """Writes a model as an Orbax checkpoint, which loads sharded, straight to its devices.
@@ -27,7 +30,7 @@ def convert(
     """  # noqa: D301
     set_up_logging(verbose)
     with stderr().status(f"Converting {source}"):
-        from nanovllm_jax.weights import convert_to_orbax
+        from nanovllm_jax import weights  # brings JAX along
 
-        convert_to_orbax(source, destination, dtype=dtype)
+        weights.convert(source, destination, None if dtype == "auto" else dtype)
     note(f"wrote {destination}; use it with --model {destination}")

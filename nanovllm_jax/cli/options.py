@@ -23,7 +23,8 @@ Tokenizer = Annotated[
     typer.Option(show_default="the model's", help="Directory or hub id.", rich_help_panel=_ENGINE),
 ]
 DType = Annotated[
-    str, typer.Option(help="auto, bfloat16, float16 or float32.", metavar="DTYPE", rich_help_panel=_ENGINE)
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option(help="Of the weights.", rich_help_panel=_ENGINE),
 ]
 MaxModelLen = Annotated[
     int | None,
@@ -41,8 +42,8 @@ GpuMemoryUtilization = Annotated[
     float, typer.Option(min=0.05, max=1.0, help="Share of the GPU's memory to use.", rich_help_panel=_ENGINE)
 ]
 AttentionBackend = Annotated[
-    str,
-    typer.Option(help="auto, triton or xla.", metavar="BACKEND", rich_help_panel=_ENGINE),
+    Literal["auto", "triton", "xla"],
+    typer.Option(help="'auto' is triton on GPUs, else xla.", rich_help_panel=_ENGINE),
 ]
 EnforceEager = Annotated[
     bool,

@@ -1,6 +1,7 @@
 import re
 import shlex
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,16 +14,6 @@ from nanovllm_jax.sampling_params import SamplingParams
 
 class FakeTokenizer:
     chat_template = "{{ messages }}"
-
-    def __len__(self):
-        return 300
-
-    def encode(self, text, add_special_tokens=True):
-        return list(text.encode())
-
-    def apply_chat_template(self, messages, *, add_generation_prompt, tokenize):
-        turns = "".join(f"<{message['role']}>{message['content']}" for message in messages)
-        return turns + "<assistant>" * add_generation_prompt
 
 
 @dataclass
@@ -42,6 +33,14 @@ class FakeLLM:
 
     def get_tokenizer(self):
         return FakeTokenizer()
+
+    @property
+    def model_config(self):
+        return SimpleNamespace(vocab_size=300)
+
+    def render_chat(self, messages, *, add_generation_prompt):
+        turns = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        return list((turns + "<assistant>" * add_generation_prompt).encode())
 
     def get_default_sampling_params(self):
         return self.defaults
