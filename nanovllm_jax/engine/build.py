@@ -1,0 +1,216 @@
+"""Start-up: from a model's name to an engine whose programs are compiled and whose cache is allocated."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.engine.engine import Engine
+from nanovllm_jax.engine.sampling_plan import MAX_ADJUSTMENTS
+from nanovllm_jax.engine.schedule import SchedulerConfig
+from nanovllm_jax.engine.scheduler import Scheduler
+from nanovllm_jax.errors import ConfigError, DeviceError
+from nanovllm_jax.models.params import Params, param_bytes, random_params
+from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, replicated
+from nanovllm_jax.step.buckets import decode_buckets, prefill_buckets
+from nanovllm_jax.step.memory import BLOCK_MULTIPLE, blocks_that_fit, claim_device_memory, temporary_bytes
+from nanovllm_jax.step.programs import Programs, use_persistent_cache
+from nanovllm_jax.step.runner import Runner
+from nanovllm_jax.step.state import StateShape, abstract_extras, abstract_rows, block_bytes, tree_bytes
+from nanovllm_jax.step.step import StepConfig
+from nanovllm_jax.weights import (
+    GenerationDefaults,
+    ModelSource,
+    load_generation_defaults,
+    load_model_config,
+    load_params,
+    load_tokenizer,
+    locate,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A running engine and what it was made from."""
+
+    engine: Engine
+    source: ModelSource
+    model_config: ModelConfig
+    shape: StateShape
+    defaults: GenerationDefaults
+
+
+def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig, *, skip_tokenizer: bool) -> Built:
+    """Load a model and make its engine.
+
+    Raises:
+        ConfigError: for unsupported models or arguments.
+        WeightsError: for missing, left-over or corrupt weights.
+        DeviceError: if the device is missing or too small.
+    """
+    claim_device_memory(config.gpu_memory_utilization)
+    source = locate(model)
+    model_config, defaults = load_model_config(source), load_generation_defaults(source)
+    words = None if skip_tokenizer else load_tokenizer(tokenizer or source)
+    use_persistent_cache()
+    _check_gpu_is_used()
+    mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
+    device = mesh.devices.flat[0]
+    dtype = _weight_dtype(config.dtype, model_config, device)
+    params = _load(source, model_config, dtype, mesh, config)
+
+    cache_dtype = jnp.dtype(dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype)
+    programs, shape = _plan(model_config, config, params, cache_dtype, mesh, device)
+    runner = Runner(programs, params, cache_dtype, replicated(mesh))
+    if not config.enforce_eager:
+        _warm_up(runner)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=shape.max_model_len,
+            block_size=config.block_size,
+            num_blocks=shape.num_blocks,
+            scheduling_policy=config.scheduling_policy,
+            batching=config.batching,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+    )
+    engine = Engine(
+        scheduler,
+        runner,
+        words,
+        eos_token_ids=_end_ids(words, defaults),
+        vocab_size=model_config.vocab_size,
+        max_logprobs=config.max_logprobs,
+        seed=config.seed,
+    )
+    return Built(engine, source, model_config, shape, defaults)
+
+
+def _load(source: ModelSource, model: ModelConfig, dtype: Any, mesh: Mesh, config: EngineConfig) -> Params:
+    start, shardings = time.perf_counter(), param_shardings(model, mesh)
+    if config.load_format == "dummy":
+        params = random_params(model, dtype, config.seed or 0, shardings)
+    else:
+        params = load_params(source, model, dtype, shardings)
+    size, seconds = param_bytes(model, dtype) / 1e9, time.perf_counter() - start
+    device = mesh.devices.flat[0]
+    logger.info("%s on %s: %.2f GB of %s weights in %.1f s", source.name, device.device_kind, size, dtype, seconds)
+    return params
+
+
+def _plan(
+    model: ModelConfig, config: EngineConfig, params: Params, cache_dtype: Any, mesh: Mesh, device: jax.Device
+) -> tuple[Programs, StateShape]:
+    """Choose the number of cache blocks and describe the programs for it."""
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}; {model.family} was trained for {model.max_position_embeddings} "
+            "positions: lower max_model_len."
+        )
+    on_gpu = device.platform != "cpu"
+    one_block = block_bytes(model, config.block_size, cache_dtype)
+    shape = StateShape(BLOCK_MULTIPLE, config.block_size, config.max_num_seqs, max_model_len, MAX_ADJUSTMENTS)
+    backend = config.attention_backend
+    if backend == "auto":
+        backend = "triton" if on_gpu else "xla"
+
+    def programs(shape: StateShape) -> Programs:
+        # A step never holds more tokens than all rows at their longest.
+        tokens = min(config.max_num_batched_tokens, shape.max_num_seqs * shape.max_model_len)
+        return Programs(
+            StepConfig(model, shape, backend),
+            params,
+            cache_dtype,
+            replicated(mesh),
+            decode_sizes=decode_buckets(config.max_num_seqs, fine=on_gpu),
+            prefill_sizes=prefill_buckets(tokens, fine=on_gpu),
+            num_logprobs=config.max_logprobs,
+            command_buffers=not config.enforce_eager,
+        )
+
+    if config.num_gpu_blocks_override is not None:
+        num_blocks = config.num_gpu_blocks_override
+    else:
+        num_blocks = blocks_that_fit(
+            device,
+            fixed_bytes=tree_bytes(params) + tree_bytes((abstract_rows(shape), abstract_extras(model, shape))),
+            temporary=temporary_bytes(programs(shape)) if on_gpu else 0,
+            block_bytes=one_block,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+        )
+        if not on_gpu:
+            num_blocks = min(num_blocks, config.max_num_seqs * shape.blocks_per_row)
+    capacity = num_blocks * config.block_size
+    if num_blocks < config.max_num_seqs:
+        raise DeviceError(
+            f"The KV cache has {num_blocks} blocks of {one_block / 1e6:.2f} MB, fewer than one for each of the "
+            f"max_num_seqs {config.max_num_seqs} requests: raise gpu_memory_utilization or lower max_num_seqs."
+        )
+    if capacity < max_model_len:
+        if config.max_model_len is not None and config.num_gpu_blocks_override is None:
+            raise DeviceError(
+                f"The KV cache holds {capacity} tokens, less than one request of max_model_len {max_model_len}: "
+                "raise gpu_memory_utilization or lower max_model_len."
+            )
+        logger.warning("max_model_len is lowered from %d to the cache's %d tokens", max_model_len, capacity)
+        max_model_len = capacity
+    shape = replace(shape, num_blocks=num_blocks, max_model_len=max_model_len)
+    logger.info(
+        "KV cache: %d tokens in %d blocks, %.2f GB of %s; %.1f requests of %d tokens at once",
+        capacity,
+        num_blocks,
+        num_blocks * one_block / 1e9,
+        cache_dtype,
+        capacity / max_model_len,
+        max_model_len,
+    )
+    return programs(shape), shape
+
+
+def _warm_up(runner: Runner) -> None:
+    start = time.perf_counter()
+    runner.warm_up()
+    log = runner.programs.compile_log
+    hits, seconds = sum(record.cache_hit for record in log), time.perf_counter() - start
+    logger.info("compiled %d programs in %.1f s, %d of them from the cache", len(log), seconds, hits)
+
+
+def _weight_dtype(asked: str, model: ModelConfig, device: jax.Device) -> jnp.dtype:
+    """What "auto" means: float32 on the CPU, where it is fastest; else the checkpoint's, but not float32."""
+    if asked != "auto":
+        return jnp.dtype(asked)
+    if device.platform == "cpu":
+        return jnp.dtype("float32")
+    return jnp.dtype("bfloat16" if model.dtype == "float32" else model.dtype)
+
+
+def _end_ids(tokenizer: Any | None, defaults: GenerationDefaults) -> frozenset[int]:
+    own = tokenizer.eos_token_id if tokenizer is not None else None
+    return frozenset(defaults.eos_token_ids) | ({own} if own is not None else set())
+
+
+def _check_gpu_is_used() -> None:
+    """Refuse to crawl along on the CPU beside an idle GPU, unless told to.
+
+    Raises:
+        DeviceError: naming what to install.
+    """
+    chosen = jax.config.jax_platforms or ""
+    if jax.default_backend() == "cpu" and "cpu" not in chosen and Path("/proc/driver/nvidia/gpus").exists():
+        raise DeviceError(
+            "An NVIDIA GPU is present, but JAX has no plugin for it and would run on the CPU: install "
+            "nanovllm-jax[cuda13] (driver 580 or newer) or nanovllm-jax[cuda12], or set JAX_PLATFORMS=cpu."
+        )

@@ -1,0 +1,188 @@
+"""Gathers what the steps sampled into outputs: text, stop checks, log-probabilities, the n samples of a request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.engine.request import Request
+from nanovllm_jax.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
+from nanovllm_jax.step.runner import TokenLogprobs
+
+
+@dataclass
+class Sample:
+    """One sample while it grows."""
+
+    request: Request
+    detokenizer: Detokenizer | None
+    num_decoded: int = 0
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class Group:
+    """The samples of one request, and what they share."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    stream: bool
+    samples: list[Sample]
+    prompt_logprobs: list[dict[int, Logprob] | None]
+    metrics: RequestMetrics
+
+    @property
+    def finished(self) -> bool:
+        """Whether all samples ended."""
+        return all(sample.finish_reason for sample in self.samples)
+
+
+class Collector:
+    """Turns sampled tokens into `RequestOutput`s.
+
+    Args:
+        tokenizer: None leaves texts empty.
+        eos_token_ids: ends that are reported without a stop_reason.
+    """
+
+    def __init__(self, tokenizer: Any | None, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer, self._eos = tokenizer, eos_token_ids
+        self._groups: dict[str, Group] = {}
+        self._samples: dict[Request, Sample] = {}
+
+    def add(self, requests: Sequence[Request], prompt: str | None, *, stream: bool) -> None:
+        """Start collecting the samples of one request."""
+        samples = [Sample(request, self._detokenizer(request)) for request in requests]
+        self._samples |= {sample.request: sample for sample in samples}
+        first = requests[0]
+        self._groups[first.request_id] = Group(
+            first.request_id, prompt, first.prompt_token_ids, stream, samples, [None], RequestMetrics(time.time())
+        )
+
+    def on_scheduled(self, request: Request) -> None:
+        """Note when a request first ran."""
+        metrics = self._groups[request.request_id].metrics
+        metrics.first_scheduled_time = metrics.first_scheduled_time or time.time()
+
+    def on_prompt_logprobs(self, request: Request, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Keep the log-probabilities after the tokens at `start` and on; a recomputed prompt adds nothing."""
+        group, wanted = self._groups[request.request_id], request.params.prompt_logprobs or 0
+        for position, entry in enumerate(logprobs, start + 1):
+            if position == len(group.prompt_logprobs) < request.num_prompt_tokens:
+                token = request.prompt_token_ids[position]
+                group.prompt_logprobs.append(self._logprob_dict(token, entry, wanted))
+
+    def on_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
+        """Take the token that the scheduler has just appended; returns why the sample ends, if it does."""
+        sample, params = self._samples[request], request.params
+        metrics = self._groups[request.request_id].metrics
+        metrics.first_token_time = metrics.first_token_time or time.time()
+        if params.logprobs is not None and logprobs is not None:
+            sample.logprobs.append(self._logprob_dict(token, logprobs, params.logprobs))
+            sample.cumulative_logprob += logprobs.logprob
+        if token in request.plan.stop_token_ids:
+            sample.stop_reason = None if token in self._eos and token not in params.stop_token_ids else token
+            return self.on_finish(request, "stop")
+        if sample.detokenizer and params.stop:
+            stop = sample.detokenizer.append([token])
+            sample.num_decoded += 1
+            if stop is not None:
+                sample.stop_reason = stop
+                return self.on_finish(request, "stop")
+        if len(request.output_token_ids) >= request.max_tokens:
+            return self.on_finish(request, "length")
+        return None
+
+    def on_finish(self, request: Request, reason: FinishReason) -> FinishReason:
+        """Note why a sample ended."""
+        self._samples[request].finish_reason = reason
+        return reason
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request."""
+        group = self._groups.pop(request_id, None)
+        for sample in group.samples if group else ():
+            self._samples.pop(sample.request, None)
+
+    def take_outputs(self, touched: Sequence[str]) -> list[RequestOutput]:
+        """Outputs of the named requests that finished (and are forgotten) or stream."""
+        outputs = []
+        for request_id in dict.fromkeys(touched):
+            group = self._groups[request_id]
+            if group.finished or group.stream:
+                outputs.append(self._output(group))
+            if group.finished:
+                self.drop(request_id)
+        return outputs
+
+    def _output(self, group: Group) -> RequestOutput:
+        first = group.samples[0].request
+        if group.finished:
+            group.metrics.finished_time = time.time()
+        group.metrics.num_preemptions = sum(s.request.num_preemptions for s in group.samples)
+        return RequestOutput(
+            request_id=group.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=group.prompt_token_ids,
+            outputs=[self._completion(sample) for sample in group.samples],
+            finished=group.finished,
+            prompt_logprobs=group.prompt_logprobs if first.params.prompt_logprobs is not None else None,
+            metrics=group.metrics,
+            num_cached_tokens=first.num_cached_tokens,
+        )
+
+    def _completion(self, sample: Sample) -> CompletionOutput:
+        request = sample.request
+        wanted = request.params.logprobs is not None
+        return CompletionOutput(
+            index=request.sample_index,
+            text=self._text(sample),
+            token_ids=list(request.output_token_ids),
+            cumulative_logprob=sample.cumulative_logprob if wanted else None,
+            logprobs=list(sample.logprobs) if wanted else None,
+            finish_reason=sample.finish_reason,
+            stop_reason=sample.stop_reason,
+        )
+
+    def _text(self, sample: Sample) -> str:
+        if sample.detokenizer is None:
+            return ""
+        ids = sample.request.output_token_ids
+        ended_by_token = sample.finish_reason == "stop" and not isinstance(sample.stop_reason, str)
+        shown = len(ids) - (ended_by_token and not sample.request.params.include_stop_str_in_output)
+        sample.detokenizer.append(ids[sample.num_decoded : shown])
+        sample.num_decoded = max(sample.num_decoded, shown)
+        return sample.detokenizer.text(finished=sample.finish_reason is not None)
+
+    def _detokenizer(self, request: Request) -> Detokenizer | None:
+        params = request.params
+        if self._tokenizer is None or not params.detokenize:
+            return None
+        return Detokenizer(
+            self._tokenizer,
+            request.prompt_token_ids,
+            stop=params.stop or (),
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+        )
+
+    def _logprob_dict(self, token: int, entry: TokenLogprobs, wanted: int) -> dict[int, Logprob]:
+        """The token that stands there first, then the best ones, as vLLM orders them."""
+        found = {token: Logprob(entry.logprob, entry.rank, self._decode(token))}
+        for rank, (other, logprob) in enumerate(
+            zip(entry.top_ids[:wanted].tolist(), entry.top_logprobs[:wanted].tolist(), strict=True), 1
+        ):
+            if other not in found:
+                found[other] = Logprob(logprob, rank, self._decode(other))
+        return found
+
+    def _decode(self, token: int) -> str | None:
+        return self._tokenizer.decode([token]) if self._tokenizer is not None else None

@@ -1,0 +1,105 @@
+"""Prompts as users write them, checked and turned into token ids."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from nanovllm_jax.errors import RequestError
+
+
+class TextPrompt(TypedDict, total=False):
+    """A prompt as text; `cache_salt` keeps its cached prefix apart from other salts'."""
+
+    prompt: str
+    cache_salt: str
+
+
+class TokensPrompt(TypedDict, total=False):
+    """A prompt as token ids."""
+
+    prompt_token_ids: Sequence[int]
+    cache_salt: str
+
+
+Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
+
+_DICT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
+
+
+@dataclass(frozen=True)
+class ParsedPrompt:
+    """Token ids, the text they came from if any, and the salt of their cached prefix."""
+
+    token_ids: list[int]
+    text: str | None
+    cache_salt: str | None
+
+
+def parse_prompt(prompt: Prompt, tokenizer: Any | None, vocab_size: int) -> ParsedPrompt:
+    """Text, token ids or a dict of either, as token ids.
+
+    Raises:
+        RequestError: for an empty prompt, ids outside the vocabulary, an unknown dict key, or text without a
+            tokenizer.
+    """
+    salt = None
+    if isinstance(prompt, Mapping):
+        unknown = prompt.keys() - _DICT_KEYS
+        if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+            raise RequestError(
+                f"A prompt dict has the keys {sorted(prompt)}; give either 'prompt' or 'prompt_token_ids', and "
+                "'cache_salt' if you like."
+            )
+        salt = prompt.get("cache_salt")
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise RequestError(f"cache_salt is {salt!r}; it must be a string of at least 1 character.")
+        prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]  # pyright: ignore
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise RequestError(
+                "The prompt is text, but the engine has no tokenizer (skip_tokenizer_init=True): give "
+                "'prompt_token_ids', or load the tokenizer."
+            )
+        token_ids = list(tokenizer(prompt).input_ids)
+        if not token_ids:
+            raise RequestError(f"The prompt {prompt!r} has no tokens; give at least 1 character.")
+        return ParsedPrompt(token_ids, prompt, salt)
+    return ParsedPrompt(_check_ids(prompt, vocab_size), None, salt)
+
+
+def _check_ids(prompt: Any, vocab_size: int) -> list[int]:
+    try:
+        token_ids = [operator.index(token) for token in prompt]
+    except TypeError:
+        raise RequestError(
+            f"The prompt is {type(prompt).__name__} {str(prompt)[:80]!r}; give a string, a list of token ids, or a "
+            "dict with 'prompt' or 'prompt_token_ids'."
+        ) from None
+    if not token_ids:
+        raise RequestError("The prompt has no tokens; give at least 1 token id.")
+    worst = max(token_ids, key=lambda token: token if token >= vocab_size else -token)
+    if not 0 <= worst < vocab_size:
+        raise RequestError(
+            f"The prompt holds token id {worst}; ids go from 0 to {vocab_size - 1}: use this model's tokenizer."
+        )
+    return token_ids
+
+
+def bad_word_ids(words: Sequence[str], tokenizer: Any | None) -> list[list[int]]:
+    """Token ids of each bad word, as it stands at the start of a text and after a space.
+
+    Raises:
+        RequestError: without a tokenizer.
+    """
+    if words and tokenizer is None:
+        raise RequestError(f"bad_words is {list(words)!r}, but the engine has no tokenizer to find their tokens.")
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for text in (word.lstrip(), " " + word.lstrip()):
+            ids = tokenizer(text, add_special_tokens=False).input_ids  # pyright: ignore
+            if ids:
+                found[tuple(ids)] = None
+    return [list(ids) for ids in found]

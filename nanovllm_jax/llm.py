@@ -1,0 +1,331 @@
+"""`LLM`: load a model once, then generate from many prompts.
+
+from nanovllm_jax import LLM, SamplingParams
+
+with LLM() as llm:
+outputs = llm.generate(["To be, or"], SamplingParams(temperature=0.7, max_tokens=32))
+print(outputs[0].outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, cast
+
+from tqdm import tqdm
+
+from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine.build import build_engine
+from nanovllm_jax.engine.inputs import Prompt
+from nanovllm_jax.errors import RequestError
+from nanovllm_jax.outputs import RequestOutput
+from nanovllm_jax.sampling_params import SamplingParams
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A language model on one device, with a paged, prefix-cached KV cache and continuous batching.
+
+    Args:
+        model: a Hugging Face directory, a hub id, a .gguf file, an Orbax directory made by `nanovllm-jax convert`,
+            "smollm2", or None for the small built-in model.
+        tokenizer: directory or hub id of another tokenizer than the model's.
+        skip_tokenizer_init: load none; prompts are then token ids and outputs have no text.
+        dtype: of the weights: "auto" (the checkpoint's; bfloat16 for float32 checkpoints on GPUs; float32 on the
+            CPU), "bfloat16", "float16" or "float32".
+        tensor_parallel_size: GPUs that share each layer; 1 in this version.
+        data_parallel_size: replicas; 1 in this version.
+        max_model_len: longest prompt and output together, in tokens; None takes the model's limit.
+        max_num_seqs: rows, requests that run at the same time.
+        max_num_batched_tokens: tokens a step computes at most; longer prompts are computed in chunks.
+        block_size: tokens a block of the KV cache holds.
+        gpu_memory_utilization: share of the device's memory for weights, cache and temporaries.
+        kv_cache_dtype: "auto" is the weights'.
+        enable_prefix_caching: share the cached blocks of equal prefixes.
+        enforce_eager: compile each program on its first use instead of all at the start, and let XLA record no
+            command buffers.
+        seed: of requests that bring none (and of random weights); None takes fresh entropy.
+        scheduling_policy: "fcfs", or "priority" (smaller is served first).
+        batching: "prefill_first" (steps of prompts only while any wait), or "mixed" (every step decodes all rows and
+            fills up with prompts: smoother latency).
+        attention_backend: "auto" is "triton" on GPUs and "xla" elsewhere.
+        num_gpu_blocks_override: cache blocks, instead of what fits.
+        load_format: "dummy" takes random weights and needs only a config.
+        max_logprobs: most log-probabilities a token that a request may ask for.
+
+    Raises:
+        ConfigError: for unsupported models and arguments out of range.
+        WeightsError: for missing, left-over or corrupt weights.
+        DeviceError: if the device is missing or too small.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        tokenizer: str | None = None,
+        skip_tokenizer_init: bool = False,
+        dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 16_384,
+        block_size: int = 16,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_dtype: str = "auto",
+        enable_prefix_caching: bool = True,
+        enforce_eager: bool = False,
+        seed: int | None = 0,
+        scheduling_policy: Literal["fcfs", "priority"] = "fcfs",
+        batching: Literal["prefill_first", "mixed"] = "prefill_first",
+        attention_backend: Literal["auto", "xla", "triton"] = "auto",
+        num_gpu_blocks_override: int | None = None,
+        load_format: Literal["auto", "dummy"] = "auto",
+        max_logprobs: int = 20,
+    ) -> None:
+        self.config = EngineConfig(
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            data_parallel_size=data_parallel_size,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_dtype=kv_cache_dtype,
+            enable_prefix_caching=enable_prefix_caching,
+            enforce_eager=enforce_eager,
+            seed=seed,
+            scheduling_policy=scheduling_policy,
+            batching=batching,
+            attention_backend=attention_backend,
+            num_gpu_blocks_override=num_gpu_blocks_override,
+            load_format=load_format,
+            max_logprobs=max_logprobs,
+        )
+        built = build_engine(
+            None if model is None else str(model), tokenizer, self.config, skip_tokenizer=skip_tokenizer_init
+        )
+        self.model_config, self._engine, self._defaults = built.model_config, built.engine, built.defaults
+        self.max_model_len = built.shape.max_model_len
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one prompt or many; outputs come in the order of the prompts.
+
+        Args:
+            prompts: text, token ids or dicts (`prompt` or `prompt_token_ids`, and `cache_salt`); one or a list.
+            sampling_params: one for all, or one a prompt; None takes the model's defaults.
+            use_tqdm: show a progress bar with prompt and output tokens a second.
+            priority: one a prompt; smaller is served first, with scheduling_policy="priority".
+
+        Raises:
+            RequestError: if a prompt or its parameters cannot be served; nothing is then generated.
+            DeviceError: if the device fails.
+            KeyboardInterrupt: on Ctrl-C; these requests end, the engine goes on.
+        """
+        many = _as_list(prompts)
+        params = self._params_for(many, sampling_params)
+        if priority is not None and len(priority) != len(many):
+            raise RequestError(f"{len(priority)} priorities for {len(many)} prompts; give one for each.")
+        ids = [f"generate-{next(self._ids)}" for _ in many]
+        done: dict[str, RequestOutput] = {}
+        try:
+            for index, request_id in enumerate(ids):
+                rank = priority[index] if priority is not None else 0
+                self._engine.add_request(request_id, many[index], params[index], priority=rank)
+            with tqdm(total=len(ids), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                while len(done) < len(ids):
+                    for output in self._engine.step():
+                        done[output.request_id] = output
+                        _show_progress(bar, output)
+        except BaseException:
+            self._abandon(ids)
+            raise
+        return [done[request_id] for request_id in ids]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        **template_args: Any,
+    ) -> list[RequestOutput]:
+        """`generate` from one conversation or many, through the model's chat template.
+
+        Args:
+            messages: dicts with `role` and `content`; one conversation or a list of them.
+            sampling_params: as in `generate`.
+            use_tqdm: as in `generate`.
+            chat_template: a Jinja template instead of the model's.
+            add_generation_prompt: end with the header of the assistant's turn.
+            **template_args: passed to the template, such as `enable_thinking=False`.
+
+        Raises:
+            RequestError: as `generate`, and if the model has no chat template or the messages do not fit it.
+        """
+        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [
+            self.render_chat(
+                cast(Sequence[Message], conversation),
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **template_args,
+            )
+            for conversation in many
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def render_chat(self, messages: Sequence[Message], **template_args: Any) -> list[int]:
+        """Token ids of a conversation through the model's chat template.
+
+        Raises:
+            RequestError: without a tokenizer or template, or if the messages do not fit the template.
+        """
+        tokenizer = self.get_tokenizer()
+        if not messages:
+            raise RequestError("The conversation has no messages; give at least one, with 'role' and 'content'.")
+        try:
+            rendered = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **template_args)
+        except Exception as error:  # templates are programs of the model's authors: they raise what they like
+            raise RequestError(f"The chat template does not take these messages: {error}") from error
+        return list(rendered["input_ids"])
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Continue one prompt, yielding its output as it grows; the last one is finished.
+
+        Leaving the loop early, or Ctrl-C, ends the request.
+
+        Raises:
+            RequestError: if the prompt or the parameters cannot be served.
+        """
+        request_id = f"stream-{next(self._ids)}"
+        params = sampling_params or self.get_default_sampling_params()
+        self._engine.add_request(request_id, prompt, params, stream=True)
+        finished = False
+        try:
+            while not finished:
+                for output in self._engine.step():
+                    if output.request_id == request_id:
+                        finished = output.finished
+                        yield output
+        finally:
+            if not finished:
+                self._abandon([request_id])
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        stream: bool = False,
+    ) -> None:
+        """Queue a prompt for `step`; with `stream` it is reported after each step, else at its end."""
+        params = sampling_params or self.get_default_sampling_params()
+        self._engine.add_request(request_id, prompt, params, priority=priority, stream=stream)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; outputs of requests that finished, and of those that stream and got tokens."""
+        return self._engine.step()
+
+    def abort(self, request_id: str) -> None:
+        """End a queued or running request without an output."""
+        self._engine.abort(request_id)
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything left to do."""
+        return self._engine.has_unfinished
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing happens, while a request runs."""
+        return self._engine.scheduler.reset_prefix_cache()
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            RequestError: with skip_tokenizer_init=True.
+        """
+        if self._engine.tokenizer is None:
+            raise RequestError("There is no tokenizer (skip_tokenizer_init=True); make the LLM without it.")
+        return self._engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends; else vLLM's defaults."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+        given = {name: value for name in names if (value := getattr(self._defaults, name)) is not None}
+        return SamplingParams(**given)
+
+    def close(self) -> None:
+        """End all requests and give the device memory back."""
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _params_for(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        params = list(params)
+        if len(params) != len(prompts):
+            raise RequestError(
+                f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for all or one for each."
+            )
+        for one in params:
+            if not isinstance(one, SamplingParams):
+                raise RequestError(f"sampling_params holds {one!r}; it takes SamplingParams.")
+        return params
+
+    def _abandon(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._engine.abort(request_id)
+        self._engine.drain()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list: a list of ints is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [cast(Prompt, prompts)]
+    if not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
+        raise RequestError(f"prompts is {type(prompts).__name__}; give a string, token ids, a dict, or a list of them.")
+    many = list(cast(Sequence[Any], prompts))
+    if many and not isinstance(many[0], str | Mapping | Sequence) and not getattr(many[0], "ndim", 0):
+        return [many]
+    return many
+
+
+def _show_progress(bar: tqdm, output: RequestOutput) -> None:
+    bar.update()
+    if bar.disable:
+        return
+    bar.prompt_tokens = getattr(bar, "prompt_tokens", 0) + len(output.prompt_token_ids)
+    bar.output_tokens = getattr(bar, "output_tokens", 0) + sum(len(o.token_ids) for o in output.outputs)
+    elapsed = max(bar.format_dict["elapsed"], 1e-9)
+    bar.set_postfix_str(
+        f"prompt {bar.prompt_tokens / elapsed:,.0f} tok/s, output {bar.output_tokens / elapsed:,.0f} tok/s"
+    )

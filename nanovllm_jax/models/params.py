@@ -1,0 +1,104 @@
+"""The parameters of a model, described once: serves initialisation, loading and sharding.
+
+Parameters are plain dicts and lists of arrays. Query, key and value heads are one leaf `qkv` [E, K, G + 2, D] (for
+each KV head its G query heads, its key, its value) and the gated MLP's two inputs one leaf `gate_up` [E, 2, F]: one
+product each, and every leaf splits over a tensor-parallel axis along K, F or V without reordering.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from nanovllm_jax.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One leaf: shape, and for each axis its logical name or None (mapped to mesh axes in `parallel.mesh`)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The pytree of `ParamSpec`s of a model. `lm_head` is absent when the embedding is tied to it."""
+    E, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    K, G, D = config.num_kv_heads, config.group_size, config.head_dim
+    layer = {
+        "input_norm": ParamSpec((E,), (None,)),
+        "qkv": ParamSpec((E, K, G + 2, D), (None, "kv_heads", None, None)),
+        "o": ParamSpec((K, G, D, E), ("kv_heads", None, None, None)),
+        "post_norm": ParamSpec((E,), (None,)),
+        "gate_up": ParamSpec((E, 2, F), (None, None, "mlp")),
+        "down": ParamSpec((F, E), ("mlp", None)),
+    }
+    if config.qkv_bias:
+        layer["qkv_bias"] = ParamSpec((K, G + 2, D), ("kv_heads", None, None))
+    if config.qk_norm:
+        layer |= {"q_norm": ParamSpec((D,), (None,)), "k_norm": ParamSpec((D,), (None,))}
+    if config.o_bias:
+        layer["o_bias"] = ParamSpec((E,), (None,))
+    if config.mlp_bias:
+        layer |= {"gate_up_bias": ParamSpec((2, F), (None, "mlp")), "down_bias": ParamSpec((E,), (None,))}
+    params: Params = {
+        "embed": ParamSpec((V, E), ("vocab", None)),
+        "layers": [dict(layer) for _ in range(config.num_layers)],
+        "final_norm": ParamSpec((E,), (None,)),
+    }
+    if not config.tie_word_embeddings:
+        params["lm_head"] = ParamSpec((V, E), ("vocab", None))
+    return params
+
+
+def map_specs(function: Callable[[ParamSpec], Any], specs: Params) -> Params:
+    """Apply `function` to every `ParamSpec` of the tree."""
+    return jax.tree.map(function, specs, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+
+
+def param_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
+    """Bytes of all parameters held in `dtype`."""
+    specs = jax.tree.leaves(abstract_params(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+    return sum(math.prod(spec.shape) for spec in specs) * jnp.dtype(dtype).itemsize
+
+
+def random_params(config: ModelConfig, dtype: DTypeLike, seed: int, shardings: Params) -> Params:
+    """Random weights for benchmarks of a shape: norms are 1, the rest is normal with deviation 0.02.
+
+    Made on the host leaf by leaf from one repeated block of random numbers, so that a large model takes seconds.
+
+    Args:
+        config: the model's shape.
+        dtype: of every leaf.
+        seed: equal seeds give equal weights.
+        shardings: pytree of shardings in the shape of `abstract_params`.
+    """
+    block = (np.random.default_rng(seed).standard_normal(1 << 22, dtype=np.float32) * 0.02).astype(dtype)
+
+    def leaf(path: tuple[Any, ...], spec: ParamSpec, sharding: jax.sharding.Sharding) -> jax.Array:
+        name = str(path[-1])
+        if "norm" in name:
+            host = np.ones(spec.shape, dtype)
+        else:
+            # A different start for each leaf, so that no two leaves are equal.
+            start = hash_path(path) % block.size
+            host = np.resize(np.roll(block, -start), spec.shape)
+        return jax.device_put(host, sharding)
+
+    return jax.tree_util.tree_map_with_path(
+        leaf, abstract_params(config), shardings, is_leaf=lambda x: isinstance(x, ParamSpec)
+    )
+
+
+def hash_path(path: tuple[Any, ...]) -> int:
+    """A stable number for a leaf's place in the tree."""
+    return sum(ord(char) * 7919 ** (i % 5 + 1) for i, char in enumerate(jax.tree_util.keystr(path)))

@@ -1,0 +1,1 @@
+"""Device mesh and the one table that maps logical axes to it."""

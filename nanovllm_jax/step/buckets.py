@@ -1,0 +1,41 @@
+"""The short lists of shapes that steps are compiled for."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+SMALLEST_PREFILL = 64  # tokens
+
+
+def decode_buckets(max_num_seqs: int, *, fine: bool) -> list[int]:
+    """Row counts of decode steps, up to and including `max_num_seqs`.
+
+    With `fine` (GPUs, where a step's time follows its rows) powers of two, and above 16 also steps of a quarter of
+    the power, so that padding is at most a quarter; else powers of four, since each program costs seconds to compile.
+    """
+    if not fine:
+        return _powers(1, max_num_seqs, 4)
+    sizes = set(_powers(1, max_num_seqs, 2))
+    for power in _powers(16, max_num_seqs, 2):
+        sizes.update(power + power // 4 * quarter for quarter in (1, 2, 3))
+    return sorted(size for size in sizes if size <= max_num_seqs)
+
+
+def prefill_buckets(max_num_tokens: int, *, fine: bool) -> list[int]:
+    """Token counts of prefill and mixed steps, up to and including `max_num_tokens`."""
+    return _powers(SMALLEST_PREFILL, max_num_tokens, 2 if fine else 4)
+
+
+def bucket_for(size: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `size`."""
+    return buckets[bisect_left(buckets, size)]
+
+
+def _powers(first: int, last: int, ratio: int) -> list[int]:
+    """first, first * ratio, ... below `last`, then `last`."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= ratio
+    return [*sizes, last]

@@ -1,0 +1,159 @@
+"""The second half of a step: logits of the last hidden states, a draw a row, and the rows' counters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nanovllm_jax.models.params import Params
+from nanovllm_jax.models.transformer import logits as compute_logits
+from nanovllm_jax.step.logprobs import gather_logprobs
+from nanovllm_jax.step.penalties import count_prompt, count_sampled
+from nanovllm_jax.step.sampler import (
+    FullState,
+    Sampled,
+    SamplerParams,
+    sample_filtered,
+    sample_full,
+    sample_plain,
+)
+from nanovllm_jax.step.state import Extras, RowFloat, RowInt, Rows
+
+Variant = Literal["plain", "filtered"]
+COUNT_CHUNK = 1024  # known tokens counted a call
+LOGPROB_CHUNK = 64  # prompt tokens whose logits are held at once
+
+
+def draw(
+    variant: Variant,
+    num_rows: int,
+    head: Params,
+    rows: Rows,
+    hidden: Float[Array, "R E"],
+    sampled_rows: Int[Array, " R"],
+) -> tuple[Rows, Int[Array, " B"]]:
+    """Sample a token for each of the first `num_rows` hidden states; it stays on the device as LAST_TOKEN.
+
+    Args:
+        variant: "plain" (greedy and temperature) or "filtered" (also top-k, top-p, min-p).
+        num_rows: B, static.
+        head: `{"lm_head": ...}` or `{"embed": ...}`.
+        rows: donated.
+        hidden: last hidden states, of which the first B are used.
+        sampled_rows: the row of each, -1 for padding and for prompts that are not finished.
+
+    Returns:
+        rows and the tokens, -1 where the logits were not finite.
+    """
+    row, logits, params = _gather(num_rows, head, rows, hidden, sampled_rows)
+    sampler = sample_plain if variant == "plain" else sample_filtered
+    with jax.named_scope("sample"):
+        tokens = sampler(logits, params)
+    return _advance(rows, row, tokens), tokens
+
+
+def draw_full(
+    num_rows: int,
+    num_logprobs: int,
+    head: Params,
+    rows: Rows,
+    extras: Extras,
+    hidden: Float[Array, "R E"],
+    sampled_rows: Int[Array, " R"],
+) -> tuple[Rows, Extras, Sampled]:
+    """`draw` with penalties, biases and bans, and log-probabilities of the raw logits."""
+    row, logits, params = _gather(num_rows, head, rows, hidden, sampled_rows)
+    state = FullState(
+        counts=extras["counts"],
+        rows=jnp.where(sampled_rows[:num_rows] >= 0, row, -1),
+        adjust_ids=extras["adjust_ids"][row],
+        adjust_values=extras["adjust_values"][row],
+        adjust_until=extras["adjust_until"][row],
+    )
+    with jax.named_scope("sample"):
+        sampled = sample_full(logits, params, state, num_logprobs=num_logprobs)
+    counts = count_sampled(extras["counts"], state.rows, sampled.tokens)
+    return _advance(rows, row, sampled.tokens), extras | {"counts": counts}, sampled
+
+
+def prompt_logprobs(
+    num_logprobs: int, head: Params, hidden: Float[Array, "T E"], targets: Int[Array, " T"]
+) -> tuple[Float[Array, " T"], Int[Array, " T"], Int[Array, "T N"], Float[Array, "T N"]]:
+    """Log-probability and rank of each target after its hidden state, and the best N tokens there.
+
+    Works through the tokens in chunks, since logits of a whole prompt would not fit.
+    """
+    num_tokens, chunk = hidden.shape[0], min(LOGPROB_CHUNK, hidden.shape[0])
+    padding = -num_tokens % chunk
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
+    targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
+
+    def one(chunked: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
+        return gather_logprobs(compute_logits(head, chunked[0]), chunked[1], num_logprobs=num_logprobs)
+
+    results = jax.lax.map(one, (hidden, targets))
+    logprobs, ranks, top_ids, top_logprobs = (x.reshape(-1, *x.shape[2:])[:num_tokens] for x in results)
+    return logprobs, ranks, top_ids, top_logprobs
+
+
+def extras_update_length(max_adjustments: int) -> int:
+    """Elements of the packed array that `update_extras` takes."""
+    return 2 + 3 * max_adjustments + 2 * COUNT_CHUNK
+
+
+def update_extras(max_adjustments: int, extras: Extras, packed: Int[Array, " n"]) -> Extras:
+    """Set one row's biases and bans, and count a chunk of its known tokens.
+
+    Args:
+        max_adjustments: M, static.
+        extras: donated.
+        packed: row; 1 to forget what was counted for the row; ids [M]; values [M] (float32 bits); until [M];
+            token ids [COUNT_CHUNK] (-1 padding); and for each 1 if it was generated, 0 if it is of the prompt.
+    """
+    M = max_adjustments
+    row, reset = packed[0], packed[1]
+    ids, values, until = packed[2 : 2 + 3 * M].reshape(3, M)
+    tokens, is_output = packed[2 + 3 * M :].reshape(2, COUNT_CHUNK)
+    counts = count_prompt(
+        extras["counts"],
+        jnp.where(reset == 1, row, -1)[None],
+        jnp.where(tokens >= 0, row, -1),
+        tokens,
+        is_output == 1,
+    )
+    return {
+        "counts": counts,
+        "adjust_ids": extras["adjust_ids"].at[row].set(ids),
+        "adjust_values": extras["adjust_values"].at[row].set(jax.lax.bitcast_convert_type(values, jnp.float32)),
+        "adjust_until": extras["adjust_until"].at[row].set(until),
+    }
+
+
+def _gather(
+    num_rows: int, head: Params, rows: Rows, hidden: Float[Array, "R E"], sampled_rows: Int[Array, " R"]
+) -> tuple[Int[Array, " B"], Float[Array, "B V"], SamplerParams]:
+    dummy = rows["ints"].shape[0] - 1
+    row = jnp.where(sampled_rows[:num_rows] >= 0, sampled_rows[:num_rows], dummy)
+    ints, floats = rows["ints"][row], rows["floats"][row]
+    params = SamplerParams(
+        temperature=floats[:, RowFloat.TEMPERATURE],
+        top_k=ints[:, RowInt.TOP_K],
+        top_p=floats[:, RowFloat.TOP_P],
+        min_p=floats[:, RowFloat.MIN_P],
+        key=jax.lax.bitcast_convert_type(ints[:, RowInt.KEY_LOW : RowInt.KEY_HIGH + 1], jnp.uint32),
+        position=ints[:, RowInt.NUM_TOKENS],
+        num_output=ints[:, RowInt.NUM_OUTPUT],
+        repetition_penalty=floats[:, RowFloat.REPETITION],
+        presence_penalty=floats[:, RowFloat.PRESENCE],
+        frequency_penalty=floats[:, RowFloat.FREQUENCY],
+    )
+    return row, compute_logits(head, hidden[:num_rows]), params
+
+
+def _advance(rows: Rows, row: Int[Array, " B"], tokens: Int[Array, " B"]) -> Rows:
+    """Remember the tokens; the dummy row takes what padding drew and is never read for its value."""
+    ints = rows["ints"].at[row, RowInt.LAST_TOKEN].set(tokens).at[row, RowInt.NUM_OUTPUT].add(1)
+    return rows | {"ints": ints}

@@ -1,0 +1,77 @@
+"""How many cache blocks the device holds: measured from a trial compile, not from running out."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import jax
+
+from nanovllm_jax.errors import DeviceError
+from nanovllm_jax.step.programs import ProgramKey, Programs
+
+logger = logging.getLogger(__name__)
+
+# Command buffers, collectives' buffers and the allocator's rounding.
+RESERVE_BYTES = 1 << 30
+# Block counts are multiples of this, so that a start finds the programs that the last start compiled.
+BLOCK_MULTIPLE = 256
+# Host memory that the cache may take where there is no GPU.
+CPU_CACHE_BYTES = 2 << 30
+
+
+def claim_device_memory(gpu_memory_utilization: float) -> None:
+    """Tell XLA how much of the GPU's memory it may take; only heard before the first use of a device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{gpu_memory_utilization:.3f}")
+
+
+def temporary_bytes(programs: Programs) -> int:
+    """Bytes beyond weights and state that the hungriest program needs while it runs."""
+    largest = [
+        ProgramKey("prefill", programs.prefill_sizes[-1]),
+        ProgramKey("decode", programs.decode_sizes[-1]),
+        ProgramKey("full", programs.decode_sizes[-1]),
+        ProgramKey("prompt_logprobs", programs.prefill_sizes[-1]),
+    ]
+    analyses = [programs[key].memory_analysis() for key in largest]
+    return max(a.temp_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes for a in analyses)
+
+
+def blocks_that_fit(
+    device: jax.Device, *, fixed_bytes: int, temporary: int, block_bytes: int, gpu_memory_utilization: float
+) -> int:
+    """Blocks that fit beside weights, device state and temporaries.
+
+    Args:
+        device: its allocator's limit is the budget.
+        fixed_bytes: weights and all other device state.
+        temporary: from `temporary_bytes`.
+        block_bytes: K and V of one block over all layers.
+        gpu_memory_utilization: what the user asked for; a budget that differs (the back end was already running)
+            is warned of.
+
+    Raises:
+        DeviceError: if not even one multiple of blocks fits.
+    """
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if device.platform == "cpu" or limit is None:
+        return max(CPU_CACHE_BYTES // block_bytes, 1)
+    asked = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+    if asked != f"{gpu_memory_utilization:.3f}":
+        logger.warning(
+            "gpu_memory_utilization is %.3f but the device's memory was already claimed: %.1f GB are available. "
+            "Create the LLM before other JAX work, or unset XLA_PYTHON_CLIENT_MEM_FRACTION.",
+            gpu_memory_utilization,
+            limit / 1e9,
+        )
+    free = limit - fixed_bytes - temporary - RESERVE_BYTES
+    blocks = free // block_bytes // BLOCK_MULTIPLE * BLOCK_MULTIPLE
+    if blocks < BLOCK_MULTIPLE:
+        raise DeviceError(
+            f"{limit / 1e9:.1f} GB of device memory hold {fixed_bytes / 1e9:.1f} GB of weights and state and "
+            f"{temporary / 1e9:.1f} GB of temporaries, but not {BLOCK_MULTIPLE} cache blocks of "
+            f"{block_bytes / 1e6:.1f} MB: raise gpu_memory_utilization, lower max_num_batched_tokens or "
+            "max_num_seqs, or use a smaller model."
+        )
+    return blocks

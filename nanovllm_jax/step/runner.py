@@ -1,0 +1,276 @@
+"""Drives the device: sends each schedule down as a packed delta, and reads what was sampled one step later.
+
+`dispatch` only enqueues work. `read` waits for a step's tokens; calling it after the next `dispatch` hides host work
+behind the device's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanovllm_jax.engine.request import Request
+from nanovllm_jax.engine.sampling_plan import Adjustment
+from nanovllm_jax.engine.schedule import Schedule, ScheduledSequence
+from nanovllm_jax.models.params import Params
+from nanovllm_jax.step import draw
+from nanovllm_jax.step.admission import Admission, Entry, pack_updates
+from nanovllm_jax.step.buckets import bucket_for
+from nanovllm_jax.step.programs import ProgramKey, Programs, head_of
+from nanovllm_jax.step.state import PrefillDelta, abstract_caches, abstract_extras, abstract_rows
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Raw log-probabilities of one position: of the token that stands there, its rank (from 1), and of the best."""
+
+    logprob: float
+    rank: int
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@dataclass
+class StepResult:
+    """What one step sampled, in the order of its schedule."""
+
+    tokens: list[int]  # one a sequence; -1 where the logits were not finite; meaningless where nothing was drawn
+    logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: dict[Request, list[TokenLogprobs]]
+
+
+@dataclass
+class InFlight:
+    """A dispatched step: its schedule and the device arrays to come."""
+
+    schedule: Schedule
+    tokens: jax.Array
+    logprobs: tuple[jax.Array, ...] | None
+    prompt_logprobs: tuple[jax.Array, ...] | None
+
+
+@dataclass
+class _Row:
+    """What the device knows of a row slot."""
+
+    blocks_sent: int = 0
+    has_extras: bool = False  # biases, bans or counts that the next owner must not inherit
+    bans: tuple[Adjustment, ...] = field(default=())
+
+
+class Runner:
+    """Holds the device state of one engine.
+
+    Args:
+        programs: compiled programs and their configuration.
+        params: weights on the device.
+        cache_dtype: of K and V.
+        sharding: of the state.
+    """
+
+    def __init__(self, programs: Programs, params: Params, cache_dtype: Any, sharding: jax.sharding.Sharding) -> None:
+        self.programs, self._config = programs, programs.config
+        self._params, self._head, self._sharding = params, head_of(params), sharding
+        shape = self._config.shape
+        self._caches = self._zeros(abstract_caches(self._config.model, shape, cache_dtype))
+        self._device_rows = self._zeros(abstract_rows(shape))
+        self._extras = None
+        self._rows = [_Row() for _ in range(shape.max_num_seqs)]
+
+    def dispatch(self, schedule: Schedule) -> InFlight:
+        """Enqueue one step. Order on the device is the order of these calls."""
+        sequences = schedule.sequences
+        if schedule.is_decode:
+            hidden, sampled_rows = self._decode(sequences)
+            prompt = None
+        else:
+            hidden, sampled_rows, prompt = self._prefill(sequences)
+        tokens, logprobs = self._draw(sequences, hidden, sampled_rows)
+        for array in (tokens, *(logprobs or ()), *(prompt or ())):
+            array.copy_to_host_async()
+        return InFlight(schedule, tokens, logprobs, prompt)
+
+    def warm_up(self) -> None:
+        """Compile every program, then run each step once on padding, so that modules load before the first request."""
+        self.programs.compile_all()
+        slots = self._config.shape.max_num_seqs
+        for size in self.programs.prefill_sizes:
+            delta = PrefillDelta(size, slots).pack([], [], [], [], [])
+            step = self.programs[ProgramKey("prefill", size)]
+            self._caches, self._device_rows, *_ = step(self._params, self._caches, self._device_rows, delta)
+        for size in self.programs.decode_sizes:
+            step = self.programs[ProgramKey("decode", size)]
+            delta = np.full((2, size), -1, np.int32)
+            self._caches, self._device_rows, hidden, sampled_rows = step(
+                self._params, self._caches, self._device_rows, delta
+            )
+            for kind in ("plain", "filtered"):
+                self._device_rows, _ = self.programs[ProgramKey(kind, size)](
+                    self._head, self._device_rows, hidden, sampled_rows
+                )
+        jax.block_until_ready(self._device_rows)
+
+    def read(self, step: InFlight) -> StepResult:
+        """Wait for a step and return what it sampled."""
+        sequences = step.schedule.sequences
+        tokens = np.asarray(step.tokens)[: len(sequences)].tolist()
+        logprobs = _split_logprobs(step.logprobs, len(sequences)) if step.logprobs else None
+        prompt: dict[Request, list[TokenLogprobs]] = {}
+        if step.prompt_logprobs:
+            flat = _split_logprobs(step.prompt_logprobs, sum(s.num_tokens for s in sequences))
+            start = 0
+            for sequence in sequences:
+                if sequence.request.params.prompt_logprobs is not None:
+                    prompt[sequence.request] = flat[start : start + sequence.num_tokens]
+                start += sequence.num_tokens
+        return StepResult(tokens, logprobs, prompt)
+
+    def close(self) -> None:
+        """Give the device memory back at once."""
+        for leaf in jax.tree.leaves((self._params, self._caches, self._device_rows, self._extras)):
+            if not leaf.is_deleted():
+                leaf.delete()
+
+    def _zeros(self, abstract: Any) -> Any:
+        zeros = jax.jit(
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=self._sharding
+        )
+        return zeros()
+
+    def _decode(self, sequences: Sequence[ScheduledSequence]) -> tuple[jax.Array, jax.Array]:
+        size = bucket_for(len(sequences), self.programs.decode_sizes)
+        delta = np.full((2, size), -1, np.int32)
+        for i, sequence in enumerate(sequences):
+            request = sequence.request
+            row = self._rows[request.row]
+            delta[0, i] = request.row
+            if len(request.block_ids) > row.blocks_sent:
+                delta[1, i] = request.block_ids[-1]
+                row.blocks_sent += 1
+        self._update_bans(sequences)
+        step = self.programs[ProgramKey("decode", size)]
+        self._caches, self._device_rows, hidden, sampled_rows = step(
+            self._params, self._caches, self._device_rows, delta
+        )
+        return hidden, sampled_rows
+
+    def _prefill(
+        self, sequences: Sequence[ScheduledSequence]
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...] | None]:
+        self._send_rows(sequences)
+        self._update_bans(sequences)
+        num_tokens = sum(s.num_tokens for s in sequences)
+        size = bucket_for(num_tokens, self.programs.prefill_sizes)
+        layout = PrefillDelta(size, self._config.shape.max_num_seqs)
+        tokens: list[int] = []
+        for s in sequences:
+            # A decode's token may only be known on the device yet.
+            tokens += [-1] if s.is_decode else s.request.token_ids[s.start : s.start + s.num_tokens]
+        delta = layout.pack(
+            tokens,
+            [s.num_tokens for s in sequences],
+            [s.request.row for s in sequences],
+            [s.start for s in sequences],
+            [s.samples for s in sequences],
+        )
+        step = self.programs[ProgramKey("prefill", size)]
+        self._caches, self._device_rows, hidden, sampled_rows, all_hidden = step(
+            self._params, self._caches, self._device_rows, delta
+        )
+        prompt = None
+        if any(s.request.params.prompt_logprobs is not None for s in sequences):
+            targets = np.zeros(size, np.int32)
+            start = 0
+            for s in sequences:
+                following = s.request.token_ids[s.start + 1 : s.start + 1 + s.num_tokens]
+                targets[start : start + len(following)] = following
+                start += s.num_tokens
+            prompt = self.programs[ProgramKey("prompt_logprobs", size)](self._head, all_hidden, targets)
+        return hidden, sampled_rows, prompt
+
+    def _draw(
+        self, sequences: Sequence[ScheduledSequence], hidden: jax.Array, sampled_rows: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
+        variants = {s.request.plan.variant for s in sequences if s.samples}
+        size = bucket_for(len(sequences), self.programs.decode_sizes)
+        if "full" not in variants:
+            kind = "filtered" if "filtered" in variants else "plain"
+            self._device_rows, tokens = self.programs[ProgramKey(kind, size)](
+                self._head, self._device_rows, hidden, sampled_rows
+            )
+            return tokens, None
+        self._device_rows, self._extras, sampled = self.programs[ProgramKey("full", size)](
+            self._head, self._device_rows, self._extras, hidden, sampled_rows
+        )
+        wanted = any(s.request.params.logprobs is not None for s in sequences)
+        return sampled.tokens, tuple(sampled[1:]) if wanted else None
+
+    def _send_rows(self, sequences: Sequence[ScheduledSequence]) -> None:
+        """Send down what the device does not know yet: admitted rows and the blocks of every row."""
+        admissions: list[Admission] = []
+        entries: list[Entry] = []
+        for sequence in sequences:
+            request = sequence.request
+            row = self._rows[request.row]
+            if sequence.is_admitted:
+                row.blocks_sent = 0
+                low, high = np.array(request.plan.key, np.uint32).view(np.int32).tolist()
+                last_token, num_output = request.token_ids[-1], len(request.output_token_ids)
+                ints = (sequence.start, last_token, num_output, request.plan.top_k, low, high)
+                admissions.append((request.row, ints, request.plan.floats))
+                if request.plan.variant == "full" or row.has_extras:
+                    row.bans = request.plan.bans_after(request.output_token_ids)
+                    self._send_extras(request, row.bans, count=True)
+                    row.has_extras = request.plan.variant == "full"
+            new = range(row.blocks_sent, len(request.block_ids))
+            entries += [(request.row, column, request.block_ids[column]) for column in new]
+            row.blocks_sent = len(request.block_ids)
+        for packed in pack_updates(admissions, entries):
+            self._device_rows = self.programs[ProgramKey("update_rows")](self._device_rows, packed)
+
+    def _update_bans(self, sequences: Sequence[ScheduledSequence]) -> None:
+        """Bad words of several tokens: ban what would complete one after the tokens known so far."""
+        for sequence in sequences:
+            plan = sequence.request.plan
+            if plan.bad_words and sequence.samples:
+                bans = plan.bans_after(sequence.request.output_token_ids)
+                row = self._rows[sequence.request.row]
+                if bans != row.bans:
+                    row.bans = bans
+                    self._send_extras(sequence.request, bans, count=False)
+
+    def _send_extras(self, request: Request, bans: tuple[Adjustment, ...], *, count: bool) -> None:
+        if self._extras is None:
+            # From the host, since nothing may compile here.
+            abstract = abstract_extras(self._config.model, self._config.shape)
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+            self._extras = jax.device_put(zeros, self._sharding)
+        M, chunk = self._config.shape.max_adjustments, draw.COUNT_CHUNK
+        known = np.asarray(request.token_ids if count else [], np.int32)
+        for start in range(0, max(len(known), 1), chunk):
+            packed = np.full(draw.extras_update_length(M), -1, np.int32)
+            packed[0], packed[1] = request.row, int(count and start == 0)
+            ids, values, until = packed[2 : 2 + 3 * M].reshape(3, M)
+            entries = (*request.plan.adjustments, *bans)
+            if entries:
+                ids[: len(entries)] = [e[0] for e in entries]
+                values[: len(entries)] = np.array([e[1] for e in entries], np.float32).view(np.int32)
+                until[: len(entries)] = [e[2] for e in entries]
+            tokens, is_output = packed[2 + 3 * M :].reshape(2, chunk)
+            some = known[start : start + chunk]
+            tokens[: len(some)] = some
+            is_output[: len(some)] = np.arange(start, start + len(some)) >= request.num_prompt_tokens
+            self._extras = self.programs[ProgramKey("update_extras")](self._extras, packed)
+
+
+def _split_logprobs(arrays: tuple[jax.Array, ...], count: int) -> list[TokenLogprobs]:
+    logprobs, ranks, top_ids, top_logprobs = (np.asarray(array)[:count] for array in arrays)
+    return [
+        TokenLogprobs(float(lp), int(rank), ids, top)
+        for lp, rank, ids, top in zip(logprobs, ranks, top_ids, top_logprobs, strict=True)
+    ]
