@@ -113,7 +113,6 @@ class BlockManager:
             if self._reference_counts[block_id] == 0:
                 self._free[block_id] = None
         request.block_ids = []
-        request.num_registered_blocks = 0
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. Returns False, and does nothing, while a request holds a block."""

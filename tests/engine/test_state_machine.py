@@ -76,6 +76,7 @@ class Device:
             assert row in range(self.config.max_num_seqs)
             if sequence.is_admitted:
                 self.row_owner[row] = request
+                assert sequence.start == 0 or not request.skip_prefix_cache_read
                 fresh = sequence.block_ids[sequence.start // self.config.block_size :]
             else:
                 known = self.row_table[row]
