@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import typer
 
 from nanovllm_jax.cli import options
 from nanovllm_jax.cli.session import open_session, prefill_size
-from nanovllm_jax.cli.terminal import note, stderr, write
+from nanovllm_jax.cli.terminal import note, write
 from nanovllm_jax.errors import NanoVLLMError
 from nanovllm_jax.sampling_params import SamplingParams
 
@@ -22,6 +23,7 @@ app = typer.Typer(no_args_is_help=True, help="Measures the engine.", rich_markup
 
 MAX_TOKEN_ID = 10_000  # of nano-vLLM's benchmark
 _WARM_UP_SEED = 99
+_LOG_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,7 @@ def random_requests(
     Lengths and ids are uniform and include both bounds.
     """
     draw = random.Random(seed)
-    prompts = [
-        [draw.randint(0, max_token_id) for _ in range(draw.randint(*input_len))] for _ in range(num_prompts)
-    ]
+    prompts = [[draw.randint(0, max_token_id) for _ in range(draw.randint(*input_len))] for _ in range(num_prompts)]
     return prompts, [draw.randint(*output_len) for _ in range(num_prompts)]
 
 
@@ -83,8 +83,7 @@ def timed_run(llm: Any, requests: Requests) -> Run:
     """
     prompts, output_lens = requests
     params = [
-        SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length, detokenize=False)
-        for length in output_lens
+        SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length, detokenize=False) for length in output_lens
     ]
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     started = time.perf_counter()
@@ -103,7 +102,8 @@ def timed_run(llm: Any, requests: Requests) -> Run:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stderr; the first column is a name, the others are numbers."""
+    """A table on stderr, wide enough for a log; the first column is a name, the others are numbers."""
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(*columns[:1], title=title)
@@ -111,7 +111,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
-    stderr().print(table)
+    Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH).print(table)
 
 
 def _length_range(text: str) -> tuple[int, int]:
@@ -138,9 +138,7 @@ def throughput(
     ] = "128",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, each with fresh prompts.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the first run's draw.")] = 0,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="Most sequences at once.", rich_help_panel="Engine")
-    ] = 256,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most sequences at once.", rich_help_panel="Engine")] = 256,
     dtype: options.DType = "auto",
     max_model_len: options.MaxModelLen = None,
     tensor_parallel_size: options.TensorParallelSize = 1,
@@ -177,10 +175,7 @@ def throughput(
         note(f"ready after {session.startup_s:.1f} s")
         max_token_id = min(MAX_TOKEN_ID, session.llm.model_config.vocab_size - 1)
         warm_up(session.llm, max_token_id)
-        draws = (
-            random_requests(seed + i, num_prompts, input_len, output_len, max_token_id)
-            for i in range(repeats)
-        )
+        draws = (random_requests(seed + i, num_prompts, input_len, output_len, max_token_id) for i in range(repeats))
         runs = [timed_run(session.llm, requests) for requests in draws]
     print_table(
         f"{num_prompts} prompts, {input_len[0]} to {input_len[1]} in, {output_len[0]} to {output_len[1]} out",

@@ -20,9 +20,7 @@ _MAX_SEQUENCES = 256
 
 
 def generate(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(show_default=False, help="Texts to continue.")
-    ] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(show_default=False, help="Texts to continue.")] = None,
     file: options.PromptFile = None,
     model: options.Model = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,

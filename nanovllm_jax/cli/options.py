@@ -53,9 +53,7 @@ LoadFormat = Annotated[
     Literal["auto", "dummy"],
     typer.Option(help="'dummy' takes random weights and needs a config only.", rich_help_panel=_ENGINE),
 ]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Log what the engine does.", rich_help_panel=_ENGINE)
-]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what the engine does.", rich_help_panel=_ENGINE)]
 
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest output, in tokens.", rich_help_panel=_SAMPLING)]
 Temperature = Annotated[
@@ -96,9 +94,7 @@ Seed = Annotated[
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(
-        show_default=False, help="End the output before this text; repeatable.", rich_help_panel=_SAMPLING
-    ),
+    typer.Option(show_default=False, help="End the output before this text; repeatable.", rich_help_panel=_SAMPLING),
 ]
 PromptFile = Annotated[
     Path | None,
