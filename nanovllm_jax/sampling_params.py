@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any
 
 from nanovllm_jax.errors import RequestError
 
@@ -21,7 +21,6 @@ MAX_SAMPLES = 16384
 MAX_LOGIT_BIAS = 100.0
 
 
-@no_type_check  # The checks below accept 0 for 0.0 and name the argument, the value and the limit.
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling parameters of one request; immutable, with vLLM's names, defaults and checks.

@@ -1,5 +1,5 @@
-"""Shapes and dtypes of every annotated function are checked while the tests run."""
+"""Shapes and dtypes of the jitted code are checked against its annotations while the tests run."""
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["nanovllm_jax", "nanovllm_kernels"], "beartype.beartype")
+install_import_hook(["nanovllm_jax.models", "nanovllm_jax.step", "nanovllm_kernels"], "beartype.beartype")

@@ -123,9 +123,8 @@ def _plan(
     on_gpu = device.platform != "cpu"
     one_block = block_bytes(model, config.block_size, cache_dtype)
     shape = StateShape(BLOCK_MULTIPLE, config.block_size, config.max_num_seqs, max_model_len, MAX_ADJUSTMENTS)
-    backend = config.attention_backend
-    if backend == "auto":
-        backend = "triton" if on_gpu else "xla"
+    platform_backend = "triton" if on_gpu else "xla"
+    backend = platform_backend if config.attention_backend == "auto" else config.attention_backend
 
     def programs(shape: StateShape) -> Programs:
         # A step never holds more tokens than all rows at their longest.

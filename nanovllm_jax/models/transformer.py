@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.models.rope import apply_rope, rope_tables
 
-LayerCache = Any
+LayerCache = tuple[Array, Array]  # K and V
 Attend = Callable[
     [Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"], LayerCache],
     tuple[Float[Array, "T H D"], LayerCache],

@@ -44,12 +44,13 @@ jax.monitoring.register_event_listener(_count_cache_hit)
 
 def use_persistent_cache() -> Path:
     """Keep compiled programs in the user's cache folder, unless JAX is already told where to keep them."""
-    if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "nanovllm-jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return Path(jax.config.jax_compilation_cache_dir)
+    if jax.config.jax_compilation_cache_dir is not None:
+        return Path(jax.config.jax_compilation_cache_dir)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm-jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
 
 
 class ProgramKey(NamedTuple):
@@ -134,10 +135,14 @@ class Programs:
             for future in pending:
                 future.result()
 
+    def trace(self, key: ProgramKey) -> jax.stages.Traced:
+        """The program before lowering, to look into it or to lower it for another platform."""
+        function, arguments, donated = self._describe(key)
+        return jax.jit(function, donate_argnums=donated).trace(*arguments)
+
     def _lower(self, key: ProgramKey) -> tuple[jax.stages.Lowered, float]:
         start = time.perf_counter()
-        function, arguments, donated = self._describe(key)
-        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        lowered = self.trace(key).lower()
         return lowered, time.perf_counter() - start
 
     def _finish(self, key: ProgramKey, lowered: jax.stages.Lowered, lower_s: float) -> None:

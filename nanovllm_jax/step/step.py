@@ -10,6 +10,7 @@ logits are written to memory in either case.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ class StepConfig:
 
     model: ModelConfig
     shape: StateShape
-    backend: str  # of the kernels: "xla" or "triton"
+    backend: Literal["xla", "triton"]  # of the kernels
 
 
 def decode_forward(
