@@ -10,7 +10,9 @@ print(outputs[0].outputs[0].text)
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -135,6 +137,7 @@ class LLM:
             DeviceError: if the device fails.
             KeyboardInterrupt: on Ctrl-C; these requests end, the engine goes on.
         """
+        self._check_idle("generate")
         many = _as_list(prompts)
         params = self._params_for(many, sampling_params)
         if priority is not None and len(priority) != len(many):
@@ -145,11 +148,11 @@ class LLM:
             for index, request_id in enumerate(ids):
                 rank = priority[index] if priority is not None else 0
                 self._engine.add_request(request_id, many[index], params[index], priority=rank)
-            with tqdm(total=len(ids), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            with closing(_Progress(len(ids), shown=use_tqdm)) as progress:
                 while len(done) < len(ids):
                     for output in self._engine.step():
                         done[output.request_id] = output
-                        _show_progress(bar, output)
+                        progress.on_output(output)
         except BaseException:
             self._abandon(ids)
             raise
@@ -213,6 +216,7 @@ class LLM:
         Raises:
             RequestError: if the prompt or the parameters cannot be served.
         """
+        self._check_idle("stream")
         request_id = f"stream-{next(self._ids)}"
         params = sampling_params or self.get_default_sampling_params()
         self._engine.add_request(request_id, prompt, params, stream=True)
@@ -220,9 +224,8 @@ class LLM:
         try:
             while not finished:
                 for output in self._engine.step():
-                    if output.request_id == request_id:
-                        finished = output.finished
-                        yield output
+                    finished = output.finished
+                    yield output
         finally:
             if not finished:
                 self._abandon([request_id])
@@ -301,6 +304,14 @@ class LLM:
                 raise RequestError(f"sampling_params holds {one!r}; it takes SamplingParams.")
         return params
 
+    def _check_idle(self, caller: str) -> None:
+        """`generate` and `stream` drive the engine themselves and would swallow other requests' outputs."""
+        if self.has_unfinished():
+            raise RequestError(
+                f"{caller} was called while requests are unfinished; call step() until has_unfinished() is False, or "
+                "abort them."
+            )
+
     def _abandon(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._engine.abort(request_id)
@@ -319,13 +330,23 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return many
 
 
-def _show_progress(bar: tqdm, output: RequestOutput) -> None:
-    bar.update()
-    if bar.disable:
-        return
-    bar.prompt_tokens = getattr(bar, "prompt_tokens", 0) + len(output.prompt_token_ids)
-    bar.output_tokens = getattr(bar, "output_tokens", 0) + sum(len(o.token_ids) for o in output.outputs)
-    elapsed = max(bar.format_dict["elapsed"], 1e-9)
-    bar.set_postfix_str(
-        f"prompt {bar.prompt_tokens / elapsed:,.0f} tok/s, output {bar.output_tokens / elapsed:,.0f} tok/s"
-    )
+class _Progress:
+    """A progress bar over requests, with prompt and output tokens a second."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        self._bar = tqdm(total=total, desc="Generating", disable=not shown, dynamic_ncols=True)
+        self._prompt_tokens = self._output_tokens = 0
+        self._start = time.perf_counter()
+
+    def on_output(self, output: RequestOutput) -> None:
+        """Count a finished request."""
+        self._prompt_tokens += len(output.prompt_token_ids)
+        self._output_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        seconds = time.perf_counter() - self._start
+        prompt, out = self._prompt_tokens / seconds, self._output_tokens / seconds
+        self._bar.set_postfix_str(f"prompt {prompt:,.0f} tok/s, output {out:,.0f} tok/s", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()

@@ -329,3 +329,10 @@ def random_params(rng: random.Random) -> SamplingParams:
         n=1,
         ignore_eos=True,
     )
+
+
+def test_generate_does_not_swallow_the_outputs_of_added_requests(llm):
+    llm.add_request("added", [1, 2, 3], GREEDY)
+    with pytest.raises(RequestError, match="unfinished"):
+        llm.generate([[1]], GREEDY, use_tqdm=False)
+    llm.abort("added")

@@ -111,7 +111,7 @@ def _load(source: ModelSource, model: ModelConfig, dtype: Any, mesh: Mesh, confi
 
 
 def _plan(
-    model: ModelConfig, config: EngineConfig, params: Params, cache_dtype: Any, mesh: Mesh, device: jax.Device
+    model: ModelConfig, config: EngineConfig, params: Params, cache_dtype: Any, mesh: Mesh, device: Any
 ) -> tuple[Programs, StateShape]:
     """Choose the number of cache blocks and describe the programs for it."""
     max_model_len = config.max_model_len or model.max_position_embeddings
@@ -187,7 +187,7 @@ def _warm_up(runner: Runner) -> None:
     logger.info("compiled %d programs in %.1f s, %d of them from the cache", len(log), seconds, hits)
 
 
-def _weight_dtype(asked: str, model: ModelConfig, device: jax.Device) -> jnp.dtype:
+def _weight_dtype(asked: str, model: ModelConfig, device: Any) -> jnp.dtype:
     """What "auto" means: float32 on the CPU, where it is fastest; else the checkpoint's, but not float32."""
     if asked != "auto":
         return jnp.dtype(asked)

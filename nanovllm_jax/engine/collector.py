@@ -88,7 +88,7 @@ class Collector:
             sample.logprobs.append(self._logprob_dict(token, logprobs, params.logprobs))
             sample.cumulative_logprob += logprobs.logprob
         if token in request.plan.stop_token_ids:
-            sample.stop_reason = None if token in self._eos and token not in params.stop_token_ids else token
+            sample.stop_reason = None if token in self._eos and token not in (params.stop_token_ids or ()) else token
             return self.on_finish(request, "stop")
         if sample.detokenizer and params.stop:
             stop = sample.detokenizer.append([token])

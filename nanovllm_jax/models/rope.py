@@ -41,11 +41,11 @@ def _llama3(frequencies: np.ndarray, rope: RopeConfig) -> np.ndarray:
 
 def _yarn(frequencies: np.ndarray, head_dim: int, rope: RopeConfig) -> np.ndarray:
     """Keep dimensions that turn often within the original context, stretch those that do not."""
-    assert rope.original_max_position_embeddings is not None  # the config's parser requires it
+    context = rope.original_max_position_embeddings
+    assert context is not None  # the config's parser requires it
 
     def dimension(turns: float) -> float:
         """The dimension that makes this many turns over the original context."""
-        context = rope.original_max_position_embeddings
         return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-
-import jax
+from typing import Any
 
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.step.programs import ProgramKey, Programs
@@ -33,17 +32,21 @@ def temporary_bytes(programs: Programs) -> int:
         ProgramKey("full", programs.decode_sizes[-1]),
         ProgramKey("prompt_logprobs", programs.prefill_sizes[-1]),
     ]
-    analyses = [programs[key].memory_analysis() for key in largest]
-    return max(a.temp_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes for a in analyses)
+    found = 0
+    for key in largest:
+        if analysis := programs[key].memory_analysis():
+            output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+            found = max(found, analysis.temp_size_in_bytes + output)
+    return found
 
 
 def blocks_that_fit(
-    device: jax.Device, *, fixed_bytes: int, temporary: int, block_bytes: int, gpu_memory_utilization: float
+    device: Any, *, fixed_bytes: int, temporary: int, block_bytes: int, gpu_memory_utilization: float
 ) -> int:
     """Blocks that fit beside weights, device state and temporaries.
 
     Args:
-        device: its allocator's limit is the budget.
+        device: a `jax.Device`; its allocator's limit is the budget.
         fixed_bytes: weights and all other device state.
         temporary: from `temporary_bytes`.
         block_bytes: K and V of one block over all layers.
