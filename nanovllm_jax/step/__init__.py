@@ -1,0 +1,1 @@
+"""The jitted side: pure functions over one donated device state."""
