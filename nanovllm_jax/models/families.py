@@ -37,7 +37,5 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         family = raw.get("model_type") if raw.get("model_type") in _PARSERS else None
     if family is None:
         named = ", ".join(architectures) or f"model_type {raw.get('model_type')!r}"
-        raise ConfigError(
-            f"Architecture {named} is not supported; supported are {', '.join(sorted(_FAMILIES))}."
-        )
+        raise ConfigError(f"Architecture {named} is not supported; supported are {', '.join(sorted(_FAMILIES))}.")
     return _PARSERS[family](Attributes(raw, family))

@@ -95,9 +95,7 @@ class Attributes:
         """
         value = self.take(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(
-                f"config.json of this {self.family} model has {name} = {value!r}; it must be a number."
-            )
+            raise ConfigError(f"config.json of this {self.family} model has {name} = {value!r}; it must be a number.")
         return float(value)
 
     def refuse_rest(self) -> None:
@@ -202,9 +200,7 @@ def parse_rope(attributes: Attributes, max_position_embeddings: int) -> RopeConf
     old_type = parameters.pop("type", None)
     rope_type = parameters.pop("rope_type", None) or old_type or "default"
     if rope_type not in _ROPE_TYPES:
-        raise ConfigError(
-            f"rope type {rope_type!r} is not supported; supported are {', '.join(_ROPE_TYPES)}."
-        )
+        raise ConfigError(f"rope type {rope_type!r} is not supported; supported are {', '.join(_ROPE_TYPES)}.")
     if parameters.get("partial_rotary_factor") == 1.0:
         del parameters["partial_rotary_factor"]
     parameters.pop("finetuned", None)  # a note of the YaRN authors
@@ -226,9 +222,7 @@ def parse_rope(attributes: Attributes, max_position_embeddings: int) -> RopeConf
     required = ("factor", "low_freq_factor", "high_freq_factor") if rope_type == "llama3" else ("factor",)
     missing = [name for name in required if name not in stated]
     if missing:
-        raise ConfigError(
-            f"rope type {rope_type!r} needs {', '.join(missing)}, which config.json does not give."
-        )
+        raise ConfigError(f"rope type {rope_type!r} needs {', '.join(missing)}, which config.json does not give.")
     return RopeConfig(theta=theta, type=rope_type, **stated)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ from nanovllm_jax.weights.messages import first_few
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
 
 
-@runtime_checkable
 class TensorReader(Protocol):
     """Tensors by their Hugging Face names, in Hugging Face's layout."""
 
@@ -124,10 +123,13 @@ def assemble(reader: TensorReader, config: ModelConfig, dtype: jnp.dtype, shardi
     _check(reader, config, tree)
 
     def leaf(recipe: Recipe, sharding: Sharding) -> jax.Array:
-        host = recipe.join(*map(reader.read, recipe.tensors))
-        placed = jax.device_put(host, _before_transpose(sharding, recipe.axes))
+        joined = recipe.join(*map(reader.read, recipe.tensors))
+        placed = jax.device_put(joined, _before_transpose(sharding, recipe.axes))
+        del joined
+        if recipe.axes is not None or placed.dtype != dtype:
+            placed = _finisher(recipe.axes, dtype, sharding)(placed)
         # Waiting keeps the host at one leaf, and the device at one that is not yet transposed.
-        return _finisher(recipe.axes, dtype, sharding)(placed).block_until_ready()
+        return placed.block_until_ready()
 
     return jax.tree.map(leaf, tree, shardings, is_leaf=lambda x: isinstance(x, Recipe))
 

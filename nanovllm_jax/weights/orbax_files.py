@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from nanovllm_jax.config import ModelConfig, RopeConfig
 from nanovllm_jax.errors import ConfigError, WeightsError
@@ -40,6 +39,8 @@ def save_orbax(
     Raises:
         ConfigError: if `directory` holds something already.
     """
+    import orbax.checkpoint as ocp  # takes a second, which other formats need not pay
+
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not empty; name a new directory for the converted model.")
     directory.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,8 @@ def load_orbax_params(directory: Path, config: ModelConfig, dtype: jnp.dtype, sh
     Raises:
         WeightsError: if the arrays are missing, corrupt or do not fit the config.
     """
+    import orbax.checkpoint as ocp
+
     path = directory.absolute() / _PARAMS
     specs = abstract_params(config)
     wanted = jax.tree.map(
