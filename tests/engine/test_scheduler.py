@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import nanovllm_jax
-from nanovllm_jax.engine.request import Request, RequestStatus
+from nanovllm_jax.engine.request import NO_ROW, Request, RequestStatus
 from nanovllm_jax.engine.scheduler import Scheduler, SchedulerConfig
 from nanovllm_jax.errors import ConfigError, RequestError
 from nanovllm_jax.sampling_params import SamplingParams
@@ -169,9 +169,7 @@ def test_mixed_gives_prompts_what_the_decodes_leave_of_the_budget():
     assert chunks(schedule) == [("a", 6, 1), ("b", 0, 7)]
 
 
-@pytest.mark.parametrize(
-    ("policy", "order"), [("fcfs", ["a", "b", "c", "d"]), ("priority", ["c", "b", "d", "a"])]
-)
+@pytest.mark.parametrize(("policy", "order"), [("fcfs", ["a", "b", "c", "d"]), ("priority", ["c", "b", "d", "a"])])
 def test_waiting_requests_are_served_by_policy(policy, order):
     scheduler = make_scheduler(scheduling_policy=policy)
     for request_id, priority in (("a", 5), ("b", 0), ("c", -1), ("d", 0)):
@@ -183,11 +181,11 @@ def test_no_more_requests_run_than_there_are_rows():
     scheduler = make_scheduler(max_num_seqs=2)
     requests = [add(scheduler, str(i), 3) for i in range(3)]
     step(scheduler)
-    assert [r.row for r in requests] == [0, 1, None]
+    assert [r.row for r in requests] == [0, 1, NO_ROW]
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
     scheduler.finish(requests[0])
     step(scheduler)
-    assert [r.row for r in requests] == [None, 1, 0]
+    assert [r.row for r in requests] == [NO_ROW, 1, 0]
 
 
 def test_the_first_step_in_a_row_says_so():
@@ -341,7 +339,7 @@ def test_a_request_can_finish_while_a_decode_of_it_is_in_flight():
     read(scheduler, stray)
     assert request.output_token_ids == [1]
     assert scheduler.block_manager.num_free_blocks == 32
-    assert first.sequences[0].request.row is None
+    assert first.sequences[0].request.row == NO_ROW
 
 
 def test_nothing_to_do_is_none():
@@ -376,12 +374,25 @@ def test_the_least_important_running_request_is_preempted(policy, priorities, vi
     assert scheduler.num_preemptions == 1
 
 
+def test_a_prompt_half_computed_gives_way_to_an_older_decode():
+    scheduler = make_scheduler(num_blocks=6, max_num_seqs=2, max_num_batched_tokens=2, batching="mixed")
+    first = add(scheduler, "a", 7, max_tokens=12)
+    for _ in range(4):
+        step(scheduler)
+    second = add(scheduler, "b", 12)
+    while scheduler.num_preemptions == 0:
+        assert first.row is not None
+        step(scheduler)
+    assert (first.num_preemptions, second.num_preemptions) == (0, 1)
+    assert second.output_token_ids == []
+
+
 def test_a_preempted_request_holds_nothing_and_computes_its_output_again():
     scheduler, (first, second) = fill_cache()
     output = list(second.output_token_ids)
     assert len(output) == 2
     read(scheduler, scheduler.schedule())
-    assert (second.row, second.block_ids, second.num_computed_tokens) == (None, [], 0)
+    assert (second.row, second.block_ids, second.num_computed_tokens) == (NO_ROW, [], 0)
     scheduler.finish(first)
     schedule = scheduler.schedule()
     (sequence,) = (s for s in schedule.sequences if s.request is second)
@@ -397,12 +408,12 @@ def test_a_preempted_request_leads_its_class_and_finds_its_blocks_again():
     late = add(scheduler, "c", 2)
     while second.num_preemptions == 0:
         step(scheduler)
-    assert second.row is None
+    assert second.row == NO_ROW
     scheduler.finish(first)
     order = step(scheduler)
     assert [request_id for request_id, _, _ in order] == ["b", "c"]
     assert order[0][1] >= BLOCK, "its blocks were still cached"
-    assert late.row is not None
+    assert late.row != NO_ROW
     assert second.num_cached_tokens == 0, "only the first admission counts"
 
 
@@ -477,9 +488,7 @@ def test_a_finished_requests_row_and_blocks_serve_the_next(batching):
 def test_the_host_shell_does_not_import_jax():
     package = Path(nanovllm_jax.__file__).parent
     files = [package / name for name in ("sampling_params.py", "outputs.py")]
-    files += [
-        package / "engine" / f"{name}.py" for name in ("request", "block_manager", "schedule", "scheduler")
-    ]
+    files += [package / "engine" / f"{name}.py" for name in ("request", "block_manager", "schedule", "scheduler")]
     imported = set()
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
