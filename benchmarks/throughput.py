@@ -48,9 +48,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=["all", *(case.name for case in CASES)], default="all")
     parser.add_argument("--model", default=RECORDED_MODEL, help=f"{', '.join(MODELS)} or a model's directory")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs a case, each with fresh prompts")

@@ -119,9 +119,7 @@ def _decode_function(tokenizer: Any, skip_special_tokens: bool) -> Callable[[lis
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if type(backend).__module__.startswith("tokenizers"):
         return partial(backend.decode, skip_special_tokens=skip_special_tokens)
-    return partial(
-        tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-    )
+    return partial(tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
 
 def _context(decode: Callable[[list[int]], str], prompt_token_ids: Sequence[int]) -> tuple[list[int], int]:

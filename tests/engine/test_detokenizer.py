@@ -27,9 +27,7 @@ def byte_fallback():
     """As sentencepiece gives Llama 2: words start with a mark, unknown characters fall back to bytes."""
     words = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Hello", "▁world", "▁", "!"]
     tokenizer = Tokenizer(
-        models.BPE(
-            {word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>", byte_fallback=True
-        )
+        models.BPE({word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>", byte_fallback=True)
     )
     tokenizer.add_special_tokens(["<unk>", "<s>"])
     tokenizer.decoder = decoders.Sequence(
