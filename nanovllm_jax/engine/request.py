@@ -8,6 +8,8 @@ from enum import Enum
 from nanovllm_jax.engine.sampling_plan import SamplingPlan
 from nanovllm_jax.sampling_params import SamplingParams
 
+NO_ROW = -1
+
 
 class RequestStatus(Enum):
     """Where a request is. A preempted request is WAITING again."""
@@ -34,7 +36,7 @@ class Request:
         max_tokens: output tokens after which it ends with "length"; set by `Scheduler.add`.
         arrival: order of arrival, unique; set by `Scheduler.add`.
         rank: order of service, smallest first; set by `Scheduler.add`.
-        row: device row from admission to finish or preemption, else None.
+        row: device row from admission to finish or preemption, else NO_ROW.
         block_ids: block table of the row; blocks are only ever appended while the row is held.
         num_computed_tokens: tokens whose K and V are in the cache or in flight.
         num_unread: tokens sampled (or being sampled) on the device and not yet read back.
@@ -60,7 +62,7 @@ class Request:
     rank: tuple[int, int] = field(init=False, default=(0, 0))
 
     status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
-    row: int | None = field(init=False, default=None)
+    row: int = field(init=False, default=NO_ROW)
     block_ids: list[int] = field(init=False, default_factory=list)
     num_computed_tokens: int = field(init=False, default=0)
     num_unread: int = field(init=False, default=0)

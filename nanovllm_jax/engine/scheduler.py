@@ -14,7 +14,7 @@ from itertools import count
 from operator import attrgetter
 
 from nanovllm_jax.engine.block_manager import BlockManager
-from nanovllm_jax.engine.request import Request, RequestStatus
+from nanovllm_jax.engine.request import NO_ROW, Request, RequestStatus
 from nanovllm_jax.engine.schedule import Schedule, ScheduledSequence, SchedulerConfig
 from nanovllm_jax.errors import RequestError
 
@@ -194,9 +194,8 @@ class Scheduler:
 
     def _leave_row(self, request: Request) -> None:
         (self._decoding if request in self._decoding else self._prefilling).remove(request)
-        if request.row is not None:
-            self._free_rows.append(request.row)
-        request.row = None
+        self._free_rows.append(request.row)
+        request.row = NO_ROW
         self.block_manager.free(request)
 
     def on_token(self, request: Request, token_id: int) -> None:
@@ -248,7 +247,7 @@ class Scheduler:
             RuntimeError: if the bookkeeping is wrong, which is a bug in this package.
         """
         running = self._prefilling + self._decoding
-        rows = [request.row for request in running if request.row is not None] + self._free_rows
+        rows = [request.row for request in running] + self._free_rows
         if sorted(rows) != list(range(self.config.max_num_seqs)):
             raise RuntimeError("Each row must be free or held by one running request.")
         self.block_manager.check_integrity(running)

@@ -1,0 +1,1 @@
+"""Dense transformers: one pure function, and what differs between families."""
