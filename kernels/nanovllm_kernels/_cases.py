@@ -54,28 +54,30 @@ class PagedInputs:
     def args(self) -> tuple[np.ndarray, ...]:
         """In the operation's order."""
         paged = (self.q, self.k_cache, self.v_cache, self.block_tables)
-        return (
-            (*paged, self.context_lens)
-            if self.cu_q_lens is None
-            else (*paged, self.cu_q_lens, self.context_lens)
-        )
+        return (*paged, self.context_lens) if self.cu_q_lens is None else (*paged, self.cu_q_lens, self.context_lens)
 
 
-def attention_inputs(case: AttentionCase, seed: int = 0) -> PagedInputs:
+def attention_inputs(
+    case: AttentionCase, seed: int = 0, *, num_blocks: int | None = None, table_width: int | None = None
+) -> PagedInputs:
     """Random inputs: blocks in random order, NaN in every slot past a context, junk past a block table.
+
+    `num_blocks` and `table_width` fix the shapes where the lengths vary; None takes what the lengths need and
+    a little more.
 
     Large values in q spread the softmax, so that a wrong position shows.
     """
     rng = np.random.default_rng(seed)
     dtype = DTYPES[case.dtype]
     blocks_of = [-(-length // case.block_size) for length in case.context_lens]
-    num_blocks = sum(blocks_of) + 3
+    num_blocks = num_blocks or sum(blocks_of) + 3
+    table_width = table_width or max(1, *blocks_of) + 2
     cache_shape = (num_blocks, case.num_kv_heads, case.block_size, case.head_dim)
     k_cache, v_cache = np.full((2, *cache_shape), np.nan, np.float32)
     free = rng.permutation(num_blocks)
     # What is past the needed blocks is not a block number at all.
     junk = np.array([-1, -(2**31), 2**31 - 1, num_blocks])
-    tables = rng.choice(junk, size=(len(blocks_of), max(1, *blocks_of) + 2))
+    tables = rng.choice(junk, size=(len(blocks_of), table_width))
     for row, (length, count) in enumerate(zip(case.context_lens, blocks_of, strict=True)):
         tables[row, :count], free = free[:count], free[count:]
         for cache in (k_cache, v_cache):

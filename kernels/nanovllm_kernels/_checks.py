@@ -35,8 +35,7 @@ def check_cache(k_cache: Array, v_cache: Array) -> None:
     check_float(k_cache=k_cache, v_cache=v_cache)
     if k_cache.ndim != 4 or 0 in k_cache.shape:
         raise ValueError(
-            f"k_cache has shape {k_cache.shape}; it must be [N blocks, K KV heads, block_size, D], none of "
-            "them 0."
+            f"k_cache has shape {k_cache.shape}; it must be [N blocks, K KV heads, block_size, D], none of them 0."
         )
     check_shape("v_cache", v_cache, k_cache.shape, "N, K, block_size, D")
     if k_cache.dtype != v_cache.dtype:

@@ -94,11 +94,14 @@ def current_target() -> Target:
     )
 
 
-def _import_jax_triton() -> ModuleType:
-    """jax_triton, importable with triton 3.6 too.
+def import_jax_triton() -> ModuleType:
+    """jax_triton, made to work with triton 3.6 too; call it before any module that imports triton.
 
     jax-triton 0.4.1 reads a constant that triton has only since 3.7; without it, it takes the whole NVIDIA
     back end for missing and fails at lowering.
+
+    Raises:
+        ImportError: with the remedy, if triton or jax-triton is missing.
     """
     try:
         driver = importlib.import_module("triton.backends.nvidia.driver")
@@ -126,7 +129,7 @@ def triton_call(
     `args` are arrays, scalars, and `jax.Ref`s that the kernel updates in place; one pointer for each leaf of
     `out_type` follows them. Returns arrays of `out_type`.
     """
-    return _import_jax_triton().triton_call(
+    return import_jax_triton().triton_call(
         *args,
         kernel=kernel,
         out_type=out_type,

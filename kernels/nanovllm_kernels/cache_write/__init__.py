@@ -7,6 +7,7 @@ from typing import Literal
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_backend, check_cache, check_float, check_int32, check_shape
+from nanovllm_kernels._compat import import_jax_triton
 from nanovllm_kernels.cache_write.reference import cache_write_xla
 
 
@@ -15,7 +16,7 @@ def cache_write(
     v: Float[Array, "T K D"],
     k_cache: Float[Array, "N K block_size D"],
     v_cache: Float[Array, "N K block_size D"],
-    slots: Int[Array, "T"],
+    slots: Int[Array, " T"],
     *,
     backend: Literal["xla", "triton"],
 ) -> tuple[Float[Array, "N K block_size D"], Float[Array, "N K block_size D"]]:
@@ -30,6 +31,8 @@ def cache_write(
 
     Raises:
         ValueError: if shapes or dtypes do not fit together, or the backend is unknown.
+        ImportError: if the Triton implementation is asked for where triton or jax-triton is missing.
+        RuntimeError: if it is asked for where no GPU is, outside `lowering_for`.
     """
     check_backend(backend)
     check_cache(k_cache, v_cache)
@@ -44,6 +47,7 @@ def cache_write(
         return k_cache, v_cache
     if backend == "xla":
         return cache_write_xla(k, v, k_cache, v_cache, slots)
+    import_jax_triton()
     from nanovllm_kernels.cache_write.triton import cache_write_triton
 
     return cache_write_triton(k, v, k_cache, v_cache, slots)

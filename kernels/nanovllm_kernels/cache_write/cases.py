@@ -37,7 +37,7 @@ BENCHMARKS = (CacheWriteCase("16384 tokens, 8 x 128", 16384, 8, 128),)
 
 
 def cache_write_inputs(case: CacheWriteCase, seed: int = 0) -> tuple[Any, ...]:
-    """k, v, k_cache, v_cache, slots: slots in random order, a fifth of them negative, some blocks untouched."""
+    """k, v, k_cache, v_cache, slots: slots in random order, a fifth negative, some blocks untouched."""
     rng = np.random.default_rng(seed)
     num_blocks = 2 * -(-case.num_tokens // case.block_size) + 1
     new = rng.standard_normal((2, case.num_tokens, case.num_kv_heads, case.head_dim), np.float32)

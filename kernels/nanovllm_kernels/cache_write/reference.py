@@ -11,7 +11,7 @@ def cache_write_xla(
     v: Float[Array, "T K D"],
     k_cache: Float[Array, "N K block_size D"],
     v_cache: Float[Array, "N K block_size D"],
-    slots: Int[Array, "T"],
+    slots: Int[Array, " T"],
 ) -> tuple[Float[Array, "N K block_size D"], Float[Array, "N K block_size D"]]:
     num_blocks, _, block_size, _ = k_cache.shape
     # A negative index would count from the end: unwritten tokens go past it instead, each to a block of its

@@ -56,7 +56,7 @@ def cache_write_triton(
     v: Float[Array, "T K D"],
     k_cache: Float[Array, "N K block_size D"],
     v_cache: Float[Array, "N K block_size D"],
-    slots: Int[Array, "T"],
+    slots: Int[Array, " T"],
 ) -> tuple[Float[Array, "N K block_size D"], Float[Array, "N K block_size D"]]:
     num_tokens, num_kv_heads, head_dim = k.shape
     num_blocks, _, block_size, _ = k_cache.shape

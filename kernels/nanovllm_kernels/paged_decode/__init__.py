@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_attention, check_backend, check_int32, check_shape
+from nanovllm_kernels._compat import import_jax_triton
 from nanovllm_kernels.paged_decode.reference import paged_decode_xla
 
 
@@ -16,7 +17,7 @@ def paged_decode(
     k_cache: Float[Array, "N K block_size D"],
     v_cache: Float[Array, "N K block_size D"],
     block_tables: Int[Array, "B P"],
-    context_lens: Int[Array, "B"],
+    context_lens: Int[Array, " B"],
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -36,6 +37,8 @@ def paged_decode(
 
     Raises:
         ValueError: if shapes, dtypes or options do not fit together, or the backend is unknown.
+        ImportError: if the Triton implementation is asked for where triton or jax-triton is missing.
+        RuntimeError: if it is asked for where no GPU is, outside `lowering_for`.
     """
     check_backend(backend)
     check_attention(q, k_cache, v_cache, sliding_window=sliding_window, soft_cap=soft_cap)
@@ -50,6 +53,7 @@ def paged_decode(
     options = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
     if backend == "xla":
         return paged_decode_xla(q, k_cache, v_cache, block_tables, context_lens, **options)
+    import_jax_triton()
     from nanovllm_kernels.paged_decode.triton import paged_decode_triton
 
     return paged_decode_triton(q, k_cache, v_cache, block_tables, context_lens, **options)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nanovllm_kernels._cases import AttentionCase
 
 # Rows of length 0 and 1, at a block's border, and long enough for several splits.
 _LENGTHS = (0, 1, 15, 16, 17, 300, 1024, 0)
 
 
-def _case(name: str, num_heads: int, num_kv_heads: int, head_dim: int, **options: object) -> AttentionCase:
-    return AttentionCase(name, _LENGTHS, num_heads, num_kv_heads, head_dim, **options)  # pyright: ignore[reportArgumentType]
+def _case(name: str, num_heads: int, num_kv_heads: int, head_dim: int, **options: Any) -> AttentionCase:
+    return AttentionCase(name, _LENGTHS, num_heads, num_kv_heads, head_dim, **options)
 
 
 CASES = (

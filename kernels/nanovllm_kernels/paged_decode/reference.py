@@ -20,7 +20,7 @@ def paged_decode_xla(
     k_cache: Float[Array, "N K block_size D"],
     v_cache: Float[Array, "N K block_size D"],
     block_tables: Int[Array, "B P"],
-    context_lens: Int[Array, "B"],
+    context_lens: Int[Array, " B"],
     *,
     scale: float,
     sliding_window: int | None,

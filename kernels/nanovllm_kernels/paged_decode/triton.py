@@ -111,9 +111,7 @@ def decode_kernel(
     for start in range(begin, end, TILE_TOKENS):
         positions = start + tl.arange(0, TILE_TOKENS)
         visible = (positions >= first) & (positions < end)
-        offsets = slot_offsets(
-            table_ptr, positions, visible, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, True
-        )
+        offsets = slot_offsets(table_ptr, positions, visible, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, True)
         k = load_rows(k_cache_ptr, offsets, dims, visible, HEAD_DIM, True).to(DOT_DTYPE)
         v = load_rows(v_cache_ptr, offsets, dims, visible, HEAD_DIM, True).to(DOT_DTYPE)
         scores = scaled_scores(q, k, SCALE, SOFT_CAP)
@@ -161,7 +159,7 @@ def paged_decode_triton(
     k_cache: Float[Array, "N K block_size D"],
     v_cache: Float[Array, "N K block_size D"],
     block_tables: Int[Array, "B P"],
-    context_lens: Int[Array, "B"],
+    context_lens: Int[Array, " B"],
     *,
     scale: float,
     sliding_window: int | None,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_attention, check_backend, check_int32, check_shape
+from nanovllm_kernels._compat import import_jax_triton
 from nanovllm_kernels.ragged_prefill.reference import ragged_prefill_xla
 
 
@@ -17,7 +18,7 @@ def ragged_prefill(
     v_cache: Float[Array, "N K block_size D"],
     block_tables: Int[Array, "S P"],
     cu_q_lens: Int[Array, "S+1"],
-    context_lens: Int[Array, "S"],
+    context_lens: Int[Array, " S"],
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -38,6 +39,8 @@ def ragged_prefill(
 
     Raises:
         ValueError: if shapes, dtypes or options do not fit together, or the backend is unknown.
+        ImportError: if the Triton implementation is asked for where triton or jax-triton is missing.
+        RuntimeError: if it is asked for where no GPU is, outside `lowering_for`.
     """
     check_backend(backend)
     check_attention(q, k_cache, v_cache, sliding_window=sliding_window, soft_cap=soft_cap)
@@ -53,6 +56,7 @@ def ragged_prefill(
     args = (q, k_cache, v_cache, block_tables, cu_q_lens, context_lens)
     if backend == "xla":
         return ragged_prefill_xla(*args, **options)
+    import_jax_triton()
     from nanovllm_kernels.ragged_prefill.triton import ragged_prefill_triton
 
     return ragged_prefill_triton(*args, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nanovllm_kernels._cases import AttentionCase
 
 # A whole prompt, a chunk after a prefix, a decode row, an unused sequence, one new token, a prefix that ends
@@ -11,10 +13,10 @@ _CONTEXTS = (150, 333, 500, 0, 1, 202, 64)
 _PADDING = 29
 
 
-def _case(name: str, num_heads: int, num_kv_heads: int, head_dim: int, **options: object) -> AttentionCase:
+def _case(name: str, num_heads: int, num_kv_heads: int, head_dim: int, **options: Any) -> AttentionCase:
     return AttentionCase(
         name, _CONTEXTS, num_heads, num_kv_heads, head_dim, q_lens=_Q_LENS, padding=_PADDING, **options
-    )  # pyright: ignore[reportArgumentType]
+    )
 
 
 CASES = (

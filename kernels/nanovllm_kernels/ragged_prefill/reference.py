@@ -22,7 +22,7 @@ def ragged_prefill_xla(
     v_cache: Float[Array, "N K block_size D"],
     block_tables: Int[Array, "S P"],
     cu_q_lens: Int[Array, "S+1"],
-    context_lens: Int[Array, "S"],
+    context_lens: Int[Array, " S"],
     *,
     scale: float,
     sliding_window: int | None,
@@ -53,9 +53,7 @@ def ragged_prefill_xla(
         count = jnp.minimum(q_lens[seq] - first, tile)
         q_positions = context_lens[seq] - q_lens[seq] + first + jnp.arange(tile, dtype=jnp.int32)
         end = q_positions[0] + count
-        start = (
-            jnp.int32(0) if sliding_window is None else jnp.maximum(q_positions[0] - sliding_window + 1, 0)
-        )
+        start = jnp.int32(0) if sliding_window is None else jnp.maximum(q_positions[0] - sliding_window + 1, 0)
         q_tile = lax.dynamic_slice_in_dim(queries, row, tile).astype(jnp.float32) * scale
         q_tile = q_tile.reshape(tile, num_kv_heads, group, head_dim).transpose(1, 0, 2, 3)
         q_tile = q_tile.reshape(num_kv_heads, tile * group, head_dim)
@@ -66,9 +64,7 @@ def ragged_prefill_xla(
             positions = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
             seen = (positions >= start) & (positions < end)
             blocks = lax.dynamic_slice(tables, (seq, index * chunk_blocks), (1, chunk_blocks))[0]
-            scores = jnp.einsum(
-                "kmd,ktd->kmt", q_tile, gather(k_cache, blocks, seen), precision=lax.Precision.HIGHEST
-            )
+            scores = jnp.einsum("kmd,ktd->kmt", q_tile, gather(k_cache, blocks, seen), precision=lax.Precision.HIGHEST)
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)
             visible = seen & (positions <= q_rows)
@@ -91,9 +87,7 @@ def ragged_prefill_xla(
         _, total, acc = lax.fori_loop(start // chunk, (end + chunk - 1) // chunk, attend_chunk, empty)
         result = jnp.where(total[..., None] > 0, acc / jnp.where(total > 0, total, 1)[..., None], 0)
         result = result.reshape(num_kv_heads, tile, group, head_dim).transpose(1, 0, 2, 3)
-        result = jnp.where(
-            jnp.arange(tile)[:, None, None] < count, result.reshape(tile, num_heads, head_dim), 0
-        )
+        result = jnp.where(jnp.arange(tile)[:, None, None] < count, result.reshape(tile, num_heads, head_dim), 0)
         # The rows past `count` belong to later sequences, whose tiles come later and overwrite them.
         return lax.dynamic_update_slice_in_dim(out, result.astype(out.dtype), row, axis=0)
 

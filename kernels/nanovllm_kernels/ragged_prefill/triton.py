@@ -43,21 +43,24 @@ class Launch:
 
 
 def launch_parameters(target: Target, *, num_tokens: int, group: int, head_dim: int, itemsize: int) -> Launch:
-    """Reasoned, not yet tuned; small buckets get small tiles, so that decode rows waste less.
+    """Reasoned from register and shared memory counts, not yet tuned on a GPU.
 
     In 16 bits: 128 rows over 8 warps are two warpgroups of 64 rows, the unit of Hopper's wgmma, and hold 64
-    accumulator registers a thread at D=128. Exact float32 products run on the ordinary cores: small tiles.
+    accumulator registers a thread at D=128. Exact float32 products run on the ordinary cores, where larger
+    tiles spill registers. Small buckets get small tiles, so that decode rows waste less.
     """
     dim = next_power_of_2(max(head_dim, _MIN_DOT))
     roomy = target.shared_bytes >= 160 * 1024
     if itemsize == 4:
-        most_rows, tile_tokens, stages = 32, 32 if dim <= 128 else 16, 2
+        most_rows, tile_tokens, num_warps, stages = (16, 32, 8, 2) if dim <= 128 else (32, 16, 8, 2)
     elif dim <= 128:
-        most_rows, tile_tokens, stages = 128, 64, 3 if roomy else 2
+        most_rows, tile_tokens, num_warps, stages = (128, 64, 8, 3) if roomy else (128, 64, 8, 2)
     else:
-        most_rows, tile_tokens, stages = (128, 64, 2) if roomy else (64, 32, 2)
+        most_rows, tile_tokens, num_warps, stages = (128, 32, 8, 2) if roomy else (64, 32, 4, 2)
     rows = max(_MIN_DOT, min(most_rows, next_power_of_2(num_tokens * group)))
-    return Launch(rows, tile_tokens, num_warps=8 if rows == 128 else 4, num_stages=stages)
+    if itemsize < 4 and rows < 128:
+        num_warps = 4
+    return Launch(rows, tile_tokens, num_warps, stages)
 
 
 @triton.jit
@@ -90,9 +93,7 @@ def attend_tiles(
     for start in range(begin, end, TILE_TOKENS):
         positions = start + tl.arange(0, TILE_TOKENS)
         loaded = (positions >= first_seen) & (positions < end)
-        offsets = slot_offsets(
-            table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED
-        )
+        offsets = slot_offsets(table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED)
         k = load_rows(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
         v = load_rows(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
         scores = scaled_scores(q, k, SCALE, SOFT_CAP)
@@ -200,7 +201,7 @@ def ragged_prefill_triton(
     v_cache: Float[Array, "N K block_size D"],
     block_tables: Int[Array, "S P"],
     cu_q_lens: Int[Array, "S+1"],
-    context_lens: Int[Array, "S"],
+    context_lens: Int[Array, " S"],
     *,
     scale: float,
     sliding_window: int | None,

@@ -1,0 +1,70 @@
+"""What the operations should give, token by token in NumPy float64, sharing no code with them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def attend(q, keys, values, *, scale, soft_cap):
+    """One query [H, D] over the tokens it sees, keys and values [n, K, D]."""
+    out = np.zeros(q.shape)
+    group = q.shape[0] // keys.shape[1]
+    for head in range(q.shape[0]):
+        scores = keys[:, head // group] @ q[head] * scale
+        if soft_cap is not None:
+            scores = soft_cap * np.tanh(scores / soft_cap)
+        weights = np.exp(scores - scores.max())
+        out[head] = weights @ values[:, head // group] / weights.sum()
+    return out
+
+
+def tokens_of(cache, table, length):
+    """The first `length` tokens of a sequence, [length, K, D]."""
+    block_size = cache.shape[2]
+    tokens = [cache[table[p // block_size], :, p % block_size] for p in range(length)]
+    return np.array(tokens, np.float64).reshape(length, cache.shape[1], cache.shape[3])
+
+
+def prefill_oracle(q, k_cache, v_cache, block_tables, cu_q_lens, context_lens, *, scale, sliding_window, soft_cap):
+    out = np.zeros(q.shape)
+    for seq, length in enumerate(context_lens):
+        begin, end = cu_q_lens[seq], cu_q_lens[seq + 1]
+        if begin == end:
+            continue
+        keys = tokens_of(k_cache, block_tables[seq], length)
+        values = tokens_of(v_cache, block_tables[seq], length)
+        for row in range(begin, end):
+            position = length - (end - row)
+            first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+            seen = slice(first, position + 1)
+            query = q[row].astype(np.float64)
+            out[row] = attend(query, keys[seen], values[seen], scale=scale, soft_cap=soft_cap)
+    return out
+
+
+def decode_oracle(q, k_cache, v_cache, block_tables, context_lens, **options):
+    q_lens = (np.asarray(context_lens) > 0).astype(np.int64)
+    rows = np.flatnonzero(q_lens)
+    cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)])
+    out = np.zeros(q.shape)
+    out[rows] = prefill_oracle(q[rows], k_cache, v_cache, block_tables, cu_q_lens, context_lens, **options)
+    return out
+
+
+def write_oracle(k, v, k_cache, v_cache, slots):
+    caches = k_cache.copy(), v_cache.copy()
+    block_size = k_cache.shape[2]
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            for cache, new in zip(caches, (k, v), strict=True):
+                cache[slot // block_size, :, slot % block_size] = new[token]
+    return caches
+
+
+def relative_error(got, expected):
+    """Distance over size of the expected, largest over rows; NaN anywhere gives NaN."""
+    got = np.asarray(got, np.float64).reshape(len(expected), -1)
+    expected = expected.reshape(len(expected), -1)
+    size = np.linalg.norm(expected, axis=1)
+    distance = np.linalg.norm(got - expected, axis=1)
+    return (distance / np.where(size > 0, size, 1)).max(initial=0)

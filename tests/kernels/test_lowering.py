@@ -1,0 +1,130 @@
+"""Every Triton kernel compiles for every supported architecture, on a machine that has no GPU."""
+
+import functools
+import itertools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nanovllm_kernels import cache_write, lowering_for, paged_decode, ragged_prefill
+from nanovllm_kernels._compat import import_jax_triton
+
+ARCHITECTURES = (80, 86, 89, 90)
+# Head dims by groups and dtypes, then block sizes; the other dimensions are runtime values in the kernels.
+SHAPES = [
+    *itertools.product((16, 32, 64, 80, 96, 128, 256), (1, 3, 16), ("bfloat16", "float16", "float32"), (16,)),
+    *itertools.product((128,), (2,), ("bfloat16", "float32"), (8, 24, 32, 64, 128, 256)),
+]
+OPTIONS = ({}, {"sliding_window": 100, "soft_cap": 30.0})
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """(name, shared memory in bytes) of each kernel that triton compiles during a test."""
+    triton_lib = import_jax_triton().triton_lib
+    compile_kernel = triton_lib.compile_ttir_inplace
+    kernels = []
+
+    def recorded(*args):
+        result = compile_kernel(*args)
+        kernels.append((result.name, result.shared_mem_bytes))
+        return result
+
+    monkeypatch.setattr(triton_lib, "compile_ttir_inplace", recorded)
+    # Kernels are kept for the life of the process; here each test is to compile its own.
+    monkeypatch.setattr(triton_lib.TritonFunction, "_kernel_cache", property(lambda _: {}))
+    return kernels
+
+
+def arguments(operation, *, group, head_dim, block_size, dtype, rows=4, tokens=256):
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+    index = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    kv_heads = 2
+    caches = (shape((64, kv_heads, block_size, head_dim)),) * 2
+    if operation is cache_write:
+        return (*(shape((tokens, kv_heads, head_dim)),) * 2, *caches, index((tokens,)))
+    heads = kv_heads * group
+    if operation is paged_decode:
+        return (shape((rows, heads, head_dim)), *caches, index((rows, 512)), index((rows,)))
+    lengths = index((rows + 1,)), index((rows,))
+    return (shape((tokens, heads, head_dim)), *caches, index((rows, 512)), *lengths)
+
+
+def lower(operation, architecture, options=None, donate=(), **shapes):
+    """The StableHLO of one call, and the shared memory that one block may use."""
+    keywords = {} if operation is cache_write else {"scale": 0.1, **(options or {})}
+
+    def call(*args):
+        return operation(*args, **keywords, backend="triton")
+
+    with lowering_for(architecture) as target:
+        traced = jax.jit(call, donate_argnums=donate).trace(*arguments(operation, **shapes))
+        return traced.lower(lowering_platforms=("cuda",)).as_text(), target.shared_bytes
+
+
+QWEN3 = {"group": 2, "head_dim": 128, "block_size": 16, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("operation", "kernels", "shapes"),
+    [
+        (cache_write, ["cache_write_kernel"], {}),
+        (paged_decode, ["decode_kernel", "merge_kernel"], {"rows": 1}),
+        (paged_decode, ["decode_kernel"], {"rows": 512}),
+        (ragged_prefill, ["prefill_kernel"], {"tokens": 4096}),
+    ],
+    ids=["cache_write", "paged_decode_split", "paged_decode", "ragged_prefill"],
+)
+def test_kernels_compile_and_fit_in_shared_memory(compiled, architecture, operation, kernels, shapes):
+    text, limit = lower(operation, architecture, **QWEN3, **shapes)
+    assert text.count("custom_call @triton_kernel_call_ffi") == len(kernels)
+    assert [name for name, _ in compiled] == kernels
+    assert all(shared <= limit for _, shared in compiled)
+
+
+def test_cache_write_lowers_to_an_in_place_update():
+    text, _ = lower(cache_write, 90, donate=(2, 3), **QWEN3)
+    assert text.count("output_operand_alias<") == 2
+    assert text.count("tf.aliasing_output") == 2
+
+
+def test_unknown_architecture_is_refused_with_those_known():
+    with (
+        pytest.raises(ValueError, match=r"compute_capability is 75; known ones are \[80, 86, 89, 90"),
+        lowering_for(75),
+    ):
+        pass
+
+
+def test_package_works_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = sys.modules["jax_triton"] = None
+import jax.numpy as jnp
+from nanovllm_kernels import cache_write
+k, cache, slots = jnp.ones((1, 1, 8)), jnp.zeros((2, 1, 4, 8)), jnp.zeros(1, jnp.int32)
+assert cache_write(k, k, cache, cache, slots, backend="xla")[0].sum() == 8
+try:
+    cache_write(k, k, cache, cache, slots, backend="triton")
+except ImportError as error:
+    assert "use backend='xla'" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("head_dim", "group", "dtype", "block_size"), SHAPES)
+def test_every_shape_compiles_and_fits_in_shared_memory(compiled, architecture, head_dim, group, dtype, block_size):
+    shapes = {"group": group, "head_dim": head_dim, "block_size": block_size, "dtype": dtype}
+    _, limit = lower(cache_write, architecture, **shapes)
+    for operation, options in itertools.product((paged_decode, ragged_prefill), OPTIONS):
+        lower(operation, architecture, options, **shapes)
+    too_big = [(name, shared) for name, shared in compiled if shared > limit]
+    assert not too_big

@@ -1,0 +1,100 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import config as jaxtyping_config
+from kernel_oracle import decode_oracle, relative_error
+
+from nanovllm_kernels import paged_decode
+from nanovllm_kernels._cases import AttentionCase, attention_inputs
+from nanovllm_kernels.paged_decode.cases import CASES
+
+# The reference takes any shape the same way, so a few stand for all; lengths and contents vary in each.
+NAMES = ("smollm2", "multi_query", "block_8", "block_256", "float16", "window", "float32_soft_cap")
+SHAPES = [case for case in CASES if case.name in NAMES]
+TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-5}
+MAX_LENGTH = 270
+
+
+@functools.cache
+def jitted(case: AttentionCase):
+    return jax.jit(lambda *args: paged_decode(*args, **case.options, backend="xla"))
+
+
+def shape_of(case: AttentionCase) -> AttentionCase:
+    """The case without its lengths: what its compiled program depends on."""
+    return AttentionCase(**{**vars(case), "context_lens": ()})
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+@settings(deadline=None, max_examples=12)
+@given(
+    lengths=st.tuples(*[st.integers(0, MAX_LENGTH) | st.sampled_from([0, 1, 127, 128, 129])] * 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_matches_the_oracle_and_reads_no_slot_past_the_context(case, lengths, seed):
+    problem = AttentionCase(**{**vars(case), "context_lens": lengths})
+    blocks = -(-MAX_LENGTH // case.block_size)
+    inputs = attention_inputs(problem, seed, num_blocks=4 * blocks + 1, table_width=blocks + 1)
+    got = np.asarray(jitted(shape_of(case))(*inputs.args))
+    expected = decode_oracle(*inputs.args, **case.options)
+    assert got.dtype == inputs.q.dtype
+    assert relative_error(got, expected) < TOLERANCE[case.dtype]
+    assert not got[np.array(lengths) == 0].any()
+
+
+def test_float32_queries_over_a_bfloat16_cache_lose_nothing():
+    case = AttentionCase("mixed", (100, 33), 4, 2, 64)
+    inputs = attention_inputs(case)
+    args = (inputs.q.astype(np.float32), *inputs.args[1:])
+    assert relative_error(jitted(case)(*args), decode_oracle(*args, **case.options)) < 1e-5
+
+
+def test_memory_follows_a_chunk_and_not_the_width_of_the_block_table():
+    cache = jax.ShapeDtypeStruct((256, 2, 16, 64), jnp.float32)
+    arguments = (
+        jax.ShapeDtypeStruct((8, 4, 64), jnp.float32),
+        cache,
+        cache,
+        jax.ShapeDtypeStruct((8, 4096), jnp.int32),
+        jax.ShapeDtypeStruct((8,), jnp.int32),
+    )
+    compiled = jax.jit(lambda *args: paged_decode(*args, scale=1.0, backend="xla")).lower(*arguments).compile()
+    whole_table = 8 * 4096 * 16 * 2 * 64 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < whole_table // 20
+
+
+def test_wrong_arguments_are_refused_with_what_was_got_and_what_is_allowed():
+    jaxtyping_config.update("jaxtyping_disable", True)
+    try:
+        q, cache = jnp.ones((2, 4, 16)), jnp.zeros((4, 2, 8, 16))
+        tables, lens = jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32)
+
+        def call(q=q, k_cache=cache, tables=tables, lens=lens, backend="xla", **options):
+            return paged_decode(q, k_cache, cache, tables, lens, scale=1.0, backend=backend, **options)
+
+        for wrong, words in (
+            ({"backend": "cuda"}, "backend is 'cuda'"),
+            ({"q": jnp.ones((2, 3, 16))}, "q has 3 query heads, which is not a multiple of the cache's 2 KV"),
+            ({"q": jnp.ones((2, 4, 8))}, r"q has shape \(2, 4, 8\)"),
+            ({"k_cache": cache[0]}, r"k_cache has shape \(2, 8, 16\)"),
+            ({"tables": tables[:1]}, r"block_tables has shape \(1, 3\)"),
+            ({"lens": lens[:1]}, r"context_lens has shape \(1,\); it must be \[B\] = \(2,\)"),
+            ({"lens": lens.astype(jnp.float32)}, "context_lens has dtype float32; it must be int32"),
+            ({"sliding_window": 0}, "sliding_window is 0; it must be at least 1"),
+            ({"soft_cap": 0.0}, "soft_cap is 0.0; it must be above 0"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                call(**wrong)
+    finally:
+        jaxtyping_config.update("jaxtyping_disable", False)
+
+
+def test_triton_without_a_gpu_says_what_to_do():
+    inputs = attention_inputs(AttentionCase("any", (5,), 2, 1, 16))
+    with pytest.raises(RuntimeError, match="use backend='xla'"):
+        paged_decode(*map(jnp.asarray, inputs.args), scale=1.0, backend="triton")
