@@ -20,8 +20,12 @@ from tqdm import tqdm
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.build import build_engine
-from nanovllm_jax.engine.inputs import Prompt
+from nanovllm_jax.engine.inputs import Prompt, render_chat
 from nanovllm_jax.errors import RequestError
+from nanovllm_jax.inspection.collect import collect
+from nanovllm_jax.inspection.compilations import explain_compilations
+from nanovllm_jax.inspection.plan import choose_keys
+from nanovllm_jax.inspection.report import Compilation, Report
 from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
@@ -29,7 +33,7 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """A language model on one device, with a paged, prefix-cached KV cache and continuous batching.
+    """A language model on one or several devices, with a paged, prefix-cached KV cache and continuous batching.
 
     Args:
         model: a Hugging Face directory, a hub id, a .gguf file, an Orbax directory made by `nanovllm-jax convert`,
@@ -38,7 +42,7 @@ class LLM:
         skip_tokenizer_init: load none; prompts are then token ids and outputs have no text.
         dtype: of the weights: "auto" (the checkpoint's; bfloat16 for float32 checkpoints on GPUs; float32 on the
             CPU), "bfloat16", "float16" or "float32".
-        tensor_parallel_size: GPUs that share each layer; 1 in this version.
+        tensor_parallel_size: devices that share each layer: heads, MLP and vocabulary are split over them.
         data_parallel_size: replicas; 1 in this version.
         max_model_len: longest prompt and output together, in tokens; None takes the model's limit.
         max_num_seqs: rows, requests that run at the same time.
@@ -113,6 +117,7 @@ class LLM:
             None if model is None else str(model), tokenizer, self.config, skip_tokenizer=skip_tokenizer_init
         )
         self.model_config, self._engine, self._defaults = built.model_config, built.engine, built.defaults
+        self._name = built.source.name
         self.max_model_len = built.shape.max_model_len
         self._ids = itertools.count()
 
@@ -199,14 +204,7 @@ class LLM:
         Raises:
             RequestError: without a tokenizer or template, or if the messages do not fit the template.
         """
-        tokenizer = self.get_tokenizer()
-        if not messages:
-            raise RequestError("The conversation has no messages; give at least one, with 'role' and 'content'.")
-        try:
-            rendered = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **template_args)
-        except Exception as error:  # templates are programs of the model's authors: they raise what they like
-            raise RequestError(f"The chat template does not take these messages: {error}") from error
-        return list(rendered["input_ids"])
+        return render_chat(self.get_tokenizer(), messages, **template_args)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Continue one prompt, yielding its output as it grows; the last one is finished.
@@ -271,9 +269,32 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends; else vLLM's defaults."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
-        given = {name: value for name in names if (value := getattr(self._defaults, name)) is not None}
-        return SamplingParams(**given)
+        return self._defaults.sampling_params()
+
+    def inspect(self, *, context: int = 1024) -> Report:
+        """What the step compiled to: programs, kernels, flops, bytes, memory, and what deserves attention.
+
+        Looks into the largest decode and prefill buckets and the plain sampler.
+
+        Args:
+            context: tokens that each sequence has, for the costs of attention.
+        """
+        programs = self._engine.runner.programs
+        keys = choose_keys(programs.catalogue, None, None, None)
+        return collect(
+            programs.catalogue,
+            keys,
+            model=self._name,
+            programs=programs,
+            context=context,
+            compilations=self.compile_log,
+        )
+
+    @property
+    def compile_log(self) -> list[Compilation]:
+        """Each compilation so far: program, seconds, whether the cache had it, and which argument was new."""
+        programs = self._engine.runner.programs
+        return explain_compilations(programs.catalogue, programs.compile_log)
 
     def close(self) -> None:
         """End all requests and give the device memory back."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from nanovllm_jax.engine.detokenizer import Detokenizer
 from nanovllm_jax.engine.request import Request
+from nanovllm_jax.engine.stats import EngineStats
 from nanovllm_jax.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from nanovllm_jax.step.runner import TokenLogprobs
 
@@ -22,6 +23,7 @@ class Sample:
     num_decoded: int = 0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    last_token_time: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -50,26 +52,32 @@ class Collector:
     Args:
         tokenizer: None leaves texts empty.
         eos_token_ids: ends that are reported without a stop_reason.
+        stats: where latencies and ends are counted.
     """
 
-    def __init__(self, tokenizer: Any | None, eos_token_ids: frozenset[int]) -> None:
-        self._tokenizer, self._eos = tokenizer, eos_token_ids
+    def __init__(self, tokenizer: Any | None, eos_token_ids: frozenset[int], stats: EngineStats) -> None:
+        self._tokenizer, self._eos, self._stats = tokenizer, eos_token_ids, stats
         self._groups: dict[str, Group] = {}
         self._samples: dict[Request, Sample] = {}
 
-    def add(self, requests: Sequence[Request], prompt: str | None, *, stream: bool) -> None:
-        """Start collecting the samples of one request."""
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._groups
+
+    def add(self, requests: Sequence[Request], prompt: str | None, *, stream: bool, arrival_time: float) -> None:
+        """Start collecting the samples of one request, which arrived at `arrival_time` (of `time.time()`)."""
         samples = [Sample(request, self._detokenizer(request)) for request in requests]
         self._samples |= {sample.request: sample for sample in samples}
         first = requests[0]
         self._groups[first.request_id] = Group(
-            first.request_id, prompt, first.prompt_token_ids, stream, samples, [None], RequestMetrics(time.time())
+            first.request_id, prompt, first.prompt_token_ids, stream, samples, [None], RequestMetrics(arrival_time)
         )
 
     def on_scheduled(self, request: Request) -> None:
         """Note when a request first ran."""
         metrics = self._groups[request.request_id].metrics
-        metrics.first_scheduled_time = metrics.first_scheduled_time or time.time()
+        if metrics.first_scheduled_time is None:
+            metrics.first_scheduled_time = time.time()
+            self._stats.queue_time.observe(metrics.first_scheduled_time - metrics.arrival_time)
 
     def on_prompt_logprobs(self, request: Request, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
         """Keep the log-probabilities after the tokens at `start` and on; a recomputed prompt adds nothing."""
@@ -79,11 +87,10 @@ class Collector:
                 token = request.prompt_token_ids[position]
                 group.prompt_logprobs.append(self._logprob_dict(token, entry, wanted))
 
-    def on_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
+    def on_token(self, request: Request, token: int, logprobs: TokenLogprobs | None, now: float) -> FinishReason | None:
         """Take the token that the scheduler has just appended; returns why the sample ends, if it does."""
         sample, params = self._samples[request], request.params
-        metrics = self._groups[request.request_id].metrics
-        metrics.first_token_time = metrics.first_token_time or time.time()
+        self._note_time(sample, now)
         if params.logprobs is not None and logprobs is not None:
             sample.logprobs.append(self._logprob_dict(token, logprobs, params.logprobs))
             sample.cumulative_logprob += logprobs.logprob
@@ -100,27 +107,43 @@ class Collector:
             return self.on_finish(request, "length")
         return None
 
+    def _note_time(self, sample: Sample, now: float) -> None:
+        metrics = self._groups[sample.request.request_id].metrics
+        if sample.last_token_time is not None:
+            self._stats.inter_token_latency.observe(now - sample.last_token_time)
+        elif metrics.first_token_time is None:
+            metrics.first_token_time = now
+            self._stats.time_to_first_token.observe(now - metrics.arrival_time)
+        sample.last_token_time = now
+        self._stats.num_generation_tokens += 1
+
     def on_finish(self, request: Request, reason: FinishReason) -> FinishReason:
         """Note why a sample ended."""
         self._samples[request].finish_reason = reason
         return reason
 
-    def drop(self, request_id: str) -> None:
-        """Forget a request."""
-        group = self._groups.pop(request_id, None)
-        for sample in group.samples if group else ():
-            self._samples.pop(sample.request, None)
+    def end(self, request_id: str, reason: FinishReason) -> None:
+        """Note why all samples of a request end that have not yet; an error leaves them without text."""
+        for sample in self._groups[request_id].samples:
+            sample.finish_reason = sample.finish_reason or reason
+            if reason == "error":
+                sample.detokenizer = None
 
-    def take_outputs(self, touched: Sequence[str]) -> list[RequestOutput]:
-        """Outputs of the named requests that finished (and are forgotten) or stream."""
-        outputs = []
-        for request_id in dict.fromkeys(touched):
-            group = self._groups[request_id]
-            if group.finished or group.stream:
-                outputs.append(self._output(group))
-            if group.finished:
-                self.drop(request_id)
-        return outputs
+    def take_output(self, request_id: str) -> RequestOutput | None:
+        """The request's output if it finished (it is then forgotten) or streams, else None."""
+        group = self._groups[request_id]
+        output = self._output(group) if group.finished or group.stream else None
+        if group.finished:
+            self._forget(group)
+        return output
+
+    def _forget(self, group: Group) -> None:
+        del self._groups[group.request_id]
+        for sample in group.samples:
+            del self._samples[sample.request]
+            self._stats.num_finished[sample.finish_reason or "error"] += 1
+        if group.metrics.finished_time is not None:
+            self._stats.e2e_latency.observe(group.metrics.finished_time - group.metrics.arrival_time)
 
     def _output(self, group: Group) -> RequestOutput:
         first = group.samples[0].request

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -17,14 +20,35 @@ from nanovllm_jax.engine.request import Request
 from nanovllm_jax.engine.sampling_plan import plan_sampling
 from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.scheduler import Scheduler
+from nanovllm_jax.engine.stats import EngineStats
 from nanovllm_jax.errors import DeviceError, RequestError
-from nanovllm_jax.outputs import RequestOutput
+from nanovllm_jax.outputs import FinishReason, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.step.runner import InFlight, Runner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request that was checked and tokenised; `Engine.enqueue` takes it."""
+
+    request_id: str
+    samples: list[Request]
+    text: str | None
+    stream: bool
+    arrival_time: float
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return self.samples[0].num_prompt_tokens
 
 
 class Engine:
     """Requests in, outputs out, one step at a time. `nanovllm_jax.engine.build.build_engine` makes one.
+
+    Only `prepare` may be called from any thread; all else belongs to the one that steps.
 
     Args:
         scheduler: decides each step.
@@ -50,7 +74,8 @@ class Engine:
         self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
         self._eos, self._vocab_size, self._max_logprobs = eos_token_ids, vocab_size, max_logprobs
         self._seeds = np.random.default_rng(seed)
-        self._collector = Collector(tokenizer, eos_token_ids)
+        self.stats = EngineStats()
+        self._collector = Collector(tokenizer, eos_token_ids, self.stats)
         self._in_flight: InFlight | None = None
         self._failure: Exception | None = None
         self._closed = False
@@ -78,7 +103,19 @@ class Engine:
             RequestError: if the prompt or the parameters cannot be served.
             DeviceError: if the engine failed or was closed.
         """
+        self.enqueue(self.prepare(request_id, prompt, params, priority=priority, stream=stream))
+
+    def prepare(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, stream: bool = False
+    ) -> PreparedRequest:
+        """The first half of `add_request`: check and tokenise, in any thread.
+
+        Raises:
+            RequestError: if the prompt or the parameters cannot be served.
+            DeviceError: if the engine failed or was closed.
+        """
         self._check_alive()
+        arrival_time = time.time()
         parsed = parse_prompt(prompt, self.tokenizer, self._vocab_size)
         self._check_logprobs(params)
         words = bad_word_ids(params.bad_words or (), self.tokenizer)
@@ -103,17 +140,38 @@ class Engine:
             )
             for index in range(params.n)
         ]
-        for request in requests:  # all or none: the first one raises if the request cannot be served
+        return PreparedRequest(request_id, requests, parsed.text, stream, arrival_time)
+
+    def enqueue(self, prepared: PreparedRequest) -> None:
+        """The second half of `add_request`: queue it for the next step.
+
+        Raises:
+            RequestError: if it can never fit, or its id is in use.
+            DeviceError: if the engine failed or was closed.
+        """
+        self._check_alive()
+        if prepared.request_id in self._collector:
+            raise RequestError(f"The request id {prepared.request_id!r} is in use; give each request its own id.")
+        for request in prepared.samples:  # all or none: the first one raises if the request cannot be served
             self.scheduler.add(request)
             if request.plan.bad_words:
                 self._lockstep.add(request)
-        self._collector.add(requests, parsed.text, stream=stream)
+        self._collector.add(prepared.samples, prepared.text, stream=prepared.stream, arrival_time=prepared.arrival_time)
 
-    def abort(self, request_id: str) -> None:
-        """End a request without an output; unknown ids are ignored."""
-        for request in self.scheduler.abort(request_id):
-            self._lockstep.discard(request)
-        self._collector.drop(request_id)
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request; returns what it has got so far, None for unknown ids."""
+        if request_id not in self._collector:
+            return None
+        return self._end(request_id, "abort")
+
+    def update_gauges(self) -> EngineStats:
+        """Bring the figures up to date that are not counted as they happen, and return all."""
+        stats, scheduler, blocks = self.stats, self.scheduler, self.scheduler.block_manager
+        stats.num_running, stats.num_waiting = scheduler.num_running, scheduler.num_waiting
+        stats.cache_usage = 1 - blocks.num_free_blocks / blocks.num_blocks
+        stats.num_queried_tokens, stats.num_hit_tokens = blocks.num_queried_tokens, blocks.num_hit_tokens
+        stats.num_preemptions = scheduler.num_preemptions
+        return stats
 
     def step(self) -> list[RequestOutput]:
         """Dispatch the next step and read the one before it.
@@ -154,6 +212,8 @@ class Engine:
         for sequence in schedule.sequences:
             if sequence.is_admitted:
                 self._collector.on_scheduled(sequence.request)
+                if sequence.request.num_preemptions == 0:
+                    self.stats.num_prompt_tokens += sequence.request.num_prompt_tokens
         try:
             return self.runner.dispatch(schedule)
         except Exception as error:
@@ -169,28 +229,55 @@ class Engine:
             result = self.runner.read(step)
         except Exception as error:
             raise self._fail(error) from error
-        touched = []
+        now = time.time()
+        touched: dict[str, None] = {}
+        outputs: list[RequestOutput | None] = []
         for index, sequence in enumerate(step.schedule.sequences):
             request = sequence.request
             if request.is_finished:
                 continue  # it ended while this step was in flight
-            if request in result.prompt_logprobs and request.sample_index == 0:
-                self._collector.on_prompt_logprobs(request, sequence.start, result.prompt_logprobs[request])
-            if sequence.samples:
-                logprobs = result.logprobs[index] if result.logprobs else None
-                self._take(request, result.tokens[index], logprobs)
-                touched.append(request.request_id)
-        return self._collector.take_outputs(touched)
+            try:
+                if request in result.prompt_logprobs and request.sample_index == 0:
+                    self._collector.on_prompt_logprobs(request, sequence.start, result.prompt_logprobs[request])
+                if sequence.samples:
+                    logprobs = result.logprobs[index] if result.logprobs else None
+                    self._take(request, result.tokens[index], logprobs, now)
+                    touched[request.request_id] = None
+            except Exception:
+                touched.pop(request.request_id, None)
+                outputs.append(self._give_up(request.request_id))
+        for request_id in touched:
+            try:
+                outputs.append(self._collector.take_output(request_id))
+            except Exception:
+                outputs.append(self._give_up(request_id))
+        return [output for output in outputs if output is not None]
 
-    def _take(self, request: Request, token: int, logprobs: Any) -> None:
+    def _take(self, request: Request, token: int, logprobs: Any, now: float) -> None:
         if token < 0:  # non-finite logits
             reason = self._collector.on_finish(request, "error")
         else:
             self.scheduler.on_token(request, token)
-            reason = self._collector.on_token(request, token, logprobs)
+            reason = self._collector.on_token(request, token, logprobs, now)
         if reason:
             self.scheduler.finish(request)
             self._lockstep.discard(request)
+
+    def _give_up(self, request_id: str) -> RequestOutput | None:
+        """End a request whose tokens could not be taken: what is wrong with it must not end the others."""
+        logger.exception("request %s ends with an error; the others go on", request_id)
+        return self._end(request_id, "error")
+
+    def _end(self, request_id: str, reason: FinishReason) -> RequestOutput | None:
+        for request in self.scheduler.abort(request_id):
+            self._lockstep.discard(request)
+        self._collector.end(request_id, reason)
+        try:
+            return self._collector.take_output(request_id)
+        except Exception:
+            if reason == "error":
+                raise
+            return self._give_up(request_id)
 
     def _fail(self, error: Exception) -> DeviceError:
         self._failure = error

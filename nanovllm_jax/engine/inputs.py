@@ -63,6 +63,10 @@ def parse_prompt(prompt: Prompt, tokenizer: Any | None, vocab_size: int) -> Pars
                 "The prompt is text, but the engine has no tokenizer (skip_tokenizer_init=True): give "
                 "'prompt_token_ids', or load the tokenizer."
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"The prompt is no valid Unicode text ({error}); mend it.") from None
         token_ids = list(tokenizer(prompt).input_ids)
         if not token_ids:
             raise RequestError(f"The prompt {prompt!r} has no tokens; give at least 1 character.")
@@ -86,6 +90,21 @@ def _check_ids(prompt: Any, vocab_size: int) -> list[int]:
             f"The prompt holds token id {worst}; ids go from 0 to {vocab_size - 1}: use this model's tokenizer."
         )
     return token_ids
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
+    """Token ids of a conversation through the tokenizer's chat template.
+
+    Raises:
+        RequestError: without messages or a template, or if the messages do not fit the template.
+    """
+    if not messages:
+        raise RequestError("The conversation has no messages; give at least one, with 'role' and 'content'.")
+    try:
+        rendered = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **template_args)
+    except Exception as error:  # templates are programs of the model's authors: they raise what they like
+        raise RequestError(f"The chat template does not take these messages: {error}") from error
+    return list(rendered["input_ids"])
 
 
 def bad_word_ids(words: Sequence[str], tokenizer: Any | None) -> list[list[int]]:

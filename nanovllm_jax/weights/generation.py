@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm_jax.errors import WeightsError
+from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.weights.gguf_file import GGUFFile
 from nanovllm_jax.weights.source import ModelSource
 
@@ -26,6 +27,11 @@ class GenerationDefaults:
     min_p: float | None = None
     repetition_penalty: float | None = None
     max_tokens: int | None = None
+
+    def sampling_params(self) -> SamplingParams:
+        """The model's recommendation; what it does not state has vLLM's default."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+        return SamplingParams(**{name: value for name in names if (value := getattr(self, name)) is not None})
 
 
 def load_generation_defaults(source: ModelSource) -> GenerationDefaults:

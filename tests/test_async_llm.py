@@ -1,0 +1,165 @@
+"""`AsyncLLM` as its users meet it, on a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+from tiny_models import write_tiny_model
+
+from nanovllm_jax import LLM, AsyncLLM, DeviceError, RequestError, SamplingParams
+
+SETTINGS = {
+    "skip_tokenizer_init": True,
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "enforce_eager": True,
+}
+LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_tiny_model("qwen3", tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def shared(model):
+    llm = AsyncLLM(model, **SETTINGS)
+    yield llm
+    llm.close()
+
+
+async def last(llm, prompt, params, **kwargs):
+    outputs = [output async for output in llm.generate(prompt, params, **kwargs)]
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    return outputs[-1]
+
+
+def is_empty(llm):
+    blocks = llm._engine.scheduler.block_manager
+    return (llm.stats.num_running, llm.num_unfinished, blocks.num_free_blocks) == (0, 0, blocks.num_blocks)
+
+
+def test_many_tasks_get_what_generate_gives(shared, model):
+    prompts = [[i + 1] * (3 * i + 1) for i in range(12)]
+    params = [SamplingParams(temperature=0.9, seed=i, max_tokens=5 + i, ignore_eos=True) for i in range(12)]
+
+    async def main():
+        return await asyncio.gather(*(last(shared, p, s) for p, s in zip(prompts, params, strict=True)))
+
+    got = asyncio.run(main())
+    with LLM(model, **SETTINGS) as llm:
+        wanted = llm.generate(prompts, params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in wanted]
+    assert is_empty(shared)
+
+
+def test_outputs_grow(shared):
+    async def main():
+        return [len(o.outputs[0].token_ids) async for o in shared.generate([1, 2], LONG)]
+
+    lengths = asyncio.run(main())
+    assert lengths == sorted(set(lengths))
+    assert lengths[-1] == 100
+
+
+def test_only_the_end_is_reported_without_stream(shared):
+    async def main():
+        return [o async for o in shared.generate([1, 2], LONG, stream=False)]
+
+    (output,) = asyncio.run(main())
+    assert output.finished
+
+
+def test_cancelled_left_and_aborted_requests_hold_nothing(shared):
+    async def main():
+        task = asyncio.create_task(last(shared, [1], LONG))
+        async with aclosing(shared.generate([2], LONG)) as outputs:
+            async for _ in outputs:
+                break
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        reasons = []
+        async for output in shared.generate([3], LONG, "mine"):
+            await shared.abort("mine")
+            reasons.append(output.outputs[0].finish_reason)
+        assert reasons[-1] == "abort"
+        assert await shared.reset_prefix_cache()
+
+    asyncio.run(main())
+    assert is_empty(shared)
+
+
+def test_refused_requests_leave_the_others_alone(shared):
+    async def main():
+        good = asyncio.create_task(last(shared, [1, 2, 3], LONG, request_id="good"))
+        await asyncio.sleep(0)
+        for prompt, id in (([], None), ([1] * 200, None), ([99999], None), ([1], "good")):
+            with pytest.raises(RequestError):
+                await last(shared, prompt, LONG, request_id=id)
+        return await good
+
+    assert len(asyncio.run(main()).outputs[0].token_ids) == 100
+    assert is_empty(shared)
+
+
+def test_a_request_that_raises_inside_the_engine_ends_alone(shared, monkeypatch):
+    on_token = shared._engine._collector.on_token
+
+    def break_one(request, *args):
+        if request.request_id == "bad" and len(request.output_token_ids) == 3:
+            raise ValueError("broken")
+        return on_token(request, *args)
+
+    monkeypatch.setattr(shared._engine._collector, "on_token", break_one)
+
+    async def main():
+        return await asyncio.gather(*(last(shared, [5], LONG, request_id=name) for name in ("bad", "good")))
+
+    bad, good = asyncio.run(main())
+    assert bad.outputs[0].finish_reason == "error"
+    assert (good.outputs[0].finish_reason, len(good.outputs[0].token_ids)) == ("length", 100)
+    assert is_empty(shared)
+
+
+def test_an_engine_that_fails_ends_all_with_an_error(model, monkeypatch):
+    llm = AsyncLLM(model, **SETTINGS)
+
+    async def main():
+        waiting = asyncio.create_task(last(llm, [1], LONG))
+        async for _ in llm.generate([2], LONG):
+            break
+
+        def fail(schedule):
+            raise RuntimeError("no device")
+
+        monkeypatch.setattr(llm._engine.runner, "dispatch", fail)
+        with pytest.raises(DeviceError, match="no device"):
+            await waiting
+        with pytest.raises(DeviceError):
+            await llm.check_health()
+        with pytest.raises(DeviceError):
+            await last(llm, [1], LONG)
+
+    asyncio.run(main())
+    llm.close()
+
+
+def test_close_ends_what_waits(model):
+    llm = AsyncLLM(model, **SETTINGS)
+
+    async def main():
+        async for _ in llm.generate([2], LONG):
+            await asyncio.to_thread(llm.close)
+
+    with pytest.raises(DeviceError, match="closed"):
+        asyncio.run(main())
+
+
+def test_unknown_argument_is_refused(model):
+    with pytest.raises(TypeError, match="max_seqs"):
+        AsyncLLM(model, max_seqs=3)
