@@ -60,6 +60,8 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     dtype: str = "bfloat16"  # what the checkpoint was saved in
+    # With more shards than KV heads each KV head is held this many times; num_kv_heads counts the copies.
+    kv_head_copies: int = 1
 
     def __post_init__(self) -> None:
         for name in (

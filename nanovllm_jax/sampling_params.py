@@ -101,16 +101,12 @@ class SamplingParams:
     def _check_filters(self) -> None:
         temperature = _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE, "0 is greedy")
         if GREEDY_TEMPERATURE <= temperature < MIN_TEMPERATURE:
-            logger.warning(
-                "temperature %s is raised to %s: smaller ones overflow.", temperature, MIN_TEMPERATURE
-            )
+            logger.warning("temperature %s is raised to %s: smaller ones overflow.", temperature, MIN_TEMPERATURE)
             temperature = MIN_TEMPERATURE
         self._store(temperature=temperature)
         top_p = _number("top_p", self.top_p, 0.0, 1.0, "1 keeps all tokens")
         if top_p == 0.0:
-            raise RequestError(
-                "top_p is 0; it must be above 0 and at most 1. Use temperature=0 for greedy sampling."
-            )
+            raise RequestError("top_p is 0; it must be above 0 and at most 1. Use temperature=0 for greedy sampling.")
         self._store(top_p=top_p)
         self._store(top_k=max(0, _integer("top_k", self.top_k, -1, None, "0 keeps all tokens")))
         self._store(min_p=_number("min_p", self.min_p, 0.0, 1.0, "0 keeps all tokens"))
@@ -132,9 +128,7 @@ class SamplingParams:
             max_tokens = _integer("max_tokens", self.max_tokens, 1, None, "None means the model's limit")
             self._store(max_tokens=max_tokens)
             if self.min_tokens > max_tokens:
-                raise RequestError(
-                    f"min_tokens is {self.min_tokens}, above max_tokens {max_tokens}; raise max_tokens."
-                )
+                raise RequestError(f"min_tokens is {self.min_tokens}, above max_tokens {max_tokens}; raise max_tokens.")
         if self.seed is not None:
             seed = _integer("seed", self.seed, -(2**63), 2**64 - 1, "None takes one from the engine")
             self._store(seed=None if seed == -1 else seed)

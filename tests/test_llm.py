@@ -261,7 +261,8 @@ def test_what_cannot_be_served_is_refused_and_loses_nothing(llm, prompts, params
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
         ({"block_size": 7}, "block_size is 7"),
-        ({"tensor_parallel_size": 2}, "one device"),
+        ({"tensor_parallel_size": 3}, "does not divide"),
+        ({"data_parallel_size": 2}, "one replica"),
         ({"max_model_len": 10**6}, "256"),
         ({"max_num_batched_tokens": 2}, "max_num_seqs"),
         ({"dtype": "int8"}, "int8"),
@@ -271,6 +272,11 @@ def test_what_cannot_be_served_is_refused_and_loses_nothing(llm, prompts, params
 def test_wrong_arguments_are_named(model, arguments, message):
     with pytest.raises(ConfigError, match=message):
         LLM(model, **SETTINGS | arguments)
+
+
+def test_more_shards_than_devices_are_refused(model):
+    with pytest.raises(DeviceError, match="tensor_parallel_size is 16"):
+        LLM(model, **SETTINGS, tensor_parallel_size=16)
 
 
 def test_too_few_blocks_are_refused(model):

@@ -134,9 +134,7 @@ class BlockManager:
                 counts[block_id] += 1
             for index in range(request.num_registered_blocks if self.enable_prefix_caching else 0):
                 if self._hash_of[request.block_ids[index]] not in (None, self._hash(request, index)):
-                    raise RuntimeError(
-                        f"Block {request.block_ids[index]} is cached under another prefix's hash."
-                    )
+                    raise RuntimeError(f"Block {request.block_ids[index]} is cached under another prefix's hash.")
         if counts != self._reference_counts:
             wrong = [i for i in range(self.num_blocks) if counts[i] != self._reference_counts[i]]
             raise RuntimeError(f"Reference counts of the blocks {wrong} differ from the block tables.")

@@ -19,12 +19,13 @@ from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.errors import ConfigError, DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
-from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, replicated
+from nanovllm_jax.parallel.mesh import MODEL_AXIS, make_mesh, param_shardings, split_heads
 from nanovllm_jax.step.buckets import decode_buckets, prefill_buckets
+from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.memory import BLOCK_MULTIPLE, blocks_that_fit, claim_device_memory, temporary_bytes
 from nanovllm_jax.step.programs import Programs, use_persistent_cache
 from nanovllm_jax.step.runner import Runner
-from nanovllm_jax.step.state import StateShape, abstract_extras, abstract_rows, block_bytes, tree_bytes
+from nanovllm_jax.step.state import StateShape, abstract_extras, abstract_rows, block_bytes, device_bytes
 from nanovllm_jax.step.step import StepConfig
 from nanovllm_jax.weights import (
     GenerationDefaults,
@@ -60,18 +61,19 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     """
     claim_device_memory(config.gpu_memory_utilization)
     source = locate(model)
-    model_config, defaults = load_model_config(source), load_generation_defaults(source)
+    whole, defaults = load_model_config(source), load_generation_defaults(source)
     words = None if skip_tokenizer else load_tokenizer(tokenizer or source)
     use_persistent_cache()
     _check_gpu_is_used()
     mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
+    model_config = split_heads(whole, config.tensor_parallel_size)
     device = mesh.devices.flat[0]
     dtype = _weight_dtype(config.dtype, model_config, device)
     params = _load(source, model_config, dtype, mesh, config)
 
     cache_dtype = jnp.dtype(dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype)
     programs, shape = _plan(model_config, config, params, cache_dtype, mesh, device)
-    runner = Runner(programs, params, cache_dtype, replicated(mesh))
+    runner = Runner(programs, params)
     if not config.enforce_eager:
         _warm_up(runner)
     scheduler = Scheduler(
@@ -95,7 +97,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         max_logprobs=config.max_logprobs,
         seed=config.seed,
     )
-    return Built(engine, source, model_config, shape, defaults)
+    return Built(engine, source, whole, shape, defaults)
 
 
 def _load(source: ModelSource, model: ModelConfig, dtype: Any, mesh: Mesh, config: EngineConfig) -> Params:
@@ -121,7 +123,7 @@ def _plan(
             "positions: lower max_model_len."
         )
     on_gpu = device.platform != "cpu"
-    one_block = block_bytes(model, config.block_size, cache_dtype)
+    one_block = block_bytes(model, config.block_size, cache_dtype) // config.tensor_parallel_size
     shape = StateShape(BLOCK_MULTIPLE, config.block_size, config.max_num_seqs, max_model_len, MAX_ADJUSTMENTS)
     platform_backend = "triton" if on_gpu else "xla"
     backend = platform_backend if config.attention_backend == "auto" else config.attention_backend
@@ -129,23 +131,23 @@ def _plan(
     def programs(shape: StateShape) -> Programs:
         # A step never holds more tokens than all rows at their longest.
         tokens = min(config.max_num_batched_tokens, shape.max_num_seqs * shape.max_model_len)
-        return Programs(
-            StepConfig(model, shape, backend),
+        catalogue = Catalogue(
+            StepConfig(model, shape, backend, MODEL_AXIS if config.tensor_parallel_size > 1 else None),
             params,
             cache_dtype,
-            replicated(mesh),
+            mesh,
             decode_sizes=decode_buckets(config.max_num_seqs, fine=on_gpu),
             prefill_sizes=prefill_buckets(tokens, fine=on_gpu),
             num_logprobs=config.max_logprobs,
-            command_buffers=not config.enforce_eager,
         )
+        return Programs(catalogue, command_buffers=not config.enforce_eager)
 
     if config.num_gpu_blocks_override is not None:
         num_blocks = config.num_gpu_blocks_override
     else:
         num_blocks = blocks_that_fit(
             device,
-            fixed_bytes=tree_bytes(params) + tree_bytes((abstract_rows(shape), abstract_extras(model, shape))),
+            fixed_bytes=device_bytes((params, abstract_rows(shape, mesh), abstract_extras(model, shape, mesh))),
             temporary=temporary_bytes(programs(shape)) if on_gpu else 0,
             block_bytes=one_block,
             gpu_memory_utilization=config.gpu_memory_utilization,

@@ -40,9 +40,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._arrivals = count()
         self._requests: dict[str, list[Request]] = {}  # unfinished, by request id
-        self._waiting: list[
-            tuple[tuple[int, int], Request]
-        ] = []  # heap; finished ones leave when they surface
+        self._waiting: list[tuple[tuple[int, int], Request]] = []  # heap; finished ones leave when they surface
         self._prefilling: list[Request] = []  # running with prompt tokens to compute, smallest rank first
         self._decoding: list[Request] = []  # running and sampled, smallest rank first
         self._free_rows = list(reversed(range(config.max_num_seqs)))
@@ -70,16 +68,12 @@ class Scheduler:
         """
         room = self.config.max_total_tokens - request.num_prompt_tokens
         if request.num_prompt_tokens < 1:
-            raise RequestError(
-                f"The prompt of request {request.request_id!r} is empty; give at least 1 token."
-            )
+            raise RequestError(f"The prompt of request {request.request_id!r} is empty; give at least 1 token.")
         if room < 1:
             raise RequestError(self._too_long(request))
         samples = self._requests.setdefault(request.request_id, [])
         if any(other.sample_index == request.sample_index for other in samples):
-            raise RequestError(
-                f"The request id {request.request_id!r} is in use; give each request its own id."
-            )
+            raise RequestError(f"The request id {request.request_id!r} is in use; give each request its own id.")
         samples.append(request)
         request.max_tokens = min(request.params.max_tokens or room, room)
         request.arrival = next(self._arrivals)

@@ -32,6 +32,7 @@ def transformer(
     positions: Int[Array, " T"],
     caches: list[LayerCache],
     attend: Attend,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "T E"], list[LayerCache]]:
     """Hidden states after the final norm, and the caches with K and V of all T tokens written.
 
@@ -42,11 +43,12 @@ def transformer(
         positions: of each token in its sequence.
         caches: one entry a layer, passed through `attend`.
         attend: writes k and v into the layer's cache, then attends; see `Attend`.
+        axis_name: mesh axis over which heads, MLP and vocabulary are split, inside `shard_map`; None if they are not.
     """
-    x = params["embed"].at[tokens].get(mode="clip")
+    x = _embed(params["embed"], tokens, axis_name)
     rope = rope_tables(positions, config.head_dim, config.rope)
     # A jitted layer is traced and lowered once, then called L times; XLA inlines the calls.
-    layer = jax.jit(partial(_layer, config=config, attend=attend))
+    layer = jax.jit(partial(_layer, config=config, attend=attend, axis_name=axis_name))
     new_caches = []
     for index, (layer_params, cache) in enumerate(zip(params["layers"], caches, strict=True)):
         with jax.named_scope(f"layer{index}"):
@@ -56,7 +58,7 @@ def transformer(
 
 
 def logits(params: Params, hidden: Float[Array, "B E"]) -> Float[Array, "B V"]:
-    """Next-token logits in float32."""
+    """Next-token logits in float32, of the vocabulary that this shard holds."""
     head = params["lm_head"] if "lm_head" in params else params["embed"]
     with jax.named_scope("lm_head"):
         return _einsum("be,ve->bv", hidden, head, out=jnp.float32)
@@ -70,15 +72,36 @@ def _layer(
     *,
     config: ModelConfig,
     attend: Attend,
+    axis_name: str | None,
 ) -> tuple[Float[Array, "T E"], LayerCache]:
     with jax.named_scope("attention"):
-        update, cache = _attention(
-            rms_norm(x, params["input_norm"], config.rms_norm_eps), params, rope, cache, config, attend
-        )
-        x = x + update
+        h = rms_norm(x, params["input_norm"], config.rms_norm_eps)
+        update, cache = _attention(h, params, rope, cache, config, attend)
+        x = x + _add_bias(sum_shards(update, axis_name), params.get("o_bias"))
     with jax.named_scope("mlp"):
-        x = x + _mlp(rms_norm(x, params["post_norm"], config.rms_norm_eps), params)
+        update = _mlp(rms_norm(x, params["post_norm"], config.rms_norm_eps), params)
+        x = x + _add_bias(sum_shards(update, axis_name), params.get("down_bias"))
     return x, cache
+
+
+def _embed(embed: Float[Array, "V E"], tokens: Int[Array, " T"], axis_name: str | None) -> Float[Array, "T E"]:
+    """Rows of the embedding; each shard looks up what it holds."""
+    if axis_name is None:
+        return embed.at[tokens].get(mode="clip")
+    size = embed.shape[0]
+    last = size * jax.lax.axis_size(axis_name) - 1
+    local = jnp.clip(tokens, 0, last) - jax.lax.axis_index(axis_name) * size
+    rows = embed.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return jax.lax.psum(rows, axis_name)
+
+
+def sum_shards(x: Array, axis_name: str | None) -> Array:
+    """The sum over the shards, where there are several."""
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def _add_bias(x: Array, bias: Array | None) -> Array:
+    return x if bias is None else x + bias
 
 
 def _attention(
@@ -90,27 +113,19 @@ def _attention(
     attend: Attend,
 ) -> tuple[Float[Array, "T E"], LayerCache]:
     group = config.group_size
-    qkv = _einsum("te,ekgd->tkgd", x, params["qkv"])
-    if config.qkv_bias:
-        qkv = qkv + params["qkv_bias"]
+    qkv = _add_bias(_einsum("te,ekgd->tkgd", x, params["qkv"]), params.get("qkv_bias"))
     q, k, v = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
     if config.qk_norm:
         q = rms_norm(q, params["q_norm"], config.rms_norm_eps)
         k = rms_norm(k, params["k_norm"], config.rms_norm_eps)
     q, k = apply_rope(q, *rope), apply_rope(k, *rope)
     out, cache = attend(q.reshape(q.shape[0], -1, q.shape[-1]), k, v, cache)
-    out = _einsum("tkgd,kgde->te", out.reshape(q.shape), params["o"])
-    if config.o_bias:
-        out = out + params["o_bias"]
-    return out, cache
+    return _einsum("tkgd,kgde->te", out.reshape(q.shape), params["o"]), cache
 
 
 def _mlp(x: Float[Array, "T E"], params: Params) -> Float[Array, "T E"]:
-    gate_up = _einsum("te,ezf->tzf", x, params["gate_up"])
-    if "gate_up_bias" in params:
-        gate_up = gate_up + params["gate_up_bias"]
-    out = _einsum("tf,fe->te", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], params["down"])
-    return out + params["down_bias"] if "down_bias" in params else out
+    gate_up = _add_bias(_einsum("te,ezf->tzf", x, params["gate_up"]), params.get("gate_up_bias"))
+    return _einsum("tf,fe->te", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], params["down"])
 
 
 def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:

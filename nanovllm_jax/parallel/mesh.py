@@ -1,46 +1,72 @@
-"""The mesh ("data", "model") and which logical axis is split over which of its axes."""
+"""The mesh ("data", "model"), which logical axis is split over which of its axes, and whether a model divides."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.errors import ConfigError, DeviceError
 from nanovllm_jax.models.params import Params, ParamSpec, abstract_params, map_specs
 
+MODEL_AXIS = "model"
 # Tensor parallelism splits heads, the MLP and the vocabulary; nothing else is split.
-AXIS_RULES: dict[str, str] = {"kv_heads": "model", "mlp": "model", "vocab": "model"}
+AXIS_RULES: dict[str | None, str] = {"kv_heads": MODEL_AXIS, "mlp": MODEL_AXIS, "vocab": MODEL_AXIS}
 
 
 def make_mesh(tensor_parallel_size: int, data_parallel_size: int) -> Mesh:
     """A mesh of `data_parallel_size` x `tensor_parallel_size` local devices.
 
     Raises:
-        ConfigError: if a size is not 1; the step runs on one device in this version.
+        ConfigError: if data_parallel_size is not 1, which this version does not support.
+        DeviceError: if there are fewer devices.
     """
-    for name, size in (
-        ("tensor_parallel_size", tensor_parallel_size),
-        ("data_parallel_size", data_parallel_size),
-    ):
-        if size != 1:
-            raise ConfigError(f"{name} is {size}; this version runs on one device: pass {name}=1.")
-    devices = jax.local_devices()[: tensor_parallel_size * data_parallel_size]
-    return jax.make_mesh(
-        (data_parallel_size, tensor_parallel_size),
-        ("data", "model"),
-        devices=devices,
-        axis_types=(jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto),
-    )
+    if data_parallel_size != 1:
+        raise ConfigError(f"data_parallel_size is {data_parallel_size}; this version runs one replica: pass 1.")
+    devices = jax.local_devices()
+    if len(devices) < tensor_parallel_size:
+        raise DeviceError(
+            f"tensor_parallel_size is {tensor_parallel_size}, but JAX sees {len(devices)} devices ({devices[0]}, ...): "
+            f"lower it to {len(devices)} or make more devices visible."
+        )
+    shape = (data_parallel_size, tensor_parallel_size)
+    axis_types = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto)
+    return jax.make_mesh(shape, ("data", MODEL_AXIS), devices=devices[:tensor_parallel_size], axis_types=axis_types)
+
+
+def split_heads(config: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
+    """The model as its shards see it: where KV heads are fewer than shards, each is held by several.
+
+    Raises:
+        ConfigError: if heads, MLP or vocabulary do not divide by the number of shards.
+    """
+    shards, kv_heads = tensor_parallel_size, config.num_kv_heads
+    for name in ("num_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name) % shards:
+            raise ConfigError(
+                f"tensor_parallel_size is {shards}, which does not divide the model's {name} "
+                f"{getattr(config, name)}: choose a size that does."
+            )
+    if kv_heads % shards == 0:
+        return config
+    if shards % kv_heads:
+        raise ConfigError(
+            f"tensor_parallel_size is {shards} and the model has {kv_heads} KV heads; one must be a multiple of the "
+            "other: choose another size."
+        )
+    return replace(config, num_kv_heads=shards, kv_head_copies=shards // kv_heads)
+
+
+def partition_spec(spec: ParamSpec) -> PartitionSpec:
+    """How a parameter is split over the mesh."""
+    return PartitionSpec(*(AXIS_RULES.get(axis) for axis in spec.axes))
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """The sharding of every parameter, in the shape of `abstract_params`."""
-
-    def sharding(spec: ParamSpec) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*(AXIS_RULES.get(axis or "") for axis in spec.axes)))
-
-    return map_specs(sharding, abstract_params(config))
+    return map_specs(lambda spec: NamedSharding(mesh, partition_spec(spec)), abstract_params(config))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

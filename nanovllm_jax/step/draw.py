@@ -21,6 +21,7 @@ from nanovllm_jax.step.sampler import (
     sample_plain,
 )
 from nanovllm_jax.step.state import Extras, RowFloat, RowInt, Rows
+from nanovllm_jax.step.vocab import vocab_offset
 
 Variant = Literal["plain", "filtered"]
 COUNT_CHUNK = 1024  # known tokens counted a call
@@ -30,6 +31,7 @@ LOGPROB_CHUNK = 64  # prompt tokens whose logits are held at once
 def draw(
     variant: Variant,
     num_rows: int,
+    axis_name: str | None,
     head: Params,
     rows: Rows,
     hidden: Float[Array, "R E"],
@@ -40,6 +42,7 @@ def draw(
     Args:
         variant: "plain" (greedy and temperature) or "filtered" (also top-k, top-p, min-p).
         num_rows: B, static.
+        axis_name: mesh axis over which the vocabulary is split, if it is; so in the other functions here.
         head: `{"lm_head": ...}` or `{"embed": ...}`.
         rows: donated.
         hidden: last hidden states, of which the first B are used.
@@ -51,13 +54,14 @@ def draw(
     row, logits, params = _gather(num_rows, head, rows, hidden, sampled_rows)
     sampler = sample_plain if variant == "plain" else sample_filtered
     with jax.named_scope("sample"):
-        tokens = sampler(logits, params)
+        tokens = sampler(logits, params, axis_name=axis_name)
     return _advance(rows, row, tokens), tokens
 
 
 def draw_full(
     num_rows: int,
     num_logprobs: int,
+    axis_name: str | None,
     head: Params,
     rows: Rows,
     extras: Extras,
@@ -74,13 +78,14 @@ def draw_full(
         adjust_until=extras["adjust_until"][row],
     )
     with jax.named_scope("sample"):
-        sampled = sample_full(logits, params, state, num_logprobs=num_logprobs)
-    counts = count_sampled(extras["counts"], state.rows, sampled.tokens)
+        sampled = sample_full(logits, params, state, num_logprobs=num_logprobs, axis_name=axis_name)
+    offset = vocab_offset(extras["counts"].shape[1], axis_name)
+    counts = count_sampled(extras["counts"], state.rows, sampled.tokens, vocab_offset=offset)
     return _advance(rows, row, sampled.tokens), extras | {"counts": counts}, sampled
 
 
 def prompt_logprobs(
-    num_logprobs: int, head: Params, hidden: Float[Array, "T E"], targets: Int[Array, " T"]
+    num_logprobs: int, axis_name: str | None, head: Params, hidden: Float[Array, "T E"], targets: Int[Array, " T"]
 ) -> tuple[Float[Array, " T"], Int[Array, " T"], Int[Array, "T N"], Float[Array, "T N"]]:
     """Log-probability and rank of each target after its hidden state, and the best N tokens there.
 
@@ -92,7 +97,8 @@ def prompt_logprobs(
     targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
 
     def one(chunked: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
-        return gather_logprobs(compute_logits(head, chunked[0]), chunked[1], num_logprobs=num_logprobs)
+        logits = compute_logits(head, chunked[0])
+        return gather_logprobs(logits, chunked[1], num_logprobs=num_logprobs, axis_name=axis_name)
 
     results = jax.lax.map(one, (hidden, targets))
     logprobs, ranks, top_ids, top_logprobs = (x.reshape(-1, *x.shape[2:])[:num_tokens] for x in results)
@@ -104,11 +110,12 @@ def extras_update_length(max_adjustments: int) -> int:
     return 2 + 3 * max_adjustments + 2 * COUNT_CHUNK
 
 
-def update_extras(max_adjustments: int, extras: Extras, packed: Int[Array, " n"]) -> Extras:
+def update_extras(max_adjustments: int, axis_name: str | None, extras: Extras, packed: Int[Array, " n"]) -> Extras:
     """Set one row's biases and bans, and count a chunk of its known tokens.
 
     Args:
         max_adjustments: M, static.
+        axis_name: mesh axis over which the vocabulary is split, if it is.
         extras: donated.
         packed: row; 1 to forget what was counted for the row; ids [M]; values [M] (float32 bits); until [M];
             token ids [COUNT_CHUNK] (-1 padding); and for each 1 if it was generated, 0 if it is of the prompt.
@@ -123,6 +130,7 @@ def update_extras(max_adjustments: int, extras: Extras, packed: Int[Array, " n"]
         jnp.where(tokens >= 0, row, -1),
         tokens,
         is_output == 1,
+        vocab_offset=vocab_offset(extras["counts"].shape[1], axis_name),
     )
     return {
         "counts": counts,

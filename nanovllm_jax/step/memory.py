@@ -7,7 +7,8 @@ import os
 from typing import Any
 
 from nanovllm_jax.errors import DeviceError
-from nanovllm_jax.step.programs import ProgramKey, Programs
+from nanovllm_jax.step.catalogue import ProgramKey
+from nanovllm_jax.step.programs import Programs
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,12 @@ def claim_device_memory(gpu_memory_utilization: float) -> None:
 
 def temporary_bytes(programs: Programs) -> int:
     """Bytes beyond weights and state that the hungriest program needs while it runs."""
+    rows, tokens = programs.catalogue.decode_sizes[-1], programs.catalogue.prefill_sizes[-1]
     largest = [
-        ProgramKey("prefill", programs.prefill_sizes[-1]),
-        ProgramKey("decode", programs.decode_sizes[-1]),
-        ProgramKey("full", programs.decode_sizes[-1]),
-        ProgramKey("prompt_logprobs", programs.prefill_sizes[-1]),
+        ProgramKey("prefill", tokens),
+        ProgramKey("decode", rows),
+        ProgramKey("full", rows),
+        ProgramKey("prompt_logprobs", tokens),
     ]
     found = 0
     for key in largest:
@@ -49,7 +51,7 @@ def blocks_that_fit(
         device: a `jax.Device`; its allocator's limit is the budget.
         fixed_bytes: weights and all other device state.
         temporary: from `temporary_bytes`.
-        block_bytes: K and V of one block over all layers.
+        block_bytes: K and V of one block over all layers, on one device.
         gpu_memory_utilization: what the user asked for; a budget that differs (the back end was already running)
             is warned of.
 

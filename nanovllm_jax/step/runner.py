@@ -21,8 +21,9 @@ from nanovllm_jax.models.params import Params
 from nanovllm_jax.step import draw
 from nanovllm_jax.step.admission import Admission, Entry, pack_updates
 from nanovllm_jax.step.buckets import bucket_for
-from nanovllm_jax.step.programs import ProgramKey, Programs, head_of
-from nanovllm_jax.step.state import PrefillDelta, abstract_caches, abstract_extras, abstract_rows
+from nanovllm_jax.step.catalogue import ProgramKey, head_of
+from nanovllm_jax.step.programs import Programs
+from nanovllm_jax.step.state import PrefillDelta
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,17 @@ class Runner:
     """Holds the device state of one engine.
 
     Args:
-        programs: compiled programs and their configuration.
-        params: weights on the device.
-        cache_dtype: of K and V.
-        sharding: of the state.
+        programs: what it runs.
+        params: weights on the devices.
     """
 
-    def __init__(self, programs: Programs, params: Params, cache_dtype: Any, sharding: jax.sharding.Sharding) -> None:
-        self.programs, self._config = programs, programs.config
-        self._params, self._head, self._sharding = params, head_of(params), sharding
-        shape = self._config.shape
-        self._caches = self._zeros(abstract_caches(self._config.model, shape, cache_dtype))
-        self._device_rows = self._zeros(abstract_rows(shape))
+    def __init__(self, programs: Programs, params: Params) -> None:
+        self.programs, self._config = programs, programs.catalogue.config
+        self._params, self._head = params, head_of(params)
+        self._caches = _zeros(programs.catalogue.caches)
+        self._device_rows = _zeros(programs.catalogue.rows)
         self._extras = None
-        self._rows = [_Row() for _ in range(shape.max_num_seqs)]
+        self._rows = [_Row() for _ in range(self._config.shape.max_num_seqs)]
 
     def dispatch(self, schedule: Schedule) -> InFlight:
         """Enqueue one step. Order on the device is the order of these calls."""
@@ -99,11 +97,11 @@ class Runner:
         """Compile every program, then run each step once on padding, so that modules load before the first request."""
         self.programs.compile_all()
         slots = self._config.shape.max_num_seqs
-        for size in self.programs.prefill_sizes:
+        for size in self.programs.catalogue.prefill_sizes:
             delta = PrefillDelta(size, slots).pack([], [], [], [], [])
             step = self.programs[ProgramKey("prefill", size)]
             self._caches, self._device_rows, *_ = step(self._params, self._caches, self._device_rows, delta)
-        for size in self.programs.decode_sizes:
+        for size in self.programs.catalogue.decode_sizes:
             step = self.programs[ProgramKey("decode", size)]
             delta = np.full((2, size), -1, np.int32)
             self._caches, self._device_rows, hidden, sampled_rows = step(
@@ -136,14 +134,8 @@ class Runner:
             if not leaf.is_deleted():
                 leaf.delete()
 
-    def _zeros(self, abstract: Any) -> Any:
-        zeros = jax.jit(
-            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=self._sharding
-        )
-        return zeros()
-
     def _decode(self, sequences: Sequence[ScheduledSequence]) -> tuple[jax.Array, jax.Array]:
-        size = bucket_for(len(sequences), self.programs.decode_sizes)
+        size = bucket_for(len(sequences), self.programs.catalogue.decode_sizes)
         delta = np.full((2, size), -1, np.int32)
         for i, sequence in enumerate(sequences):
             request = sequence.request
@@ -165,7 +157,7 @@ class Runner:
         self._send_rows(sequences)
         self._update_bans(sequences)
         num_tokens = sum(s.num_tokens for s in sequences)
-        size = bucket_for(num_tokens, self.programs.prefill_sizes)
+        size = bucket_for(num_tokens, self.programs.catalogue.prefill_sizes)
         layout = PrefillDelta(size, self._config.shape.max_num_seqs)
         tokens: list[int] = []
         for s in sequences:
@@ -197,7 +189,7 @@ class Runner:
         self, sequences: Sequence[ScheduledSequence], hidden: jax.Array, sampled_rows: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
         variants = {s.request.plan.variant for s in sequences if s.samples}
-        size = bucket_for(len(sequences), self.programs.decode_sizes)
+        size = bucket_for(len(sequences), self.programs.catalogue.decode_sizes)
         if "full" not in variants:
             kind = "filtered" if "filtered" in variants else "plain"
             self._device_rows, tokens = self.programs[ProgramKey(kind, size)](
@@ -247,9 +239,9 @@ class Runner:
     def _send_extras(self, request: Request, bans: tuple[Adjustment, ...], *, count: bool) -> None:
         if self._extras is None:
             # From the host, since nothing may compile here.
-            abstract = abstract_extras(self._config.model, self._config.shape)
-            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
-            self._extras = jax.device_put(zeros, self._sharding)
+            self._extras = jax.tree.map(
+                lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), self.programs.catalogue.extras
+            )
         M, chunk = self._config.shape.max_adjustments, draw.COUNT_CHUNK
         known = np.asarray(request.token_ids if count else [], np.int32)
         for start in range(0, max(len(known), 1), chunk):
@@ -266,6 +258,13 @@ class Runner:
             tokens[: len(some)] = some
             is_output[: len(some)] = np.arange(start, start + len(some)) >= request.num_prompt_tokens
             self._extras = self.programs[ProgramKey("update_extras")](self._extras, packed)
+
+
+def _zeros(abstract: Any) -> Any:
+    """Arrays made on the devices: the cache does not fit the host."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    make = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=shardings)
+    return make()
 
 
 def _split_logprobs(arrays: tuple[jax.Array, ...], count: int) -> list[TokenLogprobs]:

@@ -11,16 +11,29 @@ Row slots are 0..R-1; slot R is a dummy that padding reads and writes, so that n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.parallel.mesh import MODEL_AXIS
+
+# How each is split over the mesh: the cache by KV head, counts by vocabulary.
+CACHE_SPEC = PartitionSpec(None, MODEL_AXIS)
+EXTRAS_SPECS = {
+    "counts": PartitionSpec(None, MODEL_AXIS),
+    "adjust_ids": PartitionSpec(),
+    "adjust_values": PartitionSpec(),
+    "adjust_until": PartitionSpec(),
+}
 
 Abstract = jax.ShapeDtypeStruct
 Caches = list[tuple[jax.Array, jax.Array]]
@@ -77,36 +90,46 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
     return token * block_size
 
 
-def abstract_caches(config: ModelConfig, shape: StateShape, dtype: DTypeLike) -> list[tuple[Abstract, Abstract]]:
-    """Shapes and dtypes of the cache."""
-    array = jax.ShapeDtypeStruct(cache_shape(config, shape), dtype)
+def abstract_caches(
+    config: ModelConfig, shape: StateShape, dtype: DTypeLike, mesh: Mesh
+) -> list[tuple[Abstract, Abstract]]:
+    """Shapes, dtypes and shardings of the cache."""
+    array = jax.ShapeDtypeStruct(cache_shape(config, shape), dtype, sharding=NamedSharding(mesh, CACHE_SPEC))
     return [(array, array) for _ in range(config.num_layers)]
 
 
-def abstract_rows(shape: StateShape) -> dict[str, Abstract]:
-    """Shapes and dtypes of the row slots."""
-    slots = shape.max_num_seqs + 1
+def abstract_rows(shape: StateShape, mesh: Mesh) -> dict[str, Abstract]:
+    """Shapes and dtypes of the row slots, which every device holds."""
+    slots, sharding = shape.max_num_seqs + 1, NamedSharding(mesh, PartitionSpec())
     return {
-        "block_tables": jax.ShapeDtypeStruct((slots, shape.blocks_per_row), jnp.int32),
-        "ints": jax.ShapeDtypeStruct((slots, len(RowInt)), jnp.int32),
-        "floats": jax.ShapeDtypeStruct((slots, len(RowFloat)), jnp.float32),
+        "block_tables": jax.ShapeDtypeStruct((slots, shape.blocks_per_row), jnp.int32, sharding=sharding),
+        "ints": jax.ShapeDtypeStruct((slots, len(RowInt)), jnp.int32, sharding=sharding),
+        "floats": jax.ShapeDtypeStruct((slots, len(RowFloat)), jnp.float32, sharding=sharding),
     }
 
 
-def abstract_extras(config: ModelConfig, shape: StateShape) -> dict[str, Abstract]:
-    """Shapes and dtypes of the sampler's rarely used state."""
+def abstract_extras(config: ModelConfig, shape: StateShape, mesh: Mesh) -> dict[str, Abstract]:
+    """Shapes, dtypes and shardings of the sampler's rarely used state."""
     slots, adjustments = shape.max_num_seqs + 1, shape.max_adjustments
+    arrays = {
+        "counts": ((shape.max_num_seqs, config.vocab_size), jnp.uint16),
+        "adjust_ids": ((slots, adjustments), jnp.int32),
+        "adjust_values": ((slots, adjustments), jnp.float32),
+        "adjust_until": ((slots, adjustments), jnp.int32),
+    }
     return {
-        "counts": jax.ShapeDtypeStruct((shape.max_num_seqs, config.vocab_size), jnp.uint16),
-        "adjust_ids": jax.ShapeDtypeStruct((slots, adjustments), jnp.int32),
-        "adjust_values": jax.ShapeDtypeStruct((slots, adjustments), jnp.float32),
-        "adjust_until": jax.ShapeDtypeStruct((slots, adjustments), jnp.int32),
+        name: jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, EXTRAS_SPECS[name]))
+        for name, (size, dtype) in arrays.items()
     }
 
 
-def tree_bytes(tree: object) -> int:
-    """Bytes of all arrays (or abstract arrays) of a pytree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def device_bytes(tree: object) -> int:
+    """Bytes that one device holds of all arrays (or abstract arrays) of a pytree."""
+
+    def held(leaf: Any) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(map(held, jax.tree.leaves(tree)))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class StepConfig:
     model: ModelConfig
     shape: StateShape
     backend: Literal["xla", "triton"]  # of the kernels
+    axis_name: str | None = None  # mesh axis over which the model is split, if it is
 
 
 def decode_forward(
@@ -77,7 +78,7 @@ def decode_forward(
             )
         return out, (k_cache, v_cache)
 
-    hidden, caches = transformer(params, config.model, token, position, caches, attend)
+    hidden, caches = transformer(params, config.model, token, position, caches, attend, config.axis_name)
     ints = rows["ints"].at[row, RowInt.NUM_TOKENS].add(active.astype(jnp.int32))
     padding = dummy - hidden.shape[0]
     return (
@@ -130,7 +131,7 @@ def prefill_forward(
             )
         return out, (k_cache, v_cache)
 
-    hidden, caches = transformer(params, config.model, tokens, position, caches, attend)
+    hidden, caches = transformer(params, config.model, tokens, position, caches, attend, config.axis_name)
     ints = rows["ints"].at[slot_row, RowInt.NUM_TOKENS].set(context_lens)
     last = hidden[jnp.maximum(cu_q_lens[1:] - 1, 0)]
     sampled_rows = jnp.where(active & (samples == 1), row, -1)

@@ -72,12 +72,14 @@ def _layer(config: ModelConfig, layer: str) -> dict[str, Recipe]:
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
 
     def qkv(kind: str, *rest: int, axes: tuple[int, ...] | None = None) -> Recipe:
-        """[H * D, *rest] and twice [K * D, *rest] -> [K, G + 2, D, *rest]."""
+        """[H * D, *rest] and twice [K / copies * D, *rest] -> [K, G + 2, D, *rest]."""
+        copies = config.kv_head_copies
 
-        def join(*heads: np.ndarray) -> np.ndarray:
-            return np.concatenate([part.reshape(K, -1, D, *rest) for part in heads], axis=1)
+        def join(q: np.ndarray, *kv: np.ndarray) -> np.ndarray:
+            parts = [np.repeat(part.reshape(-1, 1, D, *rest), copies, axis=0) for part in kv]
+            return np.concatenate([q.reshape(K, G, D, *rest), *parts], axis=1)
 
-        sizes = {"q": H * D, "k": K * D, "v": K * D}
+        sizes = {"q": H * D, "k": K // copies * D, "v": K // copies * D}
         return Recipe({f"{attention}.{x}_proj.{kind}": (n, *rest) for x, n in sizes.items()}, join, axes)
 
     def gate_up(kind: str, *shape: int, axes: tuple[int, ...] | None = None) -> Recipe:

@@ -71,9 +71,15 @@ def load_orbax_params(directory: Path, config: ModelConfig, dtype: jnp.dtype, sh
 
     Raises:
         WeightsError: if the arrays are missing, corrupt or do not fit the config.
+        ConfigError: if KV heads would have to be copied.
     """
     import orbax.checkpoint as ocp
 
+    if config.kv_head_copies > 1:
+        raise ConfigError(
+            f"tensor_parallel_size {config.num_kv_heads} is more than the model's KV heads, and an Orbax checkpoint "
+            "holds each of them once: load the original checkpoint, or lower tensor_parallel_size."
+        )
     path = directory.absolute() / _PARAMS
     specs = abstract_params(config)
     wanted = jax.tree.map(

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from nanovllm_jax.config import ModelConfig, RopeConfig
-from nanovllm_jax.models.params import abstract_params, map_specs
+from nanovllm_jax.models.params import ParamSpec, abstract_params
+from nanovllm_jax.parallel.mesh import MODEL_AXIS, make_mesh, param_shardings
+from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.programs import Programs
 from nanovllm_jax.step.state import StateShape
 from nanovllm_jax.step.step import StepConfig
@@ -28,39 +30,52 @@ QWEN3 = ModelConfig(
     tie_word_embeddings=True,
     qk_norm=True,
 )
-SINGLE = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+STEPS = [ProgramKey("decode", 16), ProgramKey("prefill", 64)]
 
 
-def programs(backend: str) -> Programs:
-    params = map_specs(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=SINGLE), abstract_params(QWEN3)
+def catalogue(backend: str, shards: int = 1) -> Catalogue:
+    mesh = make_mesh(shards, 1)
+    params = jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=sharding),
+        abstract_params(QWEN3),
+        param_shardings(QWEN3, mesh),
+        is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
     )
     shape = StateShape(num_blocks=512, block_size=16, max_num_seqs=16, max_model_len=4096)
-    return Programs(
-        StepConfig(QWEN3, shape, backend),
+    return Catalogue(
+        StepConfig(QWEN3, shape, backend, MODEL_AXIS if shards > 1 else None),
         params,
         jnp.bfloat16,
-        SINGLE,
+        mesh,
         decode_sizes=[4, 16],
         prefill_sizes=[64, 256],
         num_logprobs=20,
-        command_buffers=True,
     )
 
 
-@pytest.mark.parametrize("index", range(len(programs("triton").all_keys())))
-def test_every_program_lowers_for_cuda(index):
-    triton = programs("triton")
-    key = triton.all_keys()[index]
+def lowered_for_cuda(key: ProgramKey, shards: int) -> str:
     with lowering_for(90):
-        text = triton.trace(key).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("triton" in text) == (key.kind in ("decode", "prefill"))
+        return catalogue("triton", shards).trace(key).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_the_cache_is_updated_in_place(kind):
-    compiled = programs("xla")[next(key for key in programs("xla").all_keys() if key.kind == kind)]
-    memory = compiled.memory_analysis()
+@pytest.mark.parametrize("key", catalogue("triton").all_keys(), ids=str)
+def test_every_program_lowers_for_cuda(key):
+    assert ("triton" in lowered_for_cuda(key, 1)) == (key.kind in ("decode", "prefill"))
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_a_split_step_sums_twice_a_layer_and_once_for_the_embedding(shards):
+    for key in STEPS:
+        text = lowered_for_cuda(key, shards)
+        assert "triton" in text
+        # The layer is one function that is called for each: its two sums, and the embedding's.
+        assert text.count("stablehlo.all_reduce") == 3
+        assert not [name for name in ("all_gather", "all_to_all", "permute") if f"stablehlo.{name}" in text]
+
+
+@pytest.mark.parametrize("key", STEPS, ids=str)
+def test_the_cache_is_updated_in_place(key):
+    memory = Programs(catalogue("xla"), command_buffers=True)[key].memory_analysis()
     cache_bytes = 2 * 2 * 512 * 16 * 8 * 128 * 2
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes

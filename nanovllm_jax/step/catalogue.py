@@ -1,0 +1,142 @@
+"""Every program the engine can run, described by abstract shapes; `programs.py` compiles them.
+
+On several devices each program is wrapped in `shard_map` over the mesh: the functions of the step then see their
+device's part of the weights, the cache and the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nanovllm_jax.models.params import Params
+from nanovllm_jax.step import draw
+from nanovllm_jax.step.admission import UPDATE_LENGTH, update_rows
+from nanovllm_jax.step.state import (
+    CACHE_SPEC,
+    EXTRAS_SPECS,
+    PrefillDelta,
+    abstract_caches,
+    abstract_extras,
+    abstract_rows,
+)
+from nanovllm_jax.step.step import StepConfig, decode_forward, prefill_forward
+
+EQUAL = PartitionSpec()  # the same on every device
+
+
+class ProgramKey(NamedTuple):
+    """What a program does and the bucket it is for (rows or tokens; 0 where it has one size)."""
+
+    kind: str  # decode, prefill, plain, filtered, full, prompt_logprobs, update_rows, update_extras
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function of arrays alone, its abstract arguments, which of them are donated, and how its results are split."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donated: tuple[int, ...]
+    out_specs: Any
+
+
+class Catalogue:
+    """The programs of one engine.
+
+    Args:
+        config: static part of the step; its `axis_name` says whether the model is split over the mesh.
+        params: weights, or their abstract values with shardings.
+        cache_dtype: of K and V.
+        mesh: the devices.
+        decode_sizes: row buckets.
+        prefill_sizes: token buckets.
+        num_logprobs: most log-probabilities a token that a request can ask for.
+    """
+
+    def __init__(
+        self,
+        config: StepConfig,
+        params: Params,
+        cache_dtype: Any,
+        mesh: Mesh,
+        *,
+        decode_sizes: Sequence[int],
+        prefill_sizes: Sequence[int],
+        num_logprobs: int,
+    ) -> None:
+        self.config, self.mesh, self.num_logprobs = config, mesh, num_logprobs
+        self.decode_sizes, self.prefill_sizes = decode_sizes, prefill_sizes
+        self.params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+        self.caches = abstract_caches(config.model, config.shape, cache_dtype, mesh)
+        self.rows = abstract_rows(config.shape, mesh)
+        self.extras = abstract_extras(config.model, config.shape, mesh)
+
+    def all_keys(self) -> list[ProgramKey]:
+        """Every program, those that take longest to compile first."""
+        keys = [ProgramKey("prefill", size) for size in reversed(self.prefill_sizes)]
+        keys += [ProgramKey("decode", size) for size in reversed(self.decode_sizes)]
+        for kind in ("full", "filtered", "plain"):
+            keys += [ProgramKey(kind, size) for size in reversed(self.decode_sizes)]
+        keys += [ProgramKey("prompt_logprobs", size) for size in reversed(self.prefill_sizes)]
+        return [*keys, ProgramKey("update_rows"), ProgramKey("update_extras")]
+
+    def trace(self, key: ProgramKey) -> jax.stages.Traced:
+        """The program before lowering, to compile it or to look into it."""
+        program = self.describe(key)
+        function = program.function
+        if self.config.axis_name is not None:
+            in_specs = jax.tree.map(lambda x: x.sharding.spec, program.arguments)
+            # Results that are equal on every device are so by construction, which the check cannot see.
+            function = jax.shard_map(
+                function, mesh=self.mesh, in_specs=in_specs, out_specs=program.out_specs, check_vma=False
+            )
+        return jax.jit(function, donate_argnums=program.donated).trace(*program.arguments)
+
+    def describe(self, key: ProgramKey) -> Program:
+        """What a key stands for."""
+        config, axis_name = self.config, self.config.axis_name
+        slots, width, M = config.shape.max_num_seqs, config.model.hidden_size, config.shape.max_adjustments
+        head, dtype = head_of(self.params), self.params["embed"].dtype
+        last = (self._array((slots, width), dtype), self._array((slots,)))
+        match key.kind:
+            case "decode":
+                arguments = (self.params, self.caches, self.rows, self._array((2, key.size)))
+                return Program(partial(decode_forward, config), arguments, (1, 2), (CACHE_SPEC, EQUAL, EQUAL, EQUAL))
+            case "prefill":
+                layout = PrefillDelta(key.size, slots)
+                arguments = (self.params, self.caches, self.rows, self._array((layout.length,)))
+                out_specs = (CACHE_SPEC, EQUAL, EQUAL, EQUAL, EQUAL)
+                return Program(partial(prefill_forward, config, layout), arguments, (1, 2), out_specs)
+            case "plain" | "filtered":
+                function = partial(draw.draw, key.kind, key.size, axis_name)
+                return Program(function, (head, self.rows, *last), (1,), EQUAL)
+            case "full":
+                function = partial(draw.draw_full, key.size, self.num_logprobs, axis_name)
+                return Program(function, (head, self.rows, self.extras, *last), (1, 2), (EQUAL, EXTRAS_SPECS, EQUAL))
+            case "prompt_logprobs":
+                arguments = (head, self._array((key.size, width), dtype), self._array((key.size,)))
+                return Program(partial(draw.prompt_logprobs, self.num_logprobs, axis_name), arguments, (), EQUAL)
+            case "update_rows":
+                return Program(update_rows, (self.rows, self._array((UPDATE_LENGTH,))), (0,), EQUAL)
+            case "update_extras":
+                arguments = (self.extras, self._array((draw.extras_update_length(M),)))
+                return Program(partial(draw.update_extras, M, axis_name), arguments, (0,), EXTRAS_SPECS)
+            case _:
+                raise KeyError(key)
+
+    def _array(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, EQUAL))
+
+
+def head_of(params: Params) -> Params:
+    """The part of the parameters that the logits need."""
+    name = "lm_head" if "lm_head" in params else "embed"
+    return {name: params[name]}

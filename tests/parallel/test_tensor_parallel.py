@@ -1,0 +1,111 @@
+"""A model that is split over devices writes what it writes on one."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import write_tiny_model
+
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.config import ModelConfig, RopeConfig
+from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.parallel.mesh import split_heads
+
+PROMPTS = [[1, 2, 3], [7] * 33, list(range(20, 70)), [7] * 40]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
+    SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True),
+    SamplingParams(temperature=0.8, top_p=0.9, top_k=30, seed=4, max_tokens=20, ignore_eos=True),
+    SamplingParams(
+        temperature=0.8, seed=5, max_tokens=20, ignore_eos=True, repetition_penalty=1.3, logit_bias={300: 2}
+    ),
+]
+TIGHT = {"num_gpu_blocks_override": 10, "max_num_batched_tokens": 17}  # chunks and preemption
+
+
+def generate(path, shards, **settings):
+    arguments = {"max_num_batched_tokens": 64} | settings
+    with LLM(
+        str(path),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=4,
+        enforce_eager=True,
+        tensor_parallel_size=shards,
+        **arguments,
+    ) as llm:
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model("llama-bias", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    return generate(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("shards", "settings"),
+    [
+        pytest.param(2, {}, id="2"),
+        pytest.param(2, TIGHT | {"enable_prefix_caching": False}, id="2-tight-uncached"),
+        pytest.param(4, TIGHT, id="4-tight", marks=pytest.mark.slow),
+        pytest.param(8, {}, id="8-copied-kv-heads"),
+        pytest.param(8, TIGHT, id="8-tight", marks=pytest.mark.slow),
+    ],
+)
+def test_shards_change_no_token(model, alone, shards, settings):
+    assert generate(model, shards, **settings) == alone
+
+
+def test_logprobs_are_those_of_one_device(model):
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+    found = []
+    for shards in (1, 2):
+        with LLM(
+            str(model), skip_tokenizer_init=True, dtype="float32", max_model_len=64, max_num_seqs=2,
+            max_num_batched_tokens=64, enforce_eager=True, tensor_parallel_size=shards,
+        ) as llm:  # fmt: skip
+            output = llm.generate([list(range(20))], params, use_tqdm=False)[0]
+        positions = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        found.append([{token: (entry.rank, entry.logprob) for token, entry in each.items()} for each in positions])
+    for one, two in zip(*found, strict=True):
+        assert {token: rank for token, (rank, _) in one.items()} == {token: rank for token, (rank, _) in two.items()}
+        assert [lp for _, lp in one.values()] == pytest.approx([lp for _, lp in two.values()], abs=1e-4)
+
+
+def config(**sizes):
+    defaults = {
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_heads": 8, "num_kv_heads": 4, "head_dim": 8,
+    }  # fmt: skip
+    return ModelConfig(
+        family="llama",
+        num_layers=1,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-6,
+        rope=RopeConfig(),
+        **defaults | sizes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shards", "named"),
+    [
+        ({"num_heads": 9, "num_kv_heads": 3}, 2, "num_heads 9"),
+        ({"intermediate_size": 65}, 2, "intermediate_size 65"),
+        ({"vocab_size": 65}, 2, "vocab_size 65"),
+        ({"num_heads": 12, "num_kv_heads": 6}, 4, "6 KV heads"),
+    ],
+)
+def test_what_does_not_divide_is_named(sizes, shards, named):
+    with pytest.raises(ConfigError, match=named):
+        split_heads(config(**sizes), shards)
+
+
+def test_fewer_kv_heads_than_shards_are_copied():
+    split = split_heads(config(num_kv_heads=2), 8)
+    assert (split.num_kv_heads, split.kv_head_copies, split.group_size) == (8, 4, 1)
