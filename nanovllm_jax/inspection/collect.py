@@ -1,0 +1,298 @@
+"""Makes a `Report` from a catalogue of programs, compiled or only lowered for a GPU that is not there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nanovllm_jax.inspection import findings as look
+from nanovllm_jax.inspection.costs import Counted, count, kernel_of, kernel_rows
+from nanovllm_jax.inspection.gpus import Gpu, gpu_of_device
+from nanovllm_jax.inspection.hlo_text import Instruction, aliased_parameters, hlo_lines, instructions
+from nanovllm_jax.inspection.jaxpr_text import Line, jaxpr_lines
+from nanovllm_jax.inspection.kernel_costs import Load, decode_load, prefill_load
+from nanovllm_jax.inspection.report import (
+    Argument,
+    Card,
+    Compilation,
+    Finding,
+    KernelRow,
+    Memory,
+    MemoryPlan,
+    Program,
+    Report,
+    Text,
+)  # fmt: skip
+from nanovllm_jax.inspection.scopes import fold
+from nanovllm_jax.inspection.stablehlo_text import stablehlo_lines
+from nanovllm_jax.inspection.triton_calls import triton_kernels
+from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
+from nanovllm_jax.step.programs import Programs
+from nanovllm_jax.step.state import device_bytes
+from nanovllm_kernels import lowering_for
+
+DEFAULT_CONTEXT = 1024
+_PACKAGES = ("nanovllm-jax", "jax", "jaxlib", "jax-triton", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin")
+_FLAGS = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_PLATFORMS")
+ARGUMENT_NAMES = {
+    "decode": ("params", "caches", "rows", "delta"),
+    "prefill": ("params", "caches", "rows", "delta"),
+    "plain": ("head", "rows", "hidden", "sampled_rows"),
+    "filtered": ("head", "rows", "hidden", "sampled_rows"),
+    "full": ("head", "rows", "extras", "hidden", "sampled_rows"),
+    "prompt_logprobs": ("head", "hidden", "targets"),
+    "update_rows": ("rows", "packed"),
+    "update_extras": ("extras", "packed"),
+}
+
+
+def collect(
+    catalogue: Catalogue,
+    keys: Sequence[ProgramKey],
+    *,
+    model: str,
+    programs: Programs | None = None,
+    gpu: Gpu | None = None,
+    context: int = DEFAULT_CONTEXT,
+    compilations: Sequence[Compilation] = (),
+) -> Report:
+    """Look into programs.
+
+    Args:
+        catalogue: describes them.
+        keys: which ones.
+        model: its name.
+        programs: compiles them for the device at hand and keeps them; None only lowers.
+        gpu: the GPU to lower for, which need not be there; None for the device at hand.
+        context: tokens that each sequence has, for the costs of attention.
+        compilations: the compile log.
+    """
+    device = catalogue.mesh.devices.flat[0]
+    peaks = gpu or (gpu_of_device(device.device_kind) if device.platform != "cpu" else None)
+    look_into = _Collector(catalogue, programs if gpu is None else None, gpu, peaks, context)
+    found = [look_into.program(key) for key in keys]
+    on_gpu = gpu is not None or device.platform != "cpu"
+    temporaries = [program.memory.temporaries for program in found if program.memory]
+    stats = None if gpu else device.memory_stats()
+    total = int(gpu.memory_bytes) if gpu else (stats or {}).get("bytes_limit")
+    memory = MemoryPlan(
+        weights=device_bytes(catalogue.params),
+        cache=device_bytes(catalogue.caches),
+        rows=device_bytes(catalogue.rows),
+        extras=device_bytes(catalogue.extras),
+        temporaries=max(temporaries) if temporaries else None,
+        total=total,
+    )
+    target = f"{gpu.name} (sm_{gpu.compute_capability}), lowered without one" if gpu else device.device_kind
+    card = _card(catalogue, model, target, peaks, context, on_gpu)
+    return Report(card, found, memory, look_into.findings, list(compilations))
+
+
+class _Collector:
+    def __init__(
+        self, catalogue: Catalogue, programs: Programs | None, gpu: Gpu | None, peaks: Gpu | None, context: int
+    ) -> None:
+        self._catalogue, self._programs, self._gpu, self._peaks = catalogue, programs, gpu, peaks
+        self._context = context
+        self._on_gpu = gpu is not None or catalogue.mesh.devices.flat[0].platform != "cpu"
+        self._shards = catalogue.mesh.devices.size if catalogue.config.axis_name else 1
+        self.findings: list[Finding] = []
+
+    def program(self, key: ProgramKey) -> Program:
+        name = f"{key.kind}[{key.size}]" if key.size else key.kind
+        started = time.perf_counter()
+        with lowering_for(self._gpu.compute_capability) if self._gpu else nullcontext():
+            traced = self._catalogue.trace(key)
+            trace_s = time.perf_counter() - started
+            platforms = ("cuda",) if self._gpu else None
+            lowered = traced.lower(lowering_platforms=platforms)
+        lower_s = time.perf_counter() - started - trace_s
+        started = time.perf_counter()
+        compiled = self._programs[key] if self._programs else None
+        compile_s = time.perf_counter() - started if compiled else None
+        hlo = compiled.as_text() if compiled else None
+        module = lowered.as_text(debug_info=True)
+
+        counted = count(traced.jaxpr.jaxpr)
+        dtype, cache = self._catalogue.params["embed"].dtype, jax.tree.leaves(self._catalogue.caches)[0].dtype
+        rows = kernel_rows(
+            counted,
+            self._catalogue.config,
+            _load(key, self._context),
+            itemsize=dtype.itemsize,
+            cache_itemsize=cache.itemsize,
+            shards=self._shards,
+            gpu=self._peaks,
+        )
+        arguments = _arguments(key, self._catalogue, lowered, module, hlo)
+        ran = instructions(hlo) if hlo else []
+        self._note(name, traced, arguments, counted, ran, dtype)
+        flops, flops_source = _flops(lowered, rows, counted)
+        texts, scopes = _texts(traced, module, hlo, lowered if counted.triton else None)
+        return Program(
+            name=name,
+            kind=key.kind,
+            size=key.size,
+            scopes=scopes,
+            arguments=arguments,
+            flops=flops,
+            flops_source=flops_source,
+            bytes=sum(row.bytes or 0 for row in rows),
+            bytes_source="shapes of products, formulas of kernels; the rest counts as fused",
+            limit_s=self._peaks.limit_s(flops, sum(row.bytes or 0 for row in rows)) if self._peaks else None,
+            kernels=rows,
+            instructions=_instruction_rows(ran),
+            collectives=dict(counted.collectives),
+            memory=_memory(compiled),
+            needs=None if compiled else "a GPU" if self._gpu else "compiling",
+            texts=texts,
+            trace_s=trace_s,
+            lower_s=lower_s,
+            compile_s=compile_s,
+        )
+
+    def _note(
+        self, name: str, traced: Any, arguments: list[Argument], counted: Counted, ran: list[Instruction], dtype: Any
+    ) -> None:
+        config = self._catalogue.config
+        self.findings += look.donation_findings(name, arguments)
+        self.findings += look.traced_findings(name, traced.jaxpr.jaxpr, dtype)
+        self.findings += look.compiled_findings(name, ran)
+        self.findings += look.kernel_findings(
+            name,
+            counted,
+            config.backend,
+            on_gpu=self._on_gpu,
+            shards=self._shards,
+            layers=config.model.num_layers,
+        )
+
+
+def _load(key: ProgramKey, context: int) -> Load | None:
+    if key.kind == "decode":
+        return decode_load(key.size, context)
+    return prefill_load(key.size, context) if key.kind == "prefill" else None
+
+
+def _flops(lowered: Any, rows: list[KernelRow], counted: Counted) -> tuple[float, str]:
+    """XLA's count where it sees everything but custom calls; ours where our kernels are loops to it."""
+    kernels = sum(row.flops or 0 for row in rows if row.source == "formula")
+    loops = {kernel for kernel, _ in counted.kernels} - {kernel_of(scope) for scope in counted.triton}
+    analysis = lowered.cost_analysis()
+    if loops or not analysis or "flops" not in analysis:
+        return sum(row.flops or 0 for row in rows), "shapes of products, formulas of kernels"
+    return float(analysis["flops"]) + kernels, "XLA, and formulas of custom calls" if kernels else "XLA"
+
+
+def _arguments(key: ProgramKey, catalogue: Catalogue, lowered: Any, module: str, hlo: str | None) -> list[Argument]:
+    """One entry an argument; of a program that is not compiled, what its lowering promises."""
+    reused = aliased_parameters(hlo) if hlo else _promised(module)
+    found, start = [], 0
+    for name, tree, info in zip(
+        ARGUMENT_NAMES[key.kind], catalogue.describe(key).arguments, lowered.args_info[0], strict=True
+    ):
+        leaves, donated = jax.tree.leaves(tree), [leaf.donated for leaf in jax.tree.leaves(info)]
+        held = sum(1 for number in range(start, start + len(leaves)) if number in reused)
+        dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+        found.append(Argument(name, len(leaves), device_bytes(tree), dtypes, all(donated), held))
+        start += len(leaves)
+    return found
+
+
+def _promised(module: str) -> set[int]:
+    """Parameters of @main that are marked to be taken over by a result."""
+    main = next(line for line in module.splitlines() if "func.func public @main(" in line)
+    parts = main.partition(") -> ")[0].split("%arg")[1:]
+    return {index for index, part in enumerate(parts) if "tf.aliasing_output" in part or "jax.buffer_donor" in part}
+
+
+def _memory(compiled: Any) -> Memory | None:
+    analysis = compiled.memory_analysis() if compiled else None
+    if analysis is None:
+        return None
+    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    reused, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
+    return Memory(arguments, outputs, reused, temporaries, arguments + outputs - reused + temporaries)
+
+
+def _instruction_rows(ran: list[Instruction]) -> list[KernelRow]:
+    """Instructions of equal kind, scope and size as one row, the largest first."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for one in ran:
+        groups.setdefault((one.opcode, fold(one.scope)), []).append(one.result_bytes + one.operand_bytes)
+    rows = [
+        KernelRow(opcode, opcode, scope, len(sizes), None, sum(sizes), "XLA", None, None)
+        for (opcode, scope), sizes in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -(row.bytes or 0))
+
+
+def _texts(traced: Any, module: str, hlo: str | None, with_triton: Any | None) -> tuple[dict[str, Text], list[str]]:
+    """Every text of a program, and the scopes that their lines name by index."""
+    numbers: dict[str, int] = {"": 0}
+
+    def text(found: tuple[list[Line], int]) -> Text:
+        lines, full = found
+        return Text([line for line, _ in lines], [numbers.setdefault(s, len(numbers)) for _, s in lines], full)
+
+    texts = {"jaxpr": text(jaxpr_lines(traced.jaxpr.jaxpr)), "stablehlo": text(stablehlo_lines(module))}
+    if hlo:
+        texts["hlo"] = text(hlo_lines(hlo))
+    if with_triton is not None:
+        kernels = triton_kernels(with_triton)
+        for name in ("ttir", "ptx"):
+            lines: list[Line] = []
+            for kernel in kernels:
+                head = f"// {kernel.name}: {kernel.num_warps} warps, {kernel.shared_bytes} bytes of shared memory"
+                body = [line for line in getattr(kernel, name).splitlines() if not _is_debug(line)]
+                lines += [(head, ""), *((line, "") for line in body)]
+            texts["triton" if name == "ttir" else "ptx"] = text((lines, len(lines)))
+    return texts, list(numbers)
+
+
+def _is_debug(line: str) -> bool:
+    return line.startswith("#loc") or line.lstrip().startswith((".loc", ".file", ".b8", ".b32", ".b64"))
+
+
+def _card(catalogue: Catalogue, model: str, target: str, peaks: Gpu | None, context: int, on_gpu: bool) -> Card:
+    config, shape = catalogue.config.model, catalogue.config.shape
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Card(
+        model=model,
+        family=config.family,
+        shape={name: getattr(config, name) for name in names},
+        engine={
+            "num_blocks": shape.num_blocks,
+            "block_size": shape.block_size,
+            "max_num_seqs": shape.max_num_seqs,
+            "max_model_len": shape.max_model_len,
+            "attention_backend": catalogue.config.backend,
+            "tensor_parallel_size": catalogue.mesh.devices.size,
+            "decode_sizes": " ".join(map(str, catalogue.decode_sizes)),
+            "prefill_sizes": " ".join(map(str, catalogue.prefill_sizes)),
+        },
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(catalogue.params)),
+        dtype=jnp.dtype(catalogue.params["embed"].dtype).name,
+        cache_dtype=jnp.dtype(jax.tree.leaves(catalogue.caches)[0].dtype).name,
+        target=target,
+        devices=catalogue.mesh.devices.size,
+        flops_per_s=peaks.flops_per_s if peaks else None,
+        bytes_per_s=peaks.bytes_per_s if peaks else None,
+        context=context,
+        versions=versions,
+        flags={name: os.environ[name] for name in _FLAGS if name in os.environ},
+    )

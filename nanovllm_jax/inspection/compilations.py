@@ -1,0 +1,54 @@
+"""Why each program was compiled: which argument is new against the compilation before it of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from nanovllm_jax.inspection.collect import ARGUMENT_NAMES
+from nanovllm_jax.inspection.report import Compilation
+from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
+from nanovllm_jax.step.programs import CompileRecord
+
+
+def explain_compilations(catalogue: Catalogue, log: Sequence[CompileRecord]) -> list[Compilation]:
+    """The compile log with reasons, in the order of the log."""
+    last: dict[str, ProgramKey] = {}
+    found = []
+    for record in log:
+        key = record.key
+        reason = compilation_reason(catalogue, key, last.get(key.kind))
+        name = f"{key.kind}[{key.size}]" if key.size else key.kind
+        found.append(Compilation(name, record.lower_s, record.compile_s, record.cache_hit, reason))
+        last[key.kind] = key
+    return found
+
+
+def compilation_reason(catalogue: Catalogue, key: ProgramKey, before: ProgramKey | None) -> str:
+    """What of `key`'s arguments differs from `before`'s in shape, dtype or sharding."""
+    if before is None:
+        return f"first program of kind {key.kind}"
+    changes = []
+    old, new = (
+        dict(jax.tree_util.tree_leaves_with_path(dict(enumerate(catalogue.describe(one).arguments))))
+        for one in (before, key)
+    )
+    for path, leaf in new.items():
+        was = old.get(path)
+        name = _name(key, path)
+        if was is None:
+            changes.append(f"argument {name} is new")
+        elif (was.shape, was.dtype) != (leaf.shape, leaf.dtype):
+            changes.append(f"argument {name} is {leaf.dtype}{list(leaf.shape)}, was {was.dtype}{list(was.shape)}")
+        elif was.sharding != leaf.sharding:
+            changes.append(f"argument {name} is split as {leaf.sharding}, was {was.sharding}")
+    if not changes and key.size != before.size:
+        changes.append(f"the static bucket is {key.size}, was {before.size}")
+    return "; ".join(changes) or "nothing changed: compiled again on request"
+
+
+def _name(key: ProgramKey, path: tuple[Any, ...]) -> str:
+    number, *rest = path
+    return ARGUMENT_NAMES[key.kind][number.key] + jax.tree_util.keystr(tuple(rest))

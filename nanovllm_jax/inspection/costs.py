@@ -1,0 +1,112 @@
+"""Flops and bytes of a program: matrix products from their shapes, our kernels from their formulas."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm_jax.inspection.gpus import Gpu
+from nanovllm_jax.inspection.kernel_costs import KERNELS, Load, Work, kernel_work
+from nanovllm_jax.inspection.report import KernelRow
+from nanovllm_jax.inspection.scopes import fold
+from nanovllm_jax.inspection.walk import aval_bytes, visit_all
+from nanovllm_jax.step.step import StepConfig
+
+COLLECTIVES = {
+    "psum",
+    "psum2",
+    "psum_invariant",
+    "pmax",
+    "pmin",
+    "all_gather",
+    "all_to_all",
+    "ppermute",
+    "reduce_scatter",
+}
+_TRITON = "triton_kernel_call"
+
+
+@dataclass
+class Counted:
+    """What a walk over a jaxpr found."""
+
+    products: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # (scope, shapes): count, flops, bytes
+    kernels: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kernel, scope): layers
+    triton: Counter[str] = field(default_factory=Counter)  # scope: launches
+    collectives: Counter[str] = field(default_factory=Counter)
+
+
+def count(jaxpr: Any) -> Counted:
+    """Every matrix product, kernel and collective of a traced program."""
+    found = Counted()
+    seen_layers: dict[tuple[str, str], set[str]] = {}
+    for visit in visit_all(jaxpr):
+        kernel = kernel_of(visit.scope)
+        if kernel:
+            seen_layers.setdefault((kernel, fold(visit.scope).partition(kernel)[0] + kernel), set()).add(
+                visit.scope.partition(kernel)[0]
+            )
+        if visit.primitive == _TRITON:
+            found.triton[fold(visit.scope)] += visit.times
+        elif visit.primitive in COLLECTIVES:
+            found.collectives[visit.primitive] += visit.times
+        elif visit.primitive == "dot_general" and not kernel:
+            left, right = (var.aval for var in visit.eqn.invars)
+            out = visit.eqn.outvars[0].aval
+            (contracted, _), _ = visit.eqn.params["dimension_numbers"]
+            flops = 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
+            moved = aval_bytes(left) + aval_bytes(right) + aval_bytes(out)
+            shapes = f"{left.str_short(True)} x {right.str_short(True)}"
+            row = found.products.setdefault((fold(visit.scope), shapes), [0, 0.0, 0.0])
+            row[0] += visit.times
+            row[1] += flops * visit.times
+            row[2] += moved * visit.times
+    for key, layers in seen_layers.items():
+        found.kernels[key] = len(layers)
+    return found
+
+
+def kernel_of(scope: str) -> str | None:
+    """The kernel that a scope lies in, if any."""
+    return next((part for part in scope.split("/") if part in KERNELS), None)
+
+
+def kernel_rows(
+    found: Counted,
+    config: StepConfig,
+    load: Load | None,
+    *,
+    itemsize: int,
+    cache_itemsize: int,
+    shards: int,
+    gpu: Gpu | None,
+) -> list[KernelRow]:
+    """The rows of the kernel table, the longest limit first."""
+    rows: list[tuple[str, str, str, int, Work, str]] = []
+    for (scope, shapes), (times, flops, moved) in found.products.items():
+        rows.append((shapes, "product", scope, int(times), Work(flops, moved), "shapes"))
+    for (kernel, scope), layers in found.kernels.items():
+        if load is None:
+            continue
+        work = kernel_work(
+            kernel,
+            config.model,
+            load,
+            itemsize=itemsize,
+            cache_itemsize=cache_itemsize,
+            block_size=config.shape.block_size,
+            shards=shards,
+        )
+        kind = "triton" if any(kernel_of(at) == kernel for at in found.triton) else "xla"
+        rows.append((kernel, kind, scope, layers, Work(work.flops * layers, work.bytes * layers), "formula"))
+    limits = [gpu.limit_s(row[4].flops, row[4].bytes) if gpu else None for row in rows]
+    whole = sum(limit for limit in limits if limit is not None)
+    table = [
+        KernelRow(
+            name, kind, scope, times, work.flops, work.bytes, source, limit, limit / whole if limit and whole else None
+        )
+        for (name, kind, scope, times, work, source), limit in zip(rows, limits, strict=True)
+    ]
+    return sorted(table, key=lambda row: -(row.limit_s or row.bytes or 0))

@@ -1,0 +1,16 @@
+import pytest
+from inspection_reports import inspected
+
+from nanovllm_jax.step.programs import Programs
+
+
+@pytest.fixture(scope="session")
+def on_cpu():
+    """The tiny model's step, compiled for the CPU."""
+    return inspected("tiny", gpu=None, programs=lambda c: Programs(c, command_buffers=True), dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def for_h200():
+    """A step of 28 layers, lowered for a GPU that is not there."""
+    return inspected("qwen3-0.6b")

@@ -1,0 +1,64 @@
+"""Totals of flops and bytes against closed formulas, and kernels against counting pair by pair."""
+
+import pytest
+from inspection_reports import SHAPES, inspected
+
+from nanovllm_jax.inspection.kernel_costs import Load, kernel_work, keys_read, prefill_load, visible_pairs
+from nanovllm_jax.inspection.plan import ProgramKey
+
+BF16, F32, CONTEXT, BLOCK = 2, 4, 512, 16
+
+
+def closed_formula(config, tokens, sequences, pairs, keys):
+    """(flops, bytes) of a whole step of bfloat16: weights once, activations of products, K and V."""
+    E, F, L = config.hidden_size, config.intermediate_size, config.num_layers
+    heads, kv, D = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.head_dim
+    weights = E * (heads + 2 * kv) + heads * E + 3 * E * F
+    flops = L * (2 * tokens * weights + 4 * config.num_heads * D * pairs)
+    activations = tokens * ((E + heads + 2 * kv) + (heads + E) + (E + 2 * F) + (F + E))
+    attention = 2 * keys * kv + 2 * tokens * heads + 4 * tokens * kv
+    return flops, L * BF16 * (weights + activations + attention)
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "llama-3.1-8b"])
+def test_totals_are_within_2_percent_of_the_closed_formula(name):
+    keys = [ProgramKey("decode", 16), ProgramKey("prefill", 1024), ProgramKey("plain", 16)]
+    decode, prefill, sample = inspected(name, keys=keys, context=CONTEXT, max_model_len=2048).programs
+    config = SHAPES[name]
+    flops, moved = closed_formula(config, 16, 16, 16 * CONTEXT, 16 * CONTEXT)
+    assert decode.flops == pytest.approx(flops, rel=0.02)
+    assert decode.bytes == pytest.approx(moved, rel=0.02)
+    assert decode.flops_source == "XLA, and formulas of custom calls"
+    flops, moved = closed_formula(config, 1024, 2, CONTEXT * (CONTEXT + 1), 1024)
+    assert prefill.flops == pytest.approx(flops, rel=0.02)
+    assert prefill.bytes == pytest.approx(moved, rel=0.02)
+    V, E = config.vocab_size, config.hidden_size
+    assert sample.bytes == pytest.approx(V * E * BF16 + 16 * (E * BF16 + V * F32), rel=0.02)
+    assert sample.flops >= 2 * 16 * V * E
+
+
+@pytest.mark.parametrize("window", [None, 3, 5, 64])
+@pytest.mark.parametrize(("q_len", "context"), [(1, 1), (1, 9), (4, 4), (4, 9), (9, 9)])
+def test_pairs_and_keys_are_those_that_the_mask_leaves(q_len, context, window):
+    seen = [
+        (query, key)
+        for query in range(context - q_len, context)
+        for key in range(query + 1)
+        if window is None or key > query - window
+    ]
+    load = Load(3, q_len, context)
+    assert visible_pairs(load, window) == 3 * len(seen)
+    assert keys_read(load, window) == 3 * len({key for _, key in seen})
+
+
+def test_prompts_longer_than_the_bucket_are_one_chunk_of_a_prefix():
+    assert prefill_load(256, 1024) == Load(1, 256, 1024)
+    assert prefill_load(1024, 256) == Load(4, 256, 256)
+
+
+def test_heads_split_over_devices_split_the_work():
+    config, load = SHAPES["qwen3-8b"], Load(8, 1, 100)
+    options = {"itemsize": 2, "cache_itemsize": 2, "block_size": BLOCK}
+    whole, half = (kernel_work("paged_decode", config, load, shards=shards, **options) for shards in (1, 2))
+    assert half.flops == whole.flops / 2
+    assert half.bytes == pytest.approx(whole.bytes / 2, rel=0.01)
