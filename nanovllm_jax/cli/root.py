@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nanovllm_jax.cli import bench, chat, convert, generate
+from nanovllm_jax.cli import bench, chat, convert, generate, inspect
 from nanovllm_jax.cli.terminal import show_error
 from nanovllm_jax.errors import ConfigError, NanoVLLMError, RequestError
 
@@ -40,6 +40,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
+app.command("inspect")(inspect.inspect)
 app.add_typer(bench.app, name="bench")
 
 
