@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nanovllm_jax.cli import bench, chat, convert, generate, inspect
+from nanovllm_jax.cli import bench, chat, convert, generate, inspect, serve
 from nanovllm_jax.cli.terminal import show_error
 from nanovllm_jax.errors import ConfigError, NanoVLLMError, RequestError
 
@@ -41,6 +41,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
+app.command("serve")(serve.serve)
 app.add_typer(bench.app, name="bench")
 
 

@@ -69,6 +69,8 @@ class EngineThread:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked has left
             try:
                 if self._error is not None:
                     raise self._error

@@ -1,0 +1,225 @@
+"""What the server does beside generating: limits, keys, metrics, clients that leave, faults, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+
+import httpx
+import openai
+import pytest
+from live_server import serving
+from prometheus_client.parser import text_string_to_metric_families
+
+from nanovllm_jax import AsyncLLM
+
+LONG = {"prompt": "Once", "max_tokens": 200, "ignore_eos": True}
+
+
+def wait_until_idle(served):
+    """Steps end by themselves; the thread that waits gives way to them."""
+    waiter = threading.Event()
+    for _ in range(600):
+        if served.is_idle():
+            return
+        waiter.wait(0.05)
+    raise AssertionError(vars(served.llm.stats))
+
+
+def test_tokenize_and_detokenize_are_inverse(served):
+    tokens = httpx.post(f"{served.url}/tokenize", json={"prompt": "Once upon a time"}).json()
+    assert tokens["count"] == len(tokens["tokens"])
+    text = httpx.post(f"{served.url}/detokenize", json={"tokens": tokens["tokens"]}).json()
+    assert text == {"prompt": "Once upon a time"}
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert httpx.post(f"{served.url}/tokenize", json=chat).json()["count"] > 3
+
+
+def test_metrics_count_what_was_served(served):
+    def read():
+        text = httpx.get(f"{served.url}/metrics").text
+        families = text_string_to_metric_families(text)
+        return {
+            (s.name, s.labels.get("finished_reason"), s.labels.get("le")): s.value for f in families for s in f.samples
+        }
+
+    before = read()
+    httpx.post(f"{served.url}/v1/completions", json={"prompt": [5] * 20, "max_tokens": 7, "ignore_eos": True})
+    after = read()
+    grown = {key: after[key] - before[key] for key in after if after[key] != before[key]}
+    assert grown[("nanovllm:generation_tokens_total", None, None)] == 7
+    assert grown[("nanovllm:prompt_tokens_total", None, None)] == 20
+    assert grown[("nanovllm:prefix_cache_queries_total", None, None)] == 20
+    assert grown[("nanovllm:request_success_total", "length", None)] == 1
+    for name, count in {"time_to_first_token": 1, "inter_token_latency": 6, "e2e_request_latency": 1}.items():
+        assert grown[(f"nanovllm:{name}_seconds_bucket", None, "+Inf")] == count
+    assert after[("nanovllm:num_requests_running", None, None)] == 0
+
+
+def test_operations(served):
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert httpx.get(f"{served.url}/version").json()["version"]
+    assert httpx.post(f"{served.url}/reset_prefix_cache").json() == {"success": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"{", 400),
+        (b"[]", 400),
+        (b'{"prompt": "\\ud800"}', 400),
+        (b'{"prompt": ""}', 400),
+        (b'{"prompt": []}', 400),
+        (b'{"prompt": [999999]}', 400),
+        (b'{"prompt": "a", "seed": 1e400}', 400),
+        (b"[" * 100_000, 400),
+        (b" " * (5 * 2**20), 413),
+    ],
+)
+def test_malformed_and_oversized_bodies_are_refused(served, content, status):
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{served.url}/v1/completions", content=content, headers=headers)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+    answer = httpx.post(f"{served.url}/v1/completions", content=iter([content]), headers=headers)  # no length stated
+    assert answer.status_code == status
+
+
+def test_unknown_paths_and_methods_have_the_same_body(served):
+    assert httpx.get(f"{served.url}/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert httpx.get(f"{served.url}/v1/completions").status_code == 405
+
+
+def test_keys_are_required_and_keep_prefixes_apart(llm):
+    prompt = {"model": "tiny", "prompt": [7] * 60, "max_tokens": 1}
+
+    def cached(client, **extra):
+        usage = client.completions.create(**prompt, extra_body=extra).usage
+        return usage.prompt_tokens_details.cached_tokens
+
+    with serving(llm, api_keys=("first", "second")) as served:
+        for key in ("no", "firs", "third"):
+            answer = httpx.get(f"{served.url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        with served.client("first") as first, served.client("second") as second:
+            assert [cached(first), cached(first), cached(second), cached(first, cache_salt="x")] == [0, 48, 0, 0]
+
+
+def test_beyond_the_queue_is_503(llm):
+    async def main(served):
+        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            jobs = [client.post("/v1/completions", json=LONG) for _ in range(12)]
+            return await asyncio.gather(*jobs)
+
+    with serving(llm, max_queue=2) as served:
+        answers = asyncio.run(main(served))
+    codes = sorted(answer.status_code for answer in answers)
+    assert codes.count(200) >= 6
+    assert codes[-1] == 503
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    assert refused.headers["retry-after"]
+    assert refused.json()["error"]["code"] == "queue_full"
+
+
+def test_clients_that_leave_hold_nothing(served):
+    draw = random.Random(0)
+
+    async def one(client):
+        body = {**LONG, "stream": draw.random() < 0.5, "n": draw.choice([1, 2])}
+        try:
+            async with asyncio.timeout(draw.random()), client.stream("POST", "/v1/completions", json=body) as answer:
+                async for _ in answer.aiter_bytes():
+                    pass
+        except TimeoutError:
+            pass
+
+    async def main():
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=served.url, timeout=60, limits=limits) as client:
+            await asyncio.gather(*(one(client) for _ in range(60)))
+
+    asyncio.run(main())
+    wait_until_idle(served)
+    assert httpx.post(f"{served.url}/reset_prefix_cache").status_code == 200
+
+
+def test_a_request_that_fails_ends_alone_and_a_dead_engine_says_so(monkeypatch):
+    llm = AsyncLLM(max_model_len=256, max_num_seqs=2, max_num_batched_tokens=64, enforce_eager=True)
+    on_token = llm._engine._collector.on_token
+
+    def break_one(request, *args):
+        if request.prompt_token_ids == [66, 66]:
+            raise ValueError("broken")
+        return on_token(request, *args)
+
+    def fail(schedule):
+        raise RuntimeError("no device")
+
+    with serving(llm) as served, served.client() as client:
+        monkeypatch.setattr(llm._engine._collector, "on_token", break_one)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model="tiny", prompt=[66, 66])
+        assert caught.value.status_code == 500
+        stream = client.completions.create(model="tiny", prompt="Once", max_tokens=200, stream=True)
+        next(stream)
+        monkeypatch.setattr(llm._engine.runner, "dispatch", fail)
+        with pytest.raises(openai.APIError, match="no device"):
+            list(stream)
+        assert httpx.get(f"{served.url}/health").status_code == 503
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model="tiny", prompt="Once")
+        assert caught.value.status_code == 503
+    llm.close()
+
+
+def wait_until_closed(url):
+    for _ in range(600):
+        try:
+            httpx.get(f"{url}/version")
+        except httpx.TransportError:
+            return
+    raise AssertionError("the server still accepts connections")
+
+
+def start_server():
+    settings = "--port 0 --max-model-len 1024 --max-num-seqs 2 --max-num-batched-tokens 64 --enforce-eager"
+    code = "from nanovllm_jax.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "serve", *settings.split()], stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if "http://" in line:
+            return process, line.split()[-1]
+    raise AssertionError("the server did not start")
+
+
+def test_sigterm_finishes_what_runs_and_a_second_ctrl_c_stops_at_once():
+    process, url = start_server()
+    body = {"prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+
+    process, url = start_server()
+    body["max_tokens"] = 1000
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGINT)
+        wait_until_closed(url)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
