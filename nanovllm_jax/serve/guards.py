@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm_jax.serve.errors import APIError
 
-_OPEN_PATHS = frozenset({"/", "/health", "/version", "/metrics", "/app.js", "/style.css"})
+_OPEN_PATHS = frozenset({"/health", "/version", "/metrics"})
 
 
 def matching_key(header: str | None, keys: Sequence[str]) -> int | None:
