@@ -55,6 +55,7 @@ class EngineThread:
 
         def abort() -> None:
             output = self._engine.abort(request_id)
+            self._engine.update_gauges()
             if output is not None:
                 self._publish([output])
 
@@ -101,8 +102,9 @@ class EngineThread:
         error: Exception = DeviceError("The engine was closed; make a new one.")
         try:
             while self._take_commands():
-                self._publish(self._engine.step())
-                self._engine.update_gauges()
+                outputs = self._engine.step()
+                self._engine.update_gauges()  # first: who reads the last output finds the figures up to date
+                self._publish(outputs)
                 if not self._engine.has_unfinished:
                     self._engine.drain()
         except Exception as failure:
