@@ -1,3 +1,4 @@
+import logging
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -10,6 +11,17 @@ import nanovllm_jax
 from nanovllm_jax.cli import app
 from nanovllm_jax.outputs import CompletionOutput, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
+
+
+@pytest.fixture(autouse=True)
+def keep_logging():
+    """The commands point logging at the runner's stderr, which is closed when they end."""
+    root, package = logging.getLogger(), logging.getLogger("nanovllm_jax")
+    handlers, levels = list(root.handlers), (root.level, package.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    package.setLevel(levels[1])
 
 
 class FakeTokenizer:

@@ -163,8 +163,7 @@ def make_golden(name: str, directory: Path, digest: str, streams: list[list[int]
 def make_tiny(name: str) -> None:
     model = TINY_MODELS[name]
     streams = [
-        np.random.default_rng(seed).integers(model.vocab_size, size=max(PROMPT_LENGTHS)).tolist()
-        for seed in range(500)
+        np.random.default_rng(seed).integers(model.vocab_size, size=max(PROMPT_LENGTHS)).tolist() for seed in range(500)
     ]
     with tempfile.TemporaryDirectory() as folder:
         directory = write_tiny_model(name, folder)

@@ -89,7 +89,12 @@ def test_logprobs_in_both_formats(client):
 
 def test_logit_bias_forces_a_token(client):
     given = {**FIXED, "max_tokens": 3, "logit_bias": {"40": 100}}
-    assert client.completions.create(prompt="Once", logprobs=0, **given).choices[0].logprobs.token_logprobs
+    tokens = client.completions.create(prompt="Once", logprobs=0, **given).choices[0].logprobs.tokens
+    without = (
+        client.completions.create(prompt="Once", logprobs=0, **FIXED | {"max_tokens": 3}).choices[0].logprobs.tokens
+    )
+    assert len(set(tokens)) == 1
+    assert tokens != without
 
 
 @pytest.mark.parametrize(
