@@ -107,7 +107,14 @@ def import_jax_triton() -> ModuleType:
         driver = importlib.import_module("triton.backends.nvidia.driver")
         if not hasattr(driver, "TMA_TF32"):
             driver.TMA_TF32 = _TMA_TF32  # pyright: ignore[reportAttributeAccessIssue]
-        return importlib.import_module("jax_triton")
+        jax_triton = importlib.import_module("jax_triton")
+        if jax.__version_info__ >= (0, 12):
+            library = importlib.import_module("jax_triton.triton_lib")
+            library.pe.dce_rules[library.triton_kernel_call_p] = lambda used_outs, *rest: (
+                [True] * len(rest[-1].invars),
+                rest[-1],
+            )
+        return jax_triton
     except ImportError as error:
         raise ImportError(
             f"backend='triton' needs triton and jax-triton, but importing them failed ({error}); install "
