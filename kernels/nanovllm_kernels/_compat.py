@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -95,14 +96,17 @@ def current_target() -> Target:
 
 
 def import_jax_triton() -> ModuleType:
-    """jax_triton, made to work with triton 3.6 too; call it before any module that imports triton.
+    """jax_triton, made to work with triton 3.6 and jax 0.12 too; call it before any module that imports triton.
 
     jax-triton 0.4.1 reads a constant that triton has only since 3.7; without it, it takes the whole NVIDIA
-    back end for missing and fails at lowering.
+    back end for missing and fails at lowering. Its rule for dead code elimination lacks an argument that jax 0.12
+    added; the rule given here says the same: a kernel call stays, with all its inputs. Triton 3.9 asks to be told
+    that products and sums are fused, as they are in all versions so far.
 
     Raises:
         ImportError: with the remedy, if triton or jax-triton is missing.
     """
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
         driver = importlib.import_module("triton.backends.nvidia.driver")
         if not hasattr(driver, "TMA_TF32"):
