@@ -1,10 +1,10 @@
 """`LLM`: load a model once, then generate from many prompts.
 
-from nanovllm_jax import LLM, SamplingParams
+    with LLM() as llm:
+        outputs = llm.generate(["To be, or"], SamplingParams(temperature=0.7, max_tokens=32))
+        print(outputs[0].outputs[0].text)
 
-with LLM() as llm:
-outputs = llm.generate(["To be, or"], SamplingParams(temperature=0.7, max_tokens=32))
-print(outputs[0].outputs[0].text)
+Names and defaults are vLLM's.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.models.rope import apply_rope, rope_tables
+from nanovllm_jax.parallel.collectives import sum_shards
 
 LayerCache = tuple[Array, Array]  # K and V
 Attend = Callable[
@@ -93,11 +94,6 @@ def _embed(embed: Float[Array, "V E"], tokens: Int[Array, " T"], axis_name: str 
     local = jnp.clip(tokens, 0, last) - jax.lax.axis_index(axis_name) * size
     rows = embed.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     return jax.lax.psum(rows, axis_name)
-
-
-def sum_shards(x: Array, axis_name: str | None) -> Array:
-    """The sum over the shards, where there are several."""
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
 def _add_bias(x: Array, bias: Array | None) -> Array:

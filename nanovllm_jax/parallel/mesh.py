@@ -67,8 +67,3 @@ def partition_spec(spec: ParamSpec) -> PartitionSpec:
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """The sharding of every parameter, in the shape of `abstract_params`."""
     return map_specs(lambda spec: NamedSharding(mesh, partition_spec(spec)), abstract_params(config))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())

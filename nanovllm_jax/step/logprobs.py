@@ -7,7 +7,8 @@ from jax import Array as JaxArray
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from nanovllm_jax.step.vocab import max_shards, sum_shards, vocab_offset
+from nanovllm_jax.parallel.collectives import max_shards, sum_shards
+from nanovllm_jax.step.vocab import vocab_offset
 
 _GROUP = 128
 

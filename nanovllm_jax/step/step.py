@@ -9,7 +9,9 @@ logits are written to memory in either case.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -18,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.params import Params
-from nanovllm_jax.models.transformer import LayerCache, transformer
+from nanovllm_jax.models.transformer import Attend, LayerCache, transformer
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateShape
 from nanovllm_kernels import cache_write, paged_decode, ragged_prefill
 
@@ -62,22 +64,9 @@ def decode_forward(
     slots = jnp.where(active, block * block_size + position % block_size, -1)
     context_lens = jnp.where(active, position + 1, 0)
 
-    def attend(q: Array, k: Array, v: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
-        with jax.named_scope("cache_write"):
-            k_cache, v_cache = cache_write(k, v, *cache, slots, backend=config.backend)
-        with jax.named_scope("paged_decode"):
-            out = paged_decode(
-                q,
-                k_cache,
-                v_cache,
-                table,
-                context_lens,
-                scale=config.model.head_dim**-0.5,
-                sliding_window=config.model.sliding_window,
-                backend=config.backend,
-            )
-        return out, (k_cache, v_cache)
-
+    attend = _attend(
+        config, "paged_decode", slots, partial(paged_decode, block_tables=table, context_lens=context_lens)
+    )
     hidden, caches = transformer(params, config.model, token, position, caches, attend, config.axis_name)
     ints = rows["ints"].at[row, RowInt.NUM_TOKENS].add(active.astype(jnp.int32))
     padding = dummy - hidden.shape[0]
@@ -114,25 +103,25 @@ def prefill_forward(
     slots = jnp.where(real, block * block_size + position % block_size, -1)
     tokens = jnp.where(tokens >= 0, tokens, rows["ints"][slot_row[sequence], RowInt.LAST_TOKEN])
 
-    def attend(q: Array, k: Array, v: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
-        with jax.named_scope("cache_write"):
-            k_cache, v_cache = cache_write(k, v, *cache, slots, backend=config.backend)
-        with jax.named_scope("ragged_prefill"):
-            out = ragged_prefill(
-                q,
-                k_cache,
-                v_cache,
-                tables,
-                cu_q_lens,
-                context_lens,
-                scale=config.model.head_dim**-0.5,
-                sliding_window=config.model.sliding_window,
-                backend=config.backend,
-            )
-        return out, (k_cache, v_cache)
-
+    attention = partial(ragged_prefill, block_tables=tables, cu_q_lens=cu_q_lens, context_lens=context_lens)
+    attend = _attend(config, "ragged_prefill", slots, attention)
     hidden, caches = transformer(params, config.model, tokens, position, caches, attend, config.axis_name)
     ints = rows["ints"].at[slot_row, RowInt.NUM_TOKENS].set(context_lens)
     last = hidden[jnp.maximum(cu_q_lens[1:] - 1, 0)]
     sampled_rows = jnp.where(active & (samples == 1), row, -1)
     return caches, rows | {"ints": ints}, last, sampled_rows, hidden
+
+
+def _attend(config: StepConfig, name: str, slots: Int[Array, " T"], attention: Callable[..., Array]) -> Attend:
+    """What each layer does with its q, k, v and cache: write the new tokens to `slots`, then run the kernel `name`."""
+    model, backend = config.model, config.backend
+
+    def attend(q: Array, k: Array, v: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
+        with jax.named_scope("cache_write"):
+            cache = cache_write(k, v, *cache, slots, backend=backend)
+        with jax.named_scope(name):
+            scale, window = model.head_dim**-0.5, model.sliding_window
+            out = attention(q, *cache, scale=scale, sliding_window=window, backend=backend)
+        return out, cache
+
+    return attend
