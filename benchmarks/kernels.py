@@ -16,12 +16,13 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from nanovllm_kernels import cache_write, paged_decode, ragged_prefill
+from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
 from nanovllm_kernels._cases import AttentionCase
-from nanovllm_kernels.cache_write.cases import BENCHMARKS as WRITES
 from nanovllm_kernels.paged_decode.cases import BENCHMARKS as DECODES
 from nanovllm_kernels.ragged_prefill.cases import BENCHMARKS as PREFILLS
+from nanovllm_kernels.rope_cache_write.cases import BENCHMARKS as WRITES
 
 CHAIN, RUNS = 10, 7
 
@@ -47,15 +48,17 @@ def seconds_a_call(step, carry, *args) -> tuple[float, float]:
 
 def paged_arrays(case: AttentionCase):
     """q, k_cache, v_cache, block_tables in random block order, context_lens; made on the device."""
-    blocks = -(-max(case.context_lens) // case.block_size)
-    rows = len(case.context_lens)
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = (rows * blocks, case.num_kv_heads, case.block_size, case.head_dim)
-    dtype = jnp.dtype(case.dtype)
-    k_cache, v_cache = (jax.random.normal(key, shape, dtype) for key in keys[:2])
-    q = jax.random.normal(keys[2], (case.num_tokens, case.num_heads, case.head_dim), dtype)
-    tables = jax.random.permutation(keys[3], rows * blocks).reshape(rows, blocks).astype(jnp.int32)
-    return q, k_cache, v_cache, tables, jnp.array(case.context_lens, jnp.int32)
+    blocks = [-(-length // case.block_size) for length in case.context_lens]
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (sum(blocks), case.num_kv_heads, case.block_size, case.head_dim)
+    cache_dtype = jnp.dtype(case.cache_dtype or case.dtype)
+    k_cache, v_cache = (jax.random.normal(key, shape, jnp.bfloat16).astype(cache_dtype) for key in keys[:2])
+    q = jax.random.normal(keys[2], (case.num_tokens, case.num_heads, case.head_dim), jnp.dtype(case.dtype))
+    order = iter(np.random.default_rng(0).permutation(sum(blocks)).tolist())
+    tables = np.zeros((len(blocks), max(blocks)), np.int32)
+    for row, count in enumerate(blocks):
+        tables[row, :count] = list(itertools.islice(order, count))
+    return q, k_cache, v_cache, jnp.asarray(tables), jnp.array(case.context_lens, jnp.int32)
 
 
 def decode(case: AttentionCase):
@@ -92,13 +95,21 @@ def causal_tflop(case: AttentionCase) -> float:
 
 def write(case):
     """GB/s, bytes read and bytes written."""
-    dtype = jnp.dtype(case.dtype)
-    new = jnp.ones((case.num_tokens, case.num_kv_heads, case.head_dim), dtype)
-    shape = (case.num_tokens // case.block_size * 4, case.num_kv_heads, case.block_size, case.head_dim)
+    dtype, group = jnp.dtype(case.dtype), case.num_heads // case.num_kv_heads
+    qkv = jax.random.normal(jax.random.key(1), (case.num_tokens, case.num_kv_heads, group + 2, case.head_dim), dtype)
+    angles = jnp.ones((case.num_tokens, case.head_dim // 2))
+    norm = jnp.ones(case.head_dim, dtype)
+    shape = (max(case.num_tokens // case.block_size * 4, 64), case.num_kv_heads, case.block_size, case.head_dim)
     slots = jax.random.permutation(jax.random.key(0), shape[0] * case.block_size)[: case.num_tokens]
-    step = lambda caches, k, v, slots: cache_write(k, v, *caches, slots, backend="triton")  # noqa: E731
-    caches = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    return seconds_a_call(step, caches, new, new + 1, slots.astype(jnp.int32)), 4 * new.nbytes / 1e9, "GB/s"
+
+    def step(carry, angles, norm, slots):
+        qkv, *caches = carry
+        _, *caches = rope_cache_write(qkv, angles, angles, *caches, slots, q_norm=norm, k_norm=norm, backend="triton")
+        return qkv, *caches
+
+    moved = qkv.nbytes + 2 * angles.nbytes + qkv.nbytes  # q is written, and as many keys and values as are read
+    carry = qkv, jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    return seconds_a_call(step, carry, angles, norm, slots.astype(jnp.int32)), moved / 1e9, "GB/s"
 
 
 def copy():
@@ -161,7 +172,7 @@ def main() -> None:
         report(f"ragged_prefill {case.name}", prefill(case))
         report(f"  cuDNN, contiguous {case.name}", prefill_cudnn(case))
     for case in WRITES:
-        report(f"cache_write {case.name}", write(case))
+        report(f"rope_cache_write {case.name}", write(case))
     if options.sweep:
         sweep()
 

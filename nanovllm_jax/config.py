@@ -117,7 +117,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require_choice("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
-        _require_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "bfloat16", "float16", "float32"))
+        _require_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8", "bfloat16", "float16", "float32"))
         _require_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _require_choice("batching", self.batching, ("prefill_first", "mixed"))
         _require_choice("attention_backend", self.attention_backend, ("auto", "xla", "triton"))

@@ -5,8 +5,8 @@ anywhere, "triton" on NVIDIA GPUs from sm_80 up (imported only when asked for).
 """
 
 from nanovllm_kernels._compat import lowering_for
-from nanovllm_kernels.cache_write import cache_write
 from nanovllm_kernels.paged_decode import paged_decode
 from nanovllm_kernels.ragged_prefill import ragged_prefill
+from nanovllm_kernels.rope_cache_write import rope_cache_write
 
-__all__ = ["cache_write", "lowering_for", "paged_decode", "ragged_prefill"]
+__all__ = ["lowering_for", "paged_decode", "ragged_prefill", "rope_cache_write"]

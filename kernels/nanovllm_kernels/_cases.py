@@ -5,10 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+DTYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+}
+
+
+def kv_scales(cache_dtype: str, num_kv_heads: int, rng: np.random.Generator) -> dict[str, Any]:
+    """`k_scale` and `v_scale` of a float8 cache, different for each KV head; nothing for other caches."""
+    if cache_dtype != "float8_e4m3fn":
+        return {}
+    k_scale, v_scale = rng.uniform(0.5, 2.0, (2, num_kv_heads)).astype(np.float32)
+    return {"k_scale": jnp.asarray(k_scale), "v_scale": jnp.asarray(v_scale)}
 
 
 @dataclass(frozen=True)
@@ -26,12 +40,14 @@ class AttentionCase:
     padding: int = 0
     sliding_window: int | None = None
     soft_cap: float | None = None
+    cache_dtype: str | None = None  # None means dtype
+    num_queries: int | None = None  # decode: Q queries a row; None means q without that dimension
 
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the operation."""
-        scale = self.head_dim**-0.5
-        return {"scale": scale, "sliding_window": self.sliding_window, "soft_cap": self.soft_cap}
+        options = {"scale": self.head_dim**-0.5, "sliding_window": self.sliding_window, "soft_cap": self.soft_cap}
+        return options | kv_scales(self.cache_dtype or self.dtype, self.num_kv_heads, np.random.default_rng(7))
 
     @property
     def num_tokens(self) -> int:
@@ -68,7 +84,7 @@ def attention_inputs(
     Large values in q spread the softmax, so that a wrong position shows.
     """
     rng = np.random.default_rng(seed)
-    dtype = DTYPES[case.dtype]
+    dtype, cache_dtype = DTYPES[case.dtype], DTYPES[case.cache_dtype or case.dtype]
     blocks_of = [-(-length // case.block_size) for length in case.context_lens]
     num_blocks = num_blocks or sum(blocks_of) + 3
     table_width = table_width or max(1, *blocks_of) + 2
@@ -85,15 +101,16 @@ def attention_inputs(
             for start in range(0, length, case.block_size):
                 page = values[start : start + case.block_size].swapaxes(0, 1)
                 cache[tables[row, start // case.block_size], :, : page.shape[1]] = page
-    q = 2 * rng.standard_normal((case.num_tokens, case.num_heads, case.head_dim), np.float32)
+    queries = () if case.num_queries is None else (case.num_queries,)
+    q = 2 * rng.standard_normal((case.num_tokens, *queries, case.num_heads, case.head_dim), np.float32)
     cu_q_lens = None
     if case.q_lens is not None:
         cu_q_lens = np.concatenate([[0], np.cumsum(case.q_lens)]).astype(np.int32)
         q[cu_q_lens[-1] :] = np.nan
     return PagedInputs(
         q=q.astype(dtype),
-        k_cache=k_cache.astype(dtype),
-        v_cache=v_cache.astype(dtype),
+        k_cache=k_cache.astype(cache_dtype),
+        v_cache=v_cache.astype(cache_dtype),
         block_tables=tables.astype(np.int32),
         context_lens=np.array(case.context_lens, np.int32),
         cu_q_lens=cu_q_lens,

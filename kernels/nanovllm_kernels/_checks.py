@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
+from nanovllm_kernels._fp8 import FP8
+
 FLOAT_DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"), jnp.dtype("float16"))
 
 
@@ -32,7 +34,9 @@ def check_shape(name: str, array: Array, expected: tuple[int, ...], letters: str
 
 
 def check_cache(k_cache: Array, v_cache: Array) -> None:
-    check_float(k_cache=k_cache, v_cache=v_cache)
+    for name, array in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if array.dtype != FP8:
+            check_float(**{name: array})
     if k_cache.ndim != 4 or 0 in k_cache.shape:
         raise ValueError(
             f"k_cache has shape {k_cache.shape}; it must be [N blocks, K KV heads, block_size, D], none of them 0."
@@ -42,20 +46,37 @@ def check_cache(k_cache: Array, v_cache: Array) -> None:
         raise ValueError(f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; they must be the same.")
 
 
+def check_scales(k_cache: Array, k_scale: Array | None, v_scale: Array | None) -> None:
+    if (k_scale is None) != (v_scale is None):
+        raise ValueError("k_scale and v_scale go together: give both or neither.")
+    if k_scale is None or v_scale is None:
+        return
+    if k_cache.dtype != FP8:
+        raise ValueError(f"k_scale is given, but the cache is {k_cache.dtype}; only a float8_e4m3fn cache has scales.")
+    for name, array in (("k_scale", k_scale), ("v_scale", v_scale)):
+        check_shape(name, array, (k_cache.shape[1],), "K")
+        check_float(**{name: array})
+
+
 def check_attention(
-    q: Array, k_cache: Array, v_cache: Array, *, sliding_window: int | None, soft_cap: float | None
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    *,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    k_scale: Array | None,
+    v_scale: Array | None,
 ) -> None:
     check_cache(k_cache, v_cache)
+    check_scales(k_cache, k_scale, v_scale)
     check_float(q=q)
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    if q.ndim != 3 or q.shape[2] != head_dim:
+    if q.shape[-1] != head_dim:
+        raise ValueError(f"q has shape {q.shape}; its last dimension must be D = {head_dim} as in the cache.")
+    if q.shape[-2] == 0 or q.shape[-2] % num_kv_heads:
         raise ValueError(
-            f"q has shape {q.shape}; it must be [rows or tokens, H query heads, D], with D = {head_dim} as "
-            "in the cache."
-        )
-    if q.shape[1] == 0 or q.shape[1] % num_kv_heads:
-        raise ValueError(
-            f"q has {q.shape[1]} query heads, which is not a multiple of the cache's {num_kv_heads} KV heads."
+            f"q has {q.shape[-2]} query heads, which is not a multiple of the cache's {num_kv_heads} KV heads."
         )
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1, or None for no window.")

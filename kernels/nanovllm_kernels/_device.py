@@ -15,13 +15,27 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from nanovllm_kernels._fp8 import FP8, FP8_MAX
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+_FP8_MAX = tl.constexpr(FP8_MAX)
 
 
 def dot_dtype(q_dtype: np.dtype, cache_dtype: np.dtype) -> tl.dtype:
-    """The dtype that both sides of a product are cast to: the one that holds both exactly."""
+    """The dtype that both sides of a product are cast to.
+
+    The one that holds both exactly; with a float8 cache float16 rather than bfloat16, since a GPU turns e4m3 into
+    float16 in one instruction, and q, whose entries are far below 65504, gains precision.
+    """
+    if cache_dtype == FP8:
+        return tl.float32 if q_dtype == jnp.float32 else tl.float16
     dtype = jnp.promote_types(q_dtype, cache_dtype)
     return {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}[dtype.name]
+
+
+def dot_itemsize(q_dtype: np.dtype, cache_dtype: np.dtype) -> int:
+    """Bytes an element of `dot_dtype`."""
+    return 4 if dot_dtype(q_dtype, cache_dtype) is tl.float32 else 2
 
 
 def next_power_of_2(value: int) -> int:
@@ -74,18 +88,18 @@ def load_rows(ptr, row_offsets, dims, row_mask, HEAD_DIM: tl.constexpr, MASKED: 
 
 @triton.jit
 @no_type_check
-def scaled_scores(q, k, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
-    """Scores of queries [M, D] against keys [N, D], capped if SOFT_CAP > 0, in units of log2."""
+def scaled_scores(q, k, k_scale, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+    """Scores of queries [M, D] against keys [N, D] (times `k_scale`), capped if SOFT_CAP > 0, in units of log2."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFT_CAP > 0:
-        x = scores * (SCALE / SOFT_CAP)
+        x = scores * (k_scale * (SCALE / SOFT_CAP))
         # tanh from exp2 loses its low digits near 0, where 1 - 2 / (1 + e^2x) cancels: a series there.
         square = x * x
         series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
         exact = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))
         scores = tl.where(tl.abs(x) < 0.25, series, exact) * (SOFT_CAP * LOG2_E)
     else:
-        scores = scores * (SCALE * LOG2_E)
+        scores = scores * (k_scale * (SCALE * LOG2_E))
     return scores
 
 
@@ -101,3 +115,24 @@ def online_softmax(scores, v, maximum, total, acc):
     total = total * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_maximum, total, acc
+
+
+@triton.jit
+@no_type_check
+def load_scale(ptr, kv_head, SCALED: tl.constexpr):
+    """A KV head's scale in a float8 cache; 1 where there are no scales."""
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(ptr + kv_head).to(tl.float32)
+    return scale
+
+
+@triton.jit
+@no_type_check
+def to_cache(x, cache_ptr, scale):
+    """`x` as the cache holds it: cast, and for float8 divided by `scale` and saturated."""
+    dtype: tl.constexpr = cache_ptr.dtype.element_ty
+    if dtype == tl.float8e4nv:
+        wide = x.to(tl.float32) / scale
+        x = tl.minimum(tl.maximum(wide, -_FP8_MAX), _FP8_MAX)
+    return x.to(dtype)

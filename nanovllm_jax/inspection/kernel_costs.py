@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from nanovllm_jax.config import ModelConfig
 
-_INT32 = 4
-KERNELS = ("cache_write", "paged_decode", "ragged_prefill")
+_INT32 = _FLOAT32 = 4
+KERNELS = ("rope_cache_write", "paged_decode", "ragged_prefill")
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ def kernel_work(
         KeyError: for another kernel.
     """
     H, K, D, T = model.num_heads / shards, model.num_kv_heads / shards, model.head_dim, load.num_tokens
-    if kernel == "cache_write":
-        return Work(0, 2 * T * K * D * (itemsize + cache_itemsize) + T * _INT32)
+    if kernel == "rope_cache_write":
+        return Work(
+            3 * T * (H + K) * D, T * D * (2 * (H + K) * itemsize + 2 * K * cache_itemsize + _FLOAT32) + T * _INT32
+        )
     if kernel not in KERNELS:
         raise KeyError(kernel)
     keys = keys_read(load, model.sliding_window)

@@ -76,14 +76,3 @@ def rope_tables(
     frequencies, scale = rope_frequencies(head_dim, rope)
     angles = positions[:, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def apply_rope(
-    x: Float[Array, "T *heads D"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
-) -> Float[Array, "T *heads D"]:
-    """Rotate the two halves of D against each other (the layout of Hugging Face checkpoints)."""
-    shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (cos.shape[-1],)
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

@@ -1,7 +1,7 @@
 """One pure transformer for Qwen3, Qwen2, Llama and Mistral: what differs between them is in `ModelConfig`.
 
-The function knows nothing of pages, rows or batches: attention comes in as a function of one layer's q, k, v and
-cache, so the same code runs decode, ragged prefill and dense use.
+The function knows nothing of pages, rows or batches: attention comes in as a function of one layer's projections
+and cache, so the same code runs decode and ragged prefill.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.params import Params
-from nanovllm_jax.models.rope import apply_rope, rope_tables
+from nanovllm_jax.models.rope import rope_tables
 from nanovllm_jax.parallel.collectives import sum_shards
+from nanovllm_kernels.rope_cache_write.reference import rms_norm
 
 LayerCache = tuple[Array, Array]  # K and V
-Attend = Callable[
-    [Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"], LayerCache],
-    tuple[Float[Array, "T H D"], LayerCache],
-]
+Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cosine and sine
+Attend = Callable[[Float[Array, "T K heads D"], Params, Rope, LayerCache], tuple[Float[Array, "T H D"], LayerCache]]
 
 
 def transformer(
@@ -43,7 +42,8 @@ def transformer(
         tokens: ids; an id outside the vocabulary is clipped into it (padding).
         positions: of each token in its sequence.
         caches: one entry a layer, passed through `attend`.
-        attend: writes k and v into the layer's cache, then attends; see `Attend`.
+        attend: of a layer's projections (the G query heads, key and value of each KV head), parameters, rotary tables
+            and cache: norms and rotates queries and keys, writes keys and values to the cache, then attends.
         axis_name: mesh axis over which heads, MLP and vocabulary are split, inside `shard_map`; None if they are not.
     """
     x = _embed(params["embed"], tokens, axis_name)
@@ -68,7 +68,7 @@ def logits(params: Params, hidden: Float[Array, "B E"]) -> Float[Array, "B V"]:
 def _layer(
     x: Float[Array, "T E"],
     params: Params,
-    rope: tuple[Float[Array, "T half"], Float[Array, "T half"]],
+    rope: Rope,
     cache: LayerCache,
     *,
     config: ModelConfig,
@@ -77,7 +77,7 @@ def _layer(
 ) -> tuple[Float[Array, "T E"], LayerCache]:
     with jax.named_scope("attention"):
         h = rms_norm(x, params["input_norm"], config.rms_norm_eps)
-        update, cache = _attention(h, params, rope, cache, config, attend)
+        update, cache = _attention(h, params, rope, cache, attend)
         x = x + _add_bias(sum_shards(update, axis_name), params.get("o_bias"))
     with jax.named_scope("mlp"):
         update = _mlp(rms_norm(x, params["post_norm"], config.rms_norm_eps), params)
@@ -103,32 +103,19 @@ def _add_bias(x: Array, bias: Array | None) -> Array:
 def _attention(
     x: Float[Array, "T E"],
     params: Params,
-    rope: tuple[Float[Array, "T half"], Float[Array, "T half"]],
+    rope: Rope,
     cache: LayerCache,
-    config: ModelConfig,
     attend: Attend,
 ) -> tuple[Float[Array, "T E"], LayerCache]:
-    group = config.group_size
     qkv = _add_bias(_einsum("te,ekgd->tkgd", x, params["qkv"]), params.get("qkv_bias"))
-    q, k, v = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
-    if config.qk_norm:
-        q = rms_norm(q, params["q_norm"], config.rms_norm_eps)
-        k = rms_norm(k, params["k_norm"], config.rms_norm_eps)
-    q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-    out, cache = attend(q.reshape(q.shape[0], -1, q.shape[-1]), k, v, cache)
-    return _einsum("tkgd,kgde->te", out.reshape(q.shape), params["o"]), cache
+    out, cache = attend(qkv, params, rope, cache)
+    grouped = out.reshape(*qkv.shape[:2], -1, qkv.shape[-1])
+    return _einsum("tkgd,kgde->te", grouped, params["o"]), cache
 
 
 def _mlp(x: Float[Array, "T E"], params: Params) -> Float[Array, "T E"]:
     gate_up = _add_bias(_einsum("te,ezf->tzf", x, params["gate_up"]), params.get("gate_up_bias"))
     return _einsum("tf,fe->te", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], params["down"])
-
-
-def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
-    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), computed in float32."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype) * weight
 
 
 def _einsum(equation: str, x: Array, weight: Array, out: DTypeLike | None = None) -> Array:

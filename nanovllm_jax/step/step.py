@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.params import Params
-from nanovllm_jax.models.transformer import Attend, LayerCache, transformer
+from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, transformer
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateShape
-from nanovllm_kernels import cache_write, paged_decode, ragged_prefill
+from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,20 @@ def prefill_forward(
 
 
 def _attend(config: StepConfig, name: str, slots: Int[Array, " T"], attention: Callable[..., Array]) -> Attend:
-    """What each layer does with its q, k, v and cache: write the new tokens to `slots`, then run the kernel `name`."""
+    """What each layer does between its projections: write the new tokens to `slots`, then run the kernel `name`."""
     model, backend = config.model, config.backend
 
-    def attend(q: Array, k: Array, v: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
-        with jax.named_scope("cache_write"):
-            cache = cache_write(k, v, *cache, slots, backend=backend)
+    def attend(qkv: Array, layer: Params, rope: Rope, cache: LayerCache) -> tuple[Array, LayerCache]:
+        scales = {"k_scale": layer.get("k_scale"), "v_scale": layer.get("v_scale")}
+        with jax.named_scope("rope_cache_write"):
+            norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
+            eps = model.rms_norm_eps
+            q, k_cache, v_cache = rope_cache_write(
+                qkv, *rope, *cache, slots, **norms, eps=eps, **scales, backend=backend
+            )
         with jax.named_scope(name):
-            scale, window = model.head_dim**-0.5, model.sliding_window
-            out = attention(q, *cache, scale=scale, sliding_window=window, backend=backend)
-        return out, cache
+            options = {"scale": model.head_dim**-0.5, "sliding_window": model.sliding_window, "backend": backend}
+            out = attention(q, k_cache, v_cache, **options, **scales)
+        return out, (k_cache, v_cache)
 
     return attend

@@ -16,7 +16,9 @@ def closed_formula(config, tokens, sequences, pairs, keys):
     weights = E * (heads + 2 * kv) + heads * E + 3 * E * F
     flops = L * (2 * tokens * weights + 4 * config.num_heads * D * pairs)
     activations = tokens * ((E + heads + 2 * kv) + (heads + E) + (E + 2 * F) + (F + E))
-    attention = 2 * keys * kv + 2 * tokens * heads + 4 * tokens * kv
+    # Projections read, queries written and keys and values cached; cosine and sine are float32.
+    rope_cache_write = tokens * (2 * heads + 4 * kv) + tokens * D * F32 / BF16
+    attention = 2 * keys * kv + 2 * tokens * heads + rope_cache_write
     return flops, L * BF16 * (weights + activations + attention)
 
 

@@ -25,7 +25,26 @@ def tokens_of(cache, table, length):
     return np.array(tokens, np.float64).reshape(length, cache.shape[1], cache.shape[3])
 
 
-def prefill_oracle(q, k_cache, v_cache, block_tables, cu_q_lens, context_lens, *, scale, sliding_window, soft_cap):
+def dequantised(cache, scale):
+    """The cache [N, K, block_size, D] as float64, times its KV heads' scales if it has any."""
+    return cache.astype(np.float64) * (1 if scale is None else np.asarray(scale, np.float64)[:, None, None])
+
+
+def prefill_oracle(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    cu_q_lens,
+    context_lens,
+    *,
+    scale,
+    sliding_window,
+    soft_cap,
+    k_scale=None,
+    v_scale=None,
+):
+    k_cache, v_cache = dequantised(k_cache, k_scale), dequantised(v_cache, v_scale)
     out = np.zeros(q.shape)
     for seq, length in enumerate(context_lens):
         begin, end = cu_q_lens[seq], cu_q_lens[seq + 1]
@@ -43,22 +62,42 @@ def prefill_oracle(q, k_cache, v_cache, block_tables, cu_q_lens, context_lens, *
 
 
 def decode_oracle(q, k_cache, v_cache, block_tables, context_lens, **options):
-    q_lens = (np.asarray(context_lens) > 0).astype(np.int64)
-    rows = np.flatnonzero(q_lens)
+    """q is [B, H, D] or [B, Q, H, D]; queries before the sequence's start give zeros."""
+    queries = q if q.ndim == 4 else q[:, None]
+    q_lens = np.minimum(np.asarray(context_lens), queries.shape[1]).astype(np.int64)
     cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)])
-    out = np.zeros(q.shape)
-    out[rows] = prefill_oracle(q[rows], k_cache, v_cache, block_tables, cu_q_lens, context_lens, **options)
-    return out
+    present = np.arange(queries.shape[1]) >= queries.shape[1] - q_lens[:, None]
+    out = np.zeros(queries.shape)
+    flat = prefill_oracle(queries[present], k_cache, v_cache, block_tables, cu_q_lens, context_lens, **options)
+    out[present] = flat
+    return out.reshape(q.shape)
 
 
-def write_oracle(k, v, k_cache, v_cache, slots):
-    caches = k_cache.copy(), v_cache.copy()
-    block_size = k_cache.shape[2]
-    for token, slot in enumerate(slots):
-        if slot >= 0:
-            for cache, new in zip(caches, (k, v), strict=True):
-                cache[slot // block_size, :, slot % block_size] = new[token]
-    return caches
+def rope_oracle(x, cos, sin, weight, eps):
+    """Heads [T, K, heads, D] normed if there is a weight, then rotated."""
+    x = x.astype(np.float64)
+    if weight is not None:
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * np.asarray(weight, np.float64)
+    first, second = np.split(x, 2, -1)
+    cos, sin = (angle[:, None, None].astype(np.float64) for angle in (cos, sin))
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def write_oracle(qkv, cos, sin, k_cache, v_cache, slots, *, eps, q_norm=None, k_norm=None, k_scale=None, v_scale=None):
+    """Queries [T, H, D] and what the caches represent (float64: scaled back), where written and where not."""
+    q = rope_oracle(qkv[:, :, :-2], cos, sin, q_norm, eps)
+    k = rope_oracle(qkv[:, :, -2:-1], cos, sin, k_norm, eps)[:, :, 0]
+    block_size, limit = k_cache.shape[2], 448 if k_cache.dtype.itemsize == 1 else np.inf
+    caches = []
+    for cache, new, scale in ((k_cache, k, k_scale), (v_cache, qkv[:, :, -1].astype(np.float64), v_scale)):
+        scale = np.ones(cache.shape[1]) if scale is None else np.asarray(scale, np.float64)
+        expected = dequantised(cache, scale)
+        for token, slot in enumerate(slots):
+            if slot >= 0:
+                stored = np.clip(new[token] / scale[:, None], -limit, limit) * scale[:, None]
+                expected[slot // block_size, :, slot % block_size] = stored
+        caches.append(expected)
+    return q.reshape(len(q), -1, q.shape[-1]), *caches
 
 
 def relative_error(got, expected):

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanovllm_kernels import cache_write, lowering_for, paged_decode, ragged_prefill
+from nanovllm_kernels import lowering_for, paged_decode, ragged_prefill, rope_cache_write
 from nanovllm_kernels._compat import import_jax_triton
 
-ARCHITECTURES = (80, 86, 89, 90)
+ARCHITECTURES = (80, 86, 89, 90, 100)
+FP8_ARCHITECTURES = (89, 90, 100)
 # Head dims by groups and dtypes, then block sizes; the other dimensions are runtime values in the kernels.
 SHAPES = [
     *itertools.product((16, 32, 64, 80, 96, 128, 256), (1, 3, 16), ("bfloat16", "float16", "float32"), (16,)),
@@ -39,22 +40,36 @@ def compiled(monkeypatch):
     return kernels
 
 
-def arguments(operation, *, group, head_dim, block_size, dtype, rows=4, tokens=256, kv_heads=2, table_width=512):
+def arguments(
+    operation,
+    *,
+    group,
+    head_dim,
+    block_size,
+    dtype,
+    cache_dtype=None,
+    rows=4,
+    tokens=256,
+    kv_heads=2,
+    table_width=512,
+    queries=(),
+):
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
     index = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    caches = (shape((64, kv_heads, block_size, head_dim)),) * 2
-    if operation is cache_write:
-        return (*(shape((tokens, kv_heads, head_dim)),) * 2, *caches, index((tokens,)))
+    caches = (shape((64, kv_heads, block_size, head_dim), dtype=jnp.dtype(cache_dtype or dtype)),) * 2
+    if operation is rope_cache_write:
+        angles = (shape((tokens, head_dim // 2), dtype=jnp.float32),) * 2
+        return (shape((tokens, kv_heads, group + 2, head_dim)), *angles, *caches, index((tokens,)))
     heads = kv_heads * group
     if operation is paged_decode:
-        return (shape((rows, heads, head_dim)), *caches, index((rows, table_width)), index((rows,)))
+        return (shape((rows, *queries, heads, head_dim)), *caches, index((rows, table_width)), index((rows,)))
     lengths = index((rows + 1,)), index((rows,))
     return (shape((tokens, heads, head_dim)), *caches, index((rows, table_width)), *lengths)
 
 
 def lower(operation, architecture, options=None, donate=(), **shapes):
     """The StableHLO of one call, and the shared memory that one block may use."""
-    keywords = {} if operation is cache_write else {"scale": 0.1, **(options or {})}
+    keywords = (options or {}) if operation is rope_cache_write else {"scale": 0.1, **(options or {})}
 
     def call(*args):
         return operation(*args, **keywords, backend="triton")
@@ -71,12 +86,12 @@ QWEN3 = {"group": 2, "head_dim": 128, "block_size": 16, "dtype": "bfloat16"}
 @pytest.mark.parametrize(
     ("operation", "kernels", "shapes"),
     [
-        (cache_write, ["cache_write_kernel"], {}),
+        (rope_cache_write, ["rope_cache_write_kernel"], {}),
         (paged_decode, ["decode_kernel", "merge_kernel"], {"rows": 1}),
-        (paged_decode, ["decode_kernel"], {"rows": 512}),
+        (paged_decode, ["decode_kernel", "merge_kernel"], {"queries": (4,)}),
         (ragged_prefill, ["prefill_kernel"], {"tokens": 4096}),
     ],
-    ids=["cache_write", "paged_decode_split", "paged_decode", "ragged_prefill"],
+    ids=["rope_cache_write", "paged_decode", "paged_decode_4_queries", "ragged_prefill"],
 )
 def test_kernels_compile_and_fit_in_shared_memory(compiled, architecture, operation, kernels, shapes):
     text, limit = lower(operation, architecture, **QWEN3, **shapes)
@@ -85,15 +100,24 @@ def test_kernels_compile_and_fit_in_shared_memory(compiled, architecture, operat
     assert all(shared <= limit for _, shared in compiled)
 
 
-@pytest.mark.parametrize("operation", [cache_write, paged_decode, ragged_prefill])
+@pytest.mark.parametrize("architecture", FP8_ARCHITECTURES)
+@pytest.mark.parametrize("operation", [rope_cache_write, paged_decode, ragged_prefill])
+def test_kernels_of_float8_caches_compile(compiled, architecture, operation):
+    scales = {"k_scale": jnp.ones(2), "v_scale": jnp.ones(2)}
+    _, limit = lower(operation, architecture, scales, **QWEN3, cache_dtype="float8_e4m3fn")
+    assert compiled
+    assert all(shared <= limit for _, shared in compiled)
+
+
+@pytest.mark.parametrize("operation", [rope_cache_write, paged_decode, ragged_prefill])
 def test_dimensions_of_1_compile_too(operation):
     # Triton turns scalar arguments that are 1 into constants, which changes their type inside a kernel.
     text, _ = lower(operation, 90, **QWEN3, rows=1, tokens=1, kv_heads=1, table_width=1)
     assert "custom_call @triton_kernel_call_ffi" in text
 
 
-def test_cache_write_lowers_to_an_in_place_update():
-    text, _ = lower(cache_write, 90, donate=(2, 3), **QWEN3)
+def test_rope_cache_write_lowers_to_an_in_place_update():
+    text, _ = lower(rope_cache_write, 90, donate=(3, 4), **QWEN3)
     assert text.count("output_operand_alias<") == 2
     assert text.count("tf.aliasing_output") == 2
 
@@ -111,11 +135,12 @@ def test_package_works_without_triton():
 import sys
 sys.modules["triton"] = sys.modules["jax_triton"] = None
 import jax.numpy as jnp
-from nanovllm_kernels import cache_write
-k, cache, slots = jnp.ones((1, 1, 8)), jnp.zeros((2, 1, 4, 8)), jnp.zeros(1, jnp.int32)
-assert cache_write(k, k, cache, cache, slots, backend="xla")[0].sum() == 8
+from nanovllm_kernels import rope_cache_write
+qkv, cache, slots = jnp.ones((1, 1, 3, 8)), jnp.zeros((2, 1, 4, 8)), jnp.zeros(1, jnp.int32)
+args = qkv, jnp.ones((1, 4)), jnp.zeros((1, 4)), cache, cache, slots
+assert rope_cache_write(*args, backend="xla")[1].sum() == 8
 try:
-    cache_write(k, k, cache, cache, slots, backend="triton")
+    rope_cache_write(*args, backend="triton")
 except ImportError as error:
     assert "use backend='xla'" in str(error), error
 else:
@@ -130,7 +155,7 @@ else:
 def test_every_shape_compiles_and_fits_in_shared_memory(compiled, architecture, index):
     shapes = dict(zip(("head_dim", "group", "dtype", "block_size"), SHAPES[index], strict=True))
     options = OPTIONS[(index + architecture) % 2]
-    _, limit = lower(cache_write, architecture, **shapes)
+    _, limit = lower(rope_cache_write, architecture, **shapes)
     lower(paged_decode, architecture, options, **shapes)
     lower(ragged_prefill, architecture, options, **shapes)
     too_big = [(name, shared) for name, shared in compiled if shared > limit]

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_oracle import decode_oracle, prefill_oracle, relative_error, write_oracle
+from kernel_oracle import decode_oracle, dequantised, prefill_oracle, relative_error, write_oracle
 
-from nanovllm_kernels import cache_write, paged_decode, ragged_prefill
+from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
 from nanovllm_kernels._cases import attention_inputs
-from nanovllm_kernels.cache_write.cases import CASES as WRITE_CASES
-from nanovllm_kernels.cache_write.cases import cache_write_inputs
 from nanovllm_kernels.paged_decode.cases import CASES as DECODE_CASES
 from nanovllm_kernels.ragged_prefill.cases import CASES as PREFILL_CASES
+from nanovllm_kernels.rope_cache_write.cases import CASES as WRITE_CASES
+from nanovllm_kernels.rope_cache_write.cases import rope_cache_write_inputs
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-5}
@@ -24,11 +24,21 @@ def poisoned_memory():
 
 
 @pytest.mark.parametrize("case", WRITE_CASES, ids=lambda case: case.name)
-def test_cache_write(case):
-    inputs = cache_write_inputs(case)
-    written = jax.jit(lambda *args: cache_write(*args, backend="triton"))(*inputs)
-    for got, expected in zip(written, write_oracle(*inputs), strict=True):
-        np.testing.assert_array_equal(np.asarray(got), expected)
+def test_rope_cache_write(case):
+    inputs, options = rope_cache_write_inputs(case)
+    results = {
+        backend: jax.jit(lambda *args, backend=backend: rope_cache_write(*args, **options, backend=backend))(*inputs)
+        for backend in ("triton", "xla")
+    }
+    q, *caches = results["triton"]
+    expected_q, *expected = write_oracle(*inputs, **options)
+    assert relative_error(q, expected_q) < TOLERANCE[case.dtype]
+    tolerance = 1 / 16 if case.cache_dtype == "float8_e4m3fn" else TOLERANCE[case.cache_dtype or case.dtype]
+    for got, scale, stored in zip(caches, ("k_scale", "v_scale"), expected, strict=True):
+        got = dequantised(np.asarray(got), options.get(scale)).reshape(-1, case.head_dim)
+        assert relative_error(got, stored.reshape(-1, case.head_dim)) < tolerance
+    # What is copied and what is kept is equal to the bit; float8 rounds as XLA does.
+    np.testing.assert_array_equal(np.asarray(caches[1]).view(np.uint8), np.asarray(results["xla"][2]).view(np.uint8))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -57,14 +67,14 @@ def test_last_block_of_a_cache_with_more_than_2_to_31_elements():
     assert np.prod(shape, dtype=np.int64) > 2**31
     rng = np.random.default_rng(0)
     length = block_size
-    q = rng.standard_normal((length, 2 * kv_heads, head_dim)).astype(jnp.bfloat16)
-    k, v = rng.standard_normal((2, length, kv_heads, head_dim)).astype(jnp.bfloat16)
+    qkv = rng.standard_normal((length, kv_heads, 4, head_dim)).astype(jnp.bfloat16)
+    k = qkv[:, :, 2]
     slots = (num_blocks - 1) * block_size + np.arange(length, dtype=np.int32)
     table = np.full((1, 4), num_blocks - 1, np.int32)
     lens = np.array([length], np.int32)
 
-    def step(k_cache, v_cache, q, k, v, slots, table, cu_q_lens, lens):
-        caches = cache_write(k, v, k_cache, v_cache, slots, backend="triton")
+    def step(k_cache, v_cache, qkv, cos, sin, slots, table, cu_q_lens, lens):
+        q, *caches = rope_cache_write(qkv, cos, sin, k_cache, v_cache, slots, backend="triton")
         options = {"scale": head_dim**-0.5, "backend": "triton"}
         prefilled = ragged_prefill(q, *caches, table, cu_q_lens, lens, **options)
         decoded = paged_decode(q[-1:], *caches, table, lens, **options)
@@ -73,7 +83,8 @@ def test_last_block_of_a_cache_with_more_than_2_to_31_elements():
     caches = [jnp.full(shape, jnp.nan, jnp.bfloat16) for _ in range(2)]
     addresses = [cache.unsafe_buffer_pointer() for cache in caches]
     cu_q_lens = np.array([0, length], np.int32)
-    args = q, k, v, slots, table, cu_q_lens, lens
+    angle = np.zeros((length, head_dim // 2), np.float32)
+    args = qkv, angle + 1, angle, slots, table, cu_q_lens, lens
     k_cache, v_cache, prefilled, decoded = jax.jit(step, donate_argnums=(0, 1))(*caches, *args)
     # Donated, the caches keep their memory: 4.3 GB each are not copied.
     assert [cache.unsafe_buffer_pointer() for cache in (k_cache, v_cache)] == addresses

@@ -34,10 +34,20 @@ CASES = (
     _case("window_of_1", 4, 2, 64, sliding_window=1, dtype="float32"),
     _case("soft_cap", 4, 2, 256, soft_cap=30.0, sliding_window=64),
     _case("float32_soft_cap", 4, 2, 64, soft_cap=2.0, dtype="float32"),
+    _case("float8", 16, 8, 128, cache_dtype="float8_e4m3fn"),
+    _case("float8_of_float32", 4, 2, 64, cache_dtype="float8_e4m3fn", dtype="float32"),
+    _case("one_of_several_queries", 16, 8, 128, num_queries=1),
+    _case("four_queries", 16, 8, 128, num_queries=4),
+    _case("eight_queries_in_a_window", 12, 4, 64, num_queries=8, sliding_window=40),
+    _case("float32_three_queries", 4, 2, 64, num_queries=3, dtype="float32"),
+    AttentionCase("one_row_among_many", (*(64,) * 60, 8192, *(0, 3)), 4, 2, 128),
     AttentionCase("one_long_row", (4096,), 16, 8, 128),
     AttentionCase("many_rows", tuple(range(0, 512, 2)), 16, 8, 128),
 )
 BENCHMARKS = (
-    AttentionCase("256 x 1024, 16/8 x 128", (1024,) * 256, 16, 8, 128),
-    AttentionCase("1 x 32768, 16/8 x 128", (32768,), 16, 8, 128),
+    AttentionCase("uniform", (1024,) * 256, 16, 8, 128),
+    AttentionCase("skewed", (*(256,) * 255, 32768), 16, 8, 128),
+    AttentionCase("one_row", (32768,), 16, 8, 128),
+    AttentionCase("32q8kv", (4096,) * 64, 32, 8, 128),
+    AttentionCase("fp8", (1024,) * 256, 16, 8, 128, cache_dtype="float8_e4m3fn"),
 )

@@ -16,7 +16,7 @@ _CHUNK_TOKENS = 128
 
 
 def paged_decode_xla(
-    q: Float[Array, "B H D"],
+    q: Float[Array, "B Q H D"],
     k_cache: Float[Array, "N K block_size D"],
     v_cache: Float[Array, "N K block_size D"],
     block_tables: Int[Array, "B P"],
@@ -25,24 +25,31 @@ def paged_decode_xla(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
-) -> Float[Array, "B H D"]:
-    num_rows, num_heads, head_dim = q.shape
+    k_scale: Float[Array, " K"] | None,
+    v_scale: Float[Array, " K"] | None,
+) -> Float[Array, "B Q H D"]:
+    num_rows, num_queries, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     chunk_blocks = min(max(1, _CHUNK_TOKENS // block_size), block_tables.shape[1])
     chunk = chunk_blocks * block_size
     # Whole chunks only: a slice that would reach past the end is moved back by XLA, not cut.
     tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % chunk_blocks)))
-    queries = q.reshape(num_rows, num_kv_heads, group, head_dim).astype(jnp.float32) * scale
+    # The Q * G queries of a KV head lie beside each other, those of one position together.
+    queries = q.reshape(num_rows, num_queries, num_kv_heads, group, head_dim).swapaxes(1, 2)
+    queries = queries.reshape(num_rows, num_kv_heads, -1, head_dim).astype(jnp.float32) * scale
+    last_seen = context_lens[:, None] - num_queries + jnp.repeat(jnp.arange(num_queries, dtype=jnp.int32), group)
     starts = jnp.zeros_like(context_lens)
     if sliding_window is not None:
-        starts = jnp.maximum(context_lens - sliding_window, 0)
+        starts = jnp.maximum(context_lens - (num_queries - 1) - sliding_window, 0)
     first_chunk = jnp.min(jnp.where(context_lens > 0, starts, jnp.iinfo(jnp.int32).max)) // chunk
     end_chunk = (jnp.max(context_lens) + chunk - 1) // chunk
 
-    def gather(cache: Array, blocks: Array, visible: Array) -> Array:
+    def gather(cache: Array, blocks: Array, visible: Array, scale: Array | None) -> Array:
         pages = cache.at[blocks].get(mode="clip").astype(jnp.float32)  # [B, chunk_blocks, K, bs, D]
         tokens = jnp.swapaxes(pages, 1, 2).reshape(num_rows, num_kv_heads, chunk, head_dim)
+        if scale is not None:
+            tokens = tokens * scale.astype(jnp.float32)[:, None, None]
         # Unused slots may hold NaN, which a weight of zero would keep.
         return jnp.where(visible[:, None, :, None], tokens, 0)
 
@@ -52,11 +59,14 @@ def paged_decode_xla(
         visible = (positions >= starts[:, None]) & (positions < context_lens[:, None])
         blocks = lax.dynamic_slice_in_dim(tables, index * chunk_blocks, chunk_blocks, axis=1)
         scores = jnp.einsum(
-            "bkgd,bktd->bkgt", queries, gather(k_cache, blocks, visible), precision=lax.Precision.HIGHEST
+            "bkgd,bktd->bkgt", queries, gather(k_cache, blocks, visible, k_scale), precision=lax.Precision.HIGHEST
         )
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        seen = visible[:, None] & (positions <= last_seen[..., None])
+        if sliding_window is not None:
+            seen &= positions > last_seen[..., None] - sliding_window
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
         new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
         # While a row has seen no token its maximum is -inf, and -inf - -inf is NaN.
         shift = jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
@@ -64,12 +74,13 @@ def paged_decode_xla(
         decay = jnp.exp(maximum - shift)
         total = total * decay + jnp.sum(weights, axis=-1)
         acc = acc * decay[..., None] + jnp.einsum(
-            "bkgt,bktd->bkgd", weights, gather(v_cache, blocks, visible), precision=lax.Precision.HIGHEST
+            "bkgt,bktd->bkgd", weights, gather(v_cache, blocks, visible, v_scale), precision=lax.Precision.HIGHEST
         )
         return new_maximum, total, acc
 
-    heads = (num_rows, num_kv_heads, group)
+    heads = (num_rows, num_kv_heads, num_queries * group)
     empty = (jnp.full(heads, -jnp.inf), jnp.zeros(heads), jnp.zeros((*heads, head_dim)))
     _, total, acc = lax.fori_loop(first_chunk, end_chunk, attend, empty)
     out = jnp.where(total[..., None] > 0, acc / jnp.where(total > 0, total, 1)[..., None], 0)
+    out = out.reshape(num_rows, num_kv_heads, num_queries, group, head_dim).swapaxes(1, 2)
     return out.reshape(q.shape).astype(q.dtype)

@@ -1,8 +1,9 @@
-"""Triton implementation: one program a row, KV head and split of the context; a second kernel merges splits.
+"""Triton implementation: a program attends a piece of one row's context for one KV head; a second kernel merges.
 
-The query heads of a KV head share every key and value that is read. A split covers an equal part of its own
-row's context, so one long row is spread over the chip whatever the others do; the method is Flash-Decoding
-(https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+The query heads of a KV head share every key and value that is read (Flash-Decoding,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html). How a row is cut into pieces is decided on the device from
+all rows' lengths: pieces are about as long as what one resident program would get if all keys were dealt out evenly,
+so one long row among many short ones, or one row alone, is spread over the whole chip, and equal rows are not cut.
 """
 
 # ruff: noqa: ANN001, ANN201 (what a device function takes are Triton's values, which have no Python type)
@@ -18,11 +19,12 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from nanovllm_kernels._compat import Target, current_target, triton_call
+from nanovllm_kernels._compat import Target, current_target, triton_call, update_in_place
 from nanovllm_kernels._device import (
     ceil_div,
     dot_dtype,
     load_rows,
+    load_scale,
     next_power_of_2,
     online_softmax,
     scaled_scores,
@@ -32,33 +34,89 @@ from nanovllm_kernels._device import (
 # tl.dot maps to tensor cores with 16 rows or more; smaller query groups are padded up to that.
 _MIN_DOT = 16
 _TILE_BYTES = 16 * 1024  # of K, and as many of V, in flight for each stage
-_MAX_SPLITS = 64
-# Programs for each multiprocessor that fill the memory system: two are resident, and a second wave evens out
-# unequal rows.
-_PROGRAMS_PER_MULTIPROCESSOR = 4
+_MERGE_PARTS = 32  # pieces of a row that the merge reads at a time
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Launch parameters of the split kernel; tile_tokens, num_warps and num_stages follow shapes and GPU."""
+    """Launch parameters of the attention kernel.
+
+    `programs_per_multiprocessor` is how many pieces for each multiprocessor the keys of a step are cut into.
+    """
 
     tile_tokens: int
-    num_splits: int
     num_warps: int
     num_stages: int
+    programs_per_multiprocessor: int
 
 
-def launch_parameters(
-    target: Target, *, num_rows: int, num_kv_heads: int, max_context: int, head_dim: int, itemsize: int
-) -> Launch:
-    """Reasoned, not yet tuned: K and V tiles of 16 KB, three in flight where shared memory allows."""
+def launch_parameters(target: Target, *, num_rows: int, head_dim: int, itemsize: int) -> Launch:
+    """K and V tiles of 16 KB, three in flight where shared memory allows; `itemsize` is the cache's."""
     row_bytes = next_power_of_2(max(head_dim, _MIN_DOT)) * itemsize
     tile_tokens = max(_MIN_DOT, min(128, _TILE_BYTES // row_bytes))
-    wanted = target.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // (num_rows * num_kv_heads)
-    useful = ceil_div(max_context, tile_tokens)
-    num_splits = min(_MAX_SPLITS, next_power_of_2(min(wanted, useful)))
     roomy = target.shared_bytes >= 160 * 1024
-    return Launch(tile_tokens, num_splits, num_warps=4, num_stages=3 if roomy else 2)
+    return Launch(tile_tokens, num_warps=4, num_stages=3 if roomy else 2, programs_per_multiprocessor=8)
+
+
+def plan_pieces(
+    context_lens: Int[Array, " B"], *, window: int, tile_tokens: int, most_pieces: int
+) -> Int[Array, "B+1"]:
+    """Cuts rows into pieces of whole tiles: row b is cut into pieces `starts[b]` to `starts[b + 1]`, at least one.
+
+    At most `most_pieces` + B pieces in all. Plain XLA, the same for every layer of a step, so it runs once.
+    """
+    first_tile = jnp.maximum(context_lens - window, 0) // tile_tokens if window else jnp.zeros_like(context_lens)
+    tiles = (context_lens + tile_tokens - 1) // tile_tokens - first_tile
+    longest = jnp.maximum((jnp.sum(tiles) + most_pieces - 1) // most_pieces, 1)
+    pieces = jnp.maximum((tiles + longest - 1) // longest, 1)
+    # A sum over [B + 1, B] is one small kernel; a cumulative sum would be several.
+    rows = jnp.arange(len(context_lens), dtype=jnp.int32)
+    before = rows[None, :] < jnp.arange(len(context_lens) + 1, dtype=jnp.int32)[:, None]
+    return jnp.sum(jnp.where(before, pieces[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+@triton.jit
+@no_type_check
+def attend_piece(
+    q,
+    k_cache_ptr,
+    v_cache_ptr,
+    table_ptr,
+    query_positions,
+    k_scale,
+    maximum,
+    total,
+    acc,
+    begin,
+    end,
+    first,
+    num_kv_heads,
+    kv_head,
+    dims,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Folds positions begin..end into the softmax; without MASKED every query sees all of them."""
+    for start in range(begin, end, TILE_TOKENS):
+        positions = start + tl.arange(0, TILE_TOKENS)
+        loaded = (positions >= first) & (positions < end)
+        offsets = slot_offsets(table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED)
+        k = load_rows(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
+        v = load_rows(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
+        scores = scaled_scores(q, k, k_scale, SCALE, SOFT_CAP)
+        if MASKED:
+            visible = loaded[None, :] & (positions[None, :] <= query_positions[:, None])
+            if WINDOW > 0:
+                visible = visible & (positions[None, :] > query_positions[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+        maximum, total, acc = online_softmax(scores, v, maximum, total, acc)
+    return maximum, total, acc
 
 
 @triton.jit
@@ -69,13 +127,19 @@ def decode_kernel(
     v_cache_ptr,
     block_tables_ptr,
     context_lens_ptr,
-    out_ptr,  # [B, H, D], or with splits float32 [B, H, splits, D]
-    lse_ptr,  # with splits float32 [B, H, splits]: log2 of the sum of exp2(scores); else unused
+    piece_starts_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    num_rows,
     num_kv_heads,
     table_width,
+    out_ptr,  # [B, Q, H, D]; rows that are cut are left to the merge
+    parts_ptr,  # float32 [pieces, K, Q * G, D]
+    lse_ptr,  # float32 [pieces, K, Q * G]: log2 of the sum of exp2(scores)
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -83,79 +147,115 @@ def decode_kernel(
     TILE_TOKENS: tl.constexpr,
     TILE_DIM: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    num_splits = tl.num_programs(2)
-    context = tl.load(context_lens_ptr + row)
-    first = 0
+    kv_head = tl.program_id(0)
+    piece = tl.program_id(1)
+    if piece >= tl.load(piece_starts_ptr + num_rows):
+        return
+    low = 0  # the last row whose first piece is not past this one
+    high = num_rows - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        starts_before = tl.load(piece_starts_ptr + middle) <= piece
+        low = tl.where(starts_before, middle, low)
+        high = tl.where(starts_before, high, middle - 1)
+    row = tl.cast(low, tl.int64)
+    first_piece = tl.load(piece_starts_ptr + low)
+    num_pieces = tl.load(piece_starts_ptr + low + 1) - first_piece
+    context = tl.load(context_lens_ptr + low)
+    first = 0  # the oldest position that any query sees
     if WINDOW > 0:
-        first = tl.maximum(context - WINDOW, 0)
-    # Tiles start at multiples of TILE_TOKENS, so a split is a range of whole tiles.
+        first = tl.maximum(context - (QUERIES - 1) - WINDOW, 0)
+    # Tiles start at multiples of TILE_TOKENS, so a piece is a range of whole tiles.
     first_tile = first // TILE_TOKENS
-    num_tiles = tl.cdiv(context, TILE_TOKENS) - first_tile
-    split_tiles = tl.cdiv(num_tiles, num_splits)
-    begin = (first_tile + split * split_tiles) * TILE_TOKENS
-    end = tl.minimum(context, begin + split_tiles * TILE_TOKENS)
+    piece_tiles = tl.cdiv(tl.cdiv(context, TILE_TOKENS) - first_tile, num_pieces)
+    begin = (first_tile + (piece - first_piece) * piece_tiles) * TILE_TOKENS
+    end = tl.minimum(context, begin + piece_tiles * TILE_TOKENS)
 
-    group = tl.arange(0, TILE_HEADS)
+    members = tl.arange(0, TILE_HEADS)  # query i of head g of the group is member i * GROUP + g
     dims = tl.arange(0, TILE_DIM)
-    heads = (row * num_kv_heads + kv_head) * GROUP + group
-    q = load_rows(q_ptr, heads * HEAD_DIM, dims, group < GROUP, HEAD_DIM, True).to(DOT_DTYPE)
+    present = members < QUERIES * GROUP
+    query_positions = context - QUERIES + members // GROUP
+    heads = ((row * QUERIES + members // GROUP) * num_kv_heads + kv_head) * GROUP + members % GROUP
+    q = load_rows(q_ptr, heads * HEAD_DIM, dims, present, HEAD_DIM, True).to(DOT_DTYPE)
+    k_scale = load_scale(k_scale_ptr, kv_head, SCALED)
     maximum = tl.full([TILE_HEADS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_HEADS], tl.float32)
     acc = tl.zeros([TILE_HEADS, TILE_DIM], tl.float32)
     table_ptr = block_tables_ptr + row * table_width
-    for start in range(begin, end, TILE_TOKENS):
-        positions = start + tl.arange(0, TILE_TOKENS)
-        visible = (positions >= first) & (positions < end)
-        offsets = slot_offsets(table_ptr, positions, visible, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, True)
-        k = load_rows(k_cache_ptr, offsets, dims, visible, HEAD_DIM, True).to(DOT_DTYPE)
-        v = load_rows(v_cache_ptr, offsets, dims, visible, HEAD_DIM, True).to(DOT_DTYPE)
-        scores = scaled_scores(q, k, SCALE, SOFT_CAP)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        maximum, total, acc = online_softmax(scores, v, maximum, total, acc)
+    masked_from = begin
+    if WINDOW == 0:
+        # Whole tiles that every query sees need no mask.
+        seen_by_all = tl.minimum(end, tl.maximum(context - (QUERIES - 1), 0))
+        masked_from = begin + tl.maximum(seen_by_all - begin, 0) // TILE_TOKENS * TILE_TOKENS
+        maximum, total, acc = attend_piece(
+            q, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, begin, masked_from,
+            first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS, DOT_DTYPE,
+            False,
+        )  # fmt: skip
+    maximum, total, acc = attend_piece(
+        q, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, masked_from, end, first,
+        num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS, DOT_DTYPE, True,
+    )  # fmt: skip
 
-    # A row or split without tokens has a total of 0 and gives zeros.
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    stored = (group < GROUP)[:, None] & (dims[None, :] < HEAD_DIM)
-    if SPLIT:
-        parts = heads * num_splits + split
-        tl.store(lse_ptr + parts, maximum + tl.log2(total), mask=group < GROUP)
-        tl.store(out_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :], out, mask=stored & (begin < end))
-    else:
+    # What has seen no token has a total of 0 and gives zeros.
+    out = acc * (load_scale(v_scale_ptr, kv_head, SCALED) / tl.where(total > 0, total, 1.0))[:, None]
+    stored = present[:, None] & (dims[None, :] < HEAD_DIM)
+    if num_pieces == 1:
         target = (heads * HEAD_DIM)[:, None] + dims[None, :]
         tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=stored)
+    else:
+        parts = (piece.to(tl.int64) * num_kv_heads + kv_head) * (QUERIES * GROUP) + members
+        tl.store(lse_ptr + parts, maximum + tl.log2(total), mask=present)
+        tl.store(parts_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :], out, mask=stored)
 
 
 @triton.jit
 @no_type_check
 def merge_kernel(
-    parts_ptr,  # float32 [B, H, splits, D], unwritten where lse is -inf
-    lse_ptr,  # float32 [B, H, splits]
-    out_ptr,  # [B, H, D]
+    parts_ptr,
+    lse_ptr,
+    piece_starts_ptr,
+    out_ptr,
+    num_kv_heads,
+    QUERIES: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TILE_DIM: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    TILE_PARTS: tl.constexpr,
 ):
-    head = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, NUM_SPLITS)
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    member = tl.program_id(2)
+    begin = tl.load(piece_starts_ptr + row)
+    end = tl.load(piece_starts_ptr + row + 1)
+    if end - begin <= 1:
+        return
     dims = tl.arange(0, TILE_DIM)
-    lse = tl.load(lse_ptr + head * NUM_SPLITS + splits)
-    maximum = tl.max(lse, 0)
-    weights = tl.exp2(lse - tl.where(maximum == float("-inf"), 0.0, maximum))
-    total = tl.sum(weights, 0)
-    present = (lse > float("-inf"))[:, None] & (dims[None, :] < HEAD_DIM)
-    parts = parts_ptr + ((head * NUM_SPLITS + splits) * HEAD_DIM)[:, None] + dims[None, :]
-    out = tl.sum(tl.load(parts, mask=present, other=0.0) * weights[:, None], 0)
-    out = out / tl.where(total > 0, total, 1.0)
+    maximum = float("-inf")
+    total = 0.0
+    acc = tl.zeros([TILE_DIM], tl.float32)
+    for start in range(begin, end, TILE_PARTS):
+        pieces = start + tl.arange(0, TILE_PARTS)
+        parts = (pieces.to(tl.int64) * num_kv_heads + kv_head) * (QUERIES * GROUP) + member
+        lse = tl.load(lse_ptr + parts, mask=pieces < end, other=float("-inf"))
+        present = (pieces < end)[:, None] & (dims[None, :] < HEAD_DIM)
+        values = tl.load(parts_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :], mask=present, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(lse, 0))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(lse - shift)
+        decay = tl.exp2(maximum - shift)
+        total = total * decay + tl.sum(weights, 0)
+        acc = acc * decay + tl.sum(values * weights[:, None], 0)
+        maximum = new_maximum
+    out = acc / tl.where(total > 0, total, 1.0)
+    head = ((row * QUERIES + member // GROUP) * num_kv_heads + kv_head) * GROUP + member % GROUP
     tl.store(out_ptr + head * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def paged_decode_triton(
-    q: Float[Array, "B H D"],
+    q: Float[Array, "B Q H D"],
     k_cache: Float[Array, "N K block_size D"],
     v_cache: Float[Array, "N K block_size D"],
     block_tables: Int[Array, "B P"],
@@ -164,62 +264,73 @@ def paged_decode_triton(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
-) -> Float[Array, "B H D"]:
-    num_rows, num_heads, head_dim = q.shape
+    k_scale: Float[Array, " K"] | None,
+    v_scale: Float[Array, " K"] | None,
+) -> Float[Array, "B Q H D"]:
+    num_rows, queries, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
-    table_width = block_tables.shape[1]
-    max_context = table_width * block_size
-    if sliding_window is not None:
-        max_context = min(max_context, sliding_window)
-    launch = launch_parameters(
-        current_target(),
-        num_rows=num_rows,
-        num_kv_heads=num_kv_heads,
-        max_context=max_context,
-        head_dim=head_dim,
-        itemsize=jnp.promote_types(q.dtype, k_cache.dtype).itemsize,
-    )
-    splits = launch.num_splits
+    group, window = num_heads // num_kv_heads, sliding_window or 0
+    target = current_target()
+    launch = launch_parameters(target, num_rows=num_rows, head_dim=head_dim, itemsize=k_cache.dtype.itemsize)
     tile_dim = next_power_of_2(max(head_dim, _MIN_DOT))
-    result = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    parts = jax.ShapeDtypeStruct((num_rows, num_heads, splits, head_dim), jnp.float32)
-    lse = jax.ShapeDtypeStruct((num_rows, num_heads, splits), jnp.float32)
-    out, lse = triton_call(
+    seen = window + queries - 1 if window else 0
+    useful = num_rows * ceil_div(block_tables.shape[1] * block_size, launch.tile_tokens)
+    wanted = ceil_div(target.multiprocessors * launch.programs_per_multiprocessor, num_kv_heads)
+    most_pieces = min(wanted, useful)
+    piece_starts = plan_pieces(context_lens, window=seen, tile_tokens=launch.tile_tokens, most_pieces=most_pieces)
+    pieces = num_rows + most_pieces
+    out, parts, lse = triton_call(
         q,
         k_cache,
         v_cache,
         block_tables,
         context_lens,
-        num_kv_heads=num_kv_heads,
-        table_width=table_width,
+        piece_starts,
+        context_lens if k_scale is None else k_scale,  # not read where there are no scales
+        context_lens if v_scale is None else v_scale,
+        num_rows,
+        num_kv_heads,
+        block_tables.shape[1],
         kernel=decode_kernel,
-        out_type=(parts if splits > 1 else result, lse),
-        grid=(num_rows, num_kv_heads, splits),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((pieces, num_kv_heads, queries * group, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((pieces, num_kv_heads, queries * group), jnp.float32),
+        ),
+        grid=(num_kv_heads, pieces),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         SCALE=scale,
         SOFT_CAP=soft_cap or 0.0,
-        WINDOW=sliding_window or 0,
-        GROUP=num_heads // num_kv_heads,
+        WINDOW=window,
+        QUERIES=queries,
+        GROUP=group,
         BLOCK_SIZE=block_size,
         HEAD_DIM=head_dim,
-        TILE_HEADS=max(_MIN_DOT, next_power_of_2(num_heads // num_kv_heads)),
+        TILE_HEADS=max(_MIN_DOT, next_power_of_2(queries * group)),
         TILE_TOKENS=launch.tile_tokens,
         TILE_DIM=tile_dim,
         DOT_DTYPE=dot_dtype(q.dtype, k_cache.dtype),
-        SPLIT=splits > 1,
+        SCALED=k_scale is not None,
     )
-    if splits == 1:
-        return out
-    return triton_call(
-        out,
-        lse,
-        kernel=merge_kernel,
-        out_type=result,
-        grid=(num_rows * num_heads,),
-        num_warps=4,
-        num_stages=1,
-        HEAD_DIM=head_dim,
-        TILE_DIM=tile_dim,
-        NUM_SPLITS=splits,
-    )
+
+    def merge(out: jax.Ref) -> None:
+        triton_call(
+            parts,
+            lse,
+            piece_starts,
+            out,
+            num_kv_heads,
+            kernel=merge_kernel,
+            out_type=(),
+            grid=(num_rows, num_kv_heads, queries * group),
+            num_warps=4,
+            num_stages=1,
+            QUERIES=queries,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            TILE_DIM=tile_dim,
+            TILE_PARTS=_MERGE_PARTS,
+        )
+
+    return update_in_place(merge, out)[0]

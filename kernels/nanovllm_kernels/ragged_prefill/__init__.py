@@ -23,6 +23,8 @@ def ragged_prefill(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: Float[Array, " K"] | None = None,
+    v_scale: Float[Array, " K"] | None = None,
     backend: Literal["xla", "triton"],
 ) -> Float[Array, "T H D"]:
     """Causal softmax attention of ragged new tokens over their sequences' contexts, grouped queries.
@@ -35,7 +37,8 @@ def ragged_prefill(
     (unused). Rows of q past `cu_q_lens[S]` are padding and give zeros. `cu_q_lens` starts at 0 and never
     falls.
 
-    Block tables, `scale`, `soft_cap`, dtypes, accumulation and unread slots are as in `paged_decode`.
+    Block tables, `scale`, `soft_cap`, `k_scale`, `v_scale`, dtypes, accumulation and unread slots are as in
+    `paged_decode`.
 
     Raises:
         ValueError: if shapes, dtypes or options do not fit together, or the backend is unknown.
@@ -43,7 +46,11 @@ def ragged_prefill(
         RuntimeError: if it is asked for where no GPU is, outside `lowering_for`.
     """
     check_backend(backend)
-    check_attention(q, k_cache, v_cache, sliding_window=sliding_window, soft_cap=soft_cap)
+    if q.ndim != 3:
+        raise ValueError(f"q has shape {q.shape}; it must be [T, H, D].")
+    check_attention(
+        q, k_cache, v_cache, sliding_window=sliding_window, soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale
+    )
     check_int32(block_tables=block_tables, cu_q_lens=cu_q_lens, context_lens=context_lens)
     if block_tables.ndim != 2:
         raise ValueError(f"block_tables has shape {block_tables.shape}; it must be [S, P].")
@@ -52,7 +59,13 @@ def ragged_prefill(
     check_shape("context_lens", context_lens, (num_seqs,), "S")
     if 0 in (q.shape[0], *block_tables.shape):
         return jnp.zeros_like(q)
-    options = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
+    options = {
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "soft_cap": soft_cap,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+    }
     args = (q, k_cache, v_cache, block_tables, cu_q_lens, context_lens)
     if backend == "xla":
         return ragged_prefill_xla(*args, **options)

@@ -39,6 +39,7 @@ CASES = (
     _case("window_of_1", 4, 2, 64, sliding_window=1, dtype="float32"),
     _case("soft_cap", 4, 2, 256, soft_cap=30.0, sliding_window=64),
     _case("float32_soft_cap", 4, 2, 64, soft_cap=2.0, dtype="float32"),
+    _case("float8", 16, 8, 128, cache_dtype="float8_e4m3fn"),
     AttentionCase("small_bucket", (9, 200), 4, 2, 128, q_lens=(5, 1), padding=2),
     AttentionCase("all_padding", (0, 0), 4, 2, 128, q_lens=(0, 0), padding=40),
 )

@@ -27,6 +27,8 @@ def ragged_prefill_xla(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    k_scale: Float[Array, " K"] | None,
+    v_scale: Float[Array, " K"] | None,
 ) -> Float[Array, "T H D"]:
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -40,9 +42,11 @@ def ragged_prefill_xla(
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
     tile_ends = jnp.cumsum((q_lens + tile - 1) // tile)  # [S]: tiles of the sequences up to and with s
 
-    def gather(cache: Array, blocks: Array, seen: Array) -> Array:
+    def gather(cache: Array, blocks: Array, seen: Array, scale: Array | None) -> Array:
         pages = cache.at[blocks].get(mode="clip").astype(jnp.float32)  # [chunk_blocks, K, bs, D]
         tokens = jnp.swapaxes(pages, 0, 1).reshape(num_kv_heads, chunk, head_dim)
+        if scale is not None:
+            tokens = tokens * scale.astype(jnp.float32)[:, None, None]
         # Unused slots may hold NaN, which a weight of zero would keep.
         return jnp.where(seen[None, :, None], tokens, 0)
 
@@ -64,7 +68,8 @@ def ragged_prefill_xla(
             positions = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
             seen = (positions >= start) & (positions < end)
             blocks = lax.dynamic_slice(tables, (seq, index * chunk_blocks), (1, chunk_blocks))[0]
-            scores = jnp.einsum("kmd,ktd->kmt", q_tile, gather(k_cache, blocks, seen), precision=lax.Precision.HIGHEST)
+            keys = gather(k_cache, blocks, seen, k_scale)
+            scores = jnp.einsum("kmd,ktd->kmt", q_tile, keys, precision=lax.Precision.HIGHEST)
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)
             visible = seen & (positions <= q_rows)
@@ -78,7 +83,7 @@ def ragged_prefill_xla(
             decay = jnp.exp(maximum - shift)
             total = total * decay + jnp.sum(weights, axis=-1)
             acc = acc * decay[..., None] + jnp.einsum(
-                "kmt,ktd->kmd", weights, gather(v_cache, blocks, seen), precision=lax.Precision.HIGHEST
+                "kmt,ktd->kmd", weights, gather(v_cache, blocks, seen, v_scale), precision=lax.Precision.HIGHEST
             )
             return new_maximum, total, acc
 

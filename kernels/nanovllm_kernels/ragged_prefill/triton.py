@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
@@ -22,7 +21,9 @@ from jaxtyping import Array, Float, Int
 from nanovllm_kernels._compat import Target, current_target, triton_call
 from nanovllm_kernels._device import (
     dot_dtype,
+    dot_itemsize,
     load_rows,
+    load_scale,
     next_power_of_2,
     online_softmax,
     scaled_scores,
@@ -71,6 +72,7 @@ def attend_tiles(
     v_cache_ptr,
     table_ptr,
     q_positions,
+    k_scale,
     maximum,
     total,
     acc,
@@ -96,7 +98,7 @@ def attend_tiles(
         offsets = slot_offsets(table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED)
         k = load_rows(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
         v = load_rows(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
-        scores = scaled_scores(q, k, SCALE, SOFT_CAP)
+        scores = scaled_scores(q, k, k_scale, SCALE, SOFT_CAP)
         if MASKED:
             visible = loaded[None, :] & (positions[None, :] <= q_positions[:, None])
             if WINDOW > 0:
@@ -115,11 +117,13 @@ def prefill_kernel(
     block_tables_ptr,
     cu_q_lens_ptr,
     context_lens_ptr,
-    out_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     num_tokens,
     num_seqs,
     num_kv_heads,
     table_width,
+    out_ptr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -131,6 +135,7 @@ def prefill_kernel(
     TILE_TOKENS: tl.constexpr,
     TILE_DIM: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     # Later tiles of a sequence see more keys: they start first, so that the short ones fill the last wave.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -170,6 +175,7 @@ def prefill_kernel(
     q_positions = first_position + rows // GROUP
     q = load_rows(q_ptr, heads * HEAD_DIM, dims, row_mask, HEAD_DIM, True).to(DOT_DTYPE)
     table_ptr = block_tables_ptr + seq.to(tl.int64) * table_width
+    k_scale = load_scale(k_scale_ptr, kv_head, SCALED)
     maximum = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     acc = tl.zeros([TILE_ROWS, TILE_DIM], tl.float32)
@@ -182,16 +188,16 @@ def prefill_kernel(
         # Whole tiles that every query sees need no mask.
         begin = tl.maximum(first_position + 1, 0) // TILE_TOKENS * TILE_TOKENS
         maximum, total, acc = attend_tiles(
-            q, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, maximum, total, acc, 0, begin, 0,
+            q, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, k_scale, maximum, total, acc, 0, begin, 0,
             num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
             DOT_DTYPE, False,
         )  # fmt: skip
     maximum, total, acc = attend_tiles(
-        q, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, maximum, total, acc, begin, end, first_seen,
+        q, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, k_scale, maximum, total, acc, begin, end, first_seen,
         num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
         DOT_DTYPE, True,
     )  # fmt: skip
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    out = acc * (load_scale(v_scale_ptr, kv_head, SCALED) / tl.where(total > 0, total, 1.0))[:, None]
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=stored)
 
 
@@ -206,6 +212,8 @@ def ragged_prefill_triton(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    k_scale: Float[Array, " K"] | None,
+    v_scale: Float[Array, " K"] | None,
 ) -> Float[Array, "T H D"]:
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -216,7 +224,7 @@ def ragged_prefill_triton(
         num_tokens=num_tokens,
         group=group,
         head_dim=head_dim,
-        itemsize=jnp.promote_types(q.dtype, k_cache.dtype).itemsize,
+        itemsize=dot_itemsize(q.dtype, k_cache.dtype),
     )
     tile_rows = max(launch.tile_rows, next_power_of_2(group))
     tile_queries = tile_rows // group
@@ -227,10 +235,12 @@ def ragged_prefill_triton(
         block_tables,
         cu_q_lens,
         context_lens,
-        num_tokens=num_tokens,
-        num_seqs=num_seqs,
-        num_kv_heads=num_kv_heads,
-        table_width=table_width,
+        context_lens if k_scale is None else k_scale,  # not read where there are no scales
+        context_lens if v_scale is None else v_scale,
+        num_tokens,
+        num_seqs,
+        num_kv_heads,
+        table_width,
         kernel=prefill_kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(num_tokens // tile_queries + num_seqs + 1, num_kv_heads),
@@ -247,4 +257,5 @@ def ragged_prefill_triton(
         TILE_TOKENS=launch.tile_tokens,
         TILE_DIM=next_power_of_2(max(head_dim, _MIN_DOT)),
         DOT_DTYPE=dot_dtype(q.dtype, k_cache.dtype),
+        SCALED=k_scale is not None,
     )
