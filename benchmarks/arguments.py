@@ -17,6 +17,8 @@ import results_log
 from engine_process import ENGINES, OURS, EngineSpec
 from models import MODELS, config_of, prepare_model
 
+from nanovllm_jax.cli.bench import MAX_TOKEN_ID
+
 MAX_MODEL_LEN = 4096
 
 
@@ -89,6 +91,12 @@ def open_model(args: argparse.Namespace, stack: ExitStack, *, weights: bool) -> 
     prepare_model(args.model, directory, weights=weights)
     print(f"{args.model} is in {directory} after {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return str(directory)
+
+
+def max_token_id(args: argparse.Namespace) -> int:
+    """Largest id of a random prompt: nano-vLLM's, or less for a smaller vocabulary."""
+    config = config_of(args.model) or {}
+    return min(MAX_TOKEN_ID, config.get("vocab_size", MAX_TOKEN_ID + 1) - 1)
 
 
 def engine_spec(

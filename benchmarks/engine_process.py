@@ -100,7 +100,7 @@ class EngineProcess:
         self._unread = b""
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
-            [spec.python, "-P", str(WORKER), spec.name],
+            [spec.python, "-P", "-X", "no_debug_ranges", str(WORKER), spec.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -21,21 +21,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import limit
 import results_log
 from arguments import engine_spec, figure_prefix, make_parser, open_model, parse
-from engine_process import OURS, EngineFailed, EngineMissing, EngineProcess, OutOfTime
+from engine_process import OURS, EngineProcess, OutOfTime
 from models import config_of
+from reporting import Outcome, progress
 from workloads import CASES, SPEEDUP, SPEEDUP_CASES, Case, uniform, warm_up
 
-from nanovllm_jax.cli.bench import Requests, Run, print_table
+from nanovllm_jax.cli.bench import Requests, Run
 
 RECORDED_MODEL = "qwen3-0.6b"  # figures' names are for this shape
-STARTED = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -50,42 +50,27 @@ class Measured:
     versions: dict[str, str]
 
 
-@dataclass
-class Outcome:
-    """What came of all engines: results, and what to say at the end of those that gave none."""
-
-    measured: list[Measured] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    failed: bool = False
-
-    def note(self, text: str) -> None:
-        """Says it now and again at the end."""
-        self.notes.append(text)
-        progress(text)
-
-
 def main() -> int:
-    """Runs the cases; the exit status is 1 if an engine failed or nothing was measured."""
+    """Runs the cases; the exit status."""
     args = parse_args()
     outcome = Outcome()
+    measured: list[Measured] = []
     with ExitStack() as stack:
         # Ours alone makes its random weights on the GPU; beside others it loads the same ones as they do.
         dummy_weights = args.engine == [OURS] and args.model_dir is None
         model = open_model(args, stack, weights=not dummy_weights)
         for engine in args.engine:
-            measure_engine(engine, model, args, outcome, dummy_weights=dummy_weights)
-    lines = figure_lines(outcome.measured, args)
-    for line in lines:
-        print(json.dumps(line), flush=True)
-    if lines:
-        print_lines(lines)
-    for note in outcome.notes:
-        print(note, file=sys.stderr)
-    if lines and args.chart:
-        save_chart(lines, args.chart)
-    if lines and args.record:
-        print(f"recorded in {results_log.append(lines, Path(args.record))}", file=sys.stderr)
-    return int(outcome.failed or not lines)
+            deadline = time.monotonic() + args.time_limit
+            for cases in processes(engine, args.case):
+                left = [case.name for case in cases]
+                with outcome.guard(engine, lambda left=left: ", ".join(left)):
+                    for result in measure(engine, cases, model, args, deadline, dummy_weights=dummy_weights):
+                        measured.append(result)
+                        left.remove(result.case.name)
+    outcome.lines = figure_lines(measured, args)
+    if outcome.lines and args.chart:
+        save_chart(outcome.lines, args.chart)
+    return outcome.finish(args)
 
 
 def parse_args() -> argparse.Namespace:
@@ -113,26 +98,6 @@ def processes(engine: str, cases: Sequence[Case]) -> Iterator[list[Case]]:
         yield list(group)
 
 
-def measure_engine(engine: str, model: str, args: argparse.Namespace, outcome: Outcome, *, dummy_weights: bool) -> None:
-    """All cases of one engine; if it is missing, fails or runs out of time, the others go on."""
-    deadline = time.monotonic() + args.time_limit
-    for cases in processes(engine, args.case):
-        done = len(outcome.measured)
-        try:
-            for result in measure(engine, cases, model, args, deadline, dummy_weights=dummy_weights):
-                outcome.measured.append(result)
-        except EngineMissing as error:
-            outcome.note(f"{engine} is not installed and is skipped: {error}")
-            return
-        except (EngineFailed, OutOfTime) as error:
-            left = ", ".join(case.name for case in cases[len(outcome.measured) - done :])
-            if isinstance(error, OutOfTime):
-                outcome.note(f"{engine} used up its {args.time_limit:g} s; dropped: {left}")
-            else:
-                outcome.failed = True
-                outcome.note(f"{engine} failed ({left}): {error}")
-
-
 def measure(
     engine: str, cases: Sequence[Case], model: str, args: argparse.Namespace, deadline: float, *, dummy_weights: bool
 ) -> Iterator[Measured]:
@@ -158,11 +123,6 @@ def measure(
                     f"{runs[-1].prompt_tok_s:,.0f} prompt tok/s, {runs[-1].output_tok_s:,.0f} output tok/s"
                 )
             yield Measured(engine, case, runs, draws, process.device, process.versions)
-
-
-def progress(text: str) -> None:
-    """A line on stderr, with the seconds since the start."""
-    print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def figure_lines(measured: Sequence[Measured], args: argparse.Namespace) -> list[dict]:
@@ -210,20 +170,6 @@ def speedup_lines(measured: Sequence[Measured], off: Measured, lines: Sequence[d
     limits = {line["figure"]: line["limit"] for line in lines}
     with_it, without = (limits[result.case.figures[0].name] for result in (on, off))
     return [results_log.figure_line(SPEEDUP, values, "x", with_it / without if with_it else None, **names)]
-
-
-def print_lines(lines: Sequence[dict]) -> None:
-    """The figures as a table, engines side by side under each figure."""
-    order = {name: i for i, name in enumerate(dict.fromkeys(line["figure"].rpartition("/")[2] for line in lines))}
-    rows = []
-    for line in sorted(lines, key=lambda line: order[line["figure"].rpartition("/")[2]]):
-        engine, _, figure = line["figure"].rpartition("/")
-        of_limit = f"{line['value'] / line['limit']:.0%}" if line["limit"] else ""
-        best = results_log.number(line["limit"]) if line["limit"] else ""
-        numbers = [results_log.number(line[key]) for key in ("value", "min", "max")]
-        rows.append([figure, engine or OURS, *numbers, line["unit"], best, of_limit])
-    title = f"{lines[0]['device']}, median of {lines[0]['n']}"
-    print_table(title, ["figure", "engine", "median", "min", "max", "unit", "limit", "of limit"], rows)
 
 
 def save_chart(lines: Sequence[dict], path: Path) -> None:
