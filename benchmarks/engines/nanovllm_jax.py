@@ -12,7 +12,9 @@ class Engine:
 
     def __init__(self, model: str, options: dict) -> None:
         from nanovllm_jax import LLM
+        from nanovllm_jax.cli.terminal import set_up_logging
 
+        set_up_logging(verbose=True)
         self.llm = LLM(model, **options)
 
     def generate(self, prompts: list[list[int]], output_lens: list[int]) -> tuple[list[int], int]:
