@@ -14,13 +14,11 @@ import sys
 import time
 from contextlib import ExitStack
 
-import limit
 import results_log
 from arguments import engine_spec, figure_prefix, make_parser, max_token_id, open_model, parse
 from engine_process import OURS, EngineProcess
-from models import config_of
 from reporting import Outcome, progress
-from steps import Cell, StepTimes, least_times, measure_steps
+from steps import Cell, StepTimes, limits, measure_steps
 from workloads import warm_up
 
 RECORDED_MODEL = "qwen3-8b"
@@ -31,15 +29,15 @@ def main() -> int:
     """Measures each engine; the exit status."""
     args = parse_args()
     cell = Cell(0, args.batch, args.context, args.new_tokens, max_token_id(args))
-    outcome = Outcome()
+    outcome = Outcome(args.record)
     with ExitStack() as stack:
         model = open_model(args, stack, weights=False)
         for engine in args.engine:
             name = f"tp{args.tensor_parallel_size}_8b_b{cell.batch}_step_ms"
             with outcome.guard(engine, lambda name=name: name):
                 process, times = measure(engine, cell, model, args)
-                outcome.lines.append(figure_line(name, cell, process, times, args))
-    return outcome.finish(args)
+                outcome.add([figure_line(name, cell, process, times, args)])
+    return outcome.finish()
 
 
 def parse_args() -> argparse.Namespace:
@@ -82,16 +80,12 @@ def figure_line(
     name: str, cell: Cell, process: EngineProcess, times: list[StepTimes], args: argparse.Namespace
 ) -> dict:
     """The figure, with its limit where the device's ceilings are known."""
-    config, ceilings = config_of(args.model), limit.ceilings_for(process.device, args.ceilings)
-    best = None
-    if config and ceilings:
-        ceilings = ceilings.of_devices(args.tensor_parallel_size)
-        best = least_times(limit.shape_of(config), ceilings, cell).per_token * 1e3
+    best = limits(process, cell, args, args.tensor_parallel_size)
     return results_log.figure_line(
         figure_prefix(process.spec.name) + name,
         [run.per_token * 1e3 for run in times],
         "ms",
-        best,
+        best.per_token * 1e3 if best else None,
         device=results_log.device_name(process.device, args.tensor_parallel_size),
         versions=process.versions,
         commit=args.commit,

@@ -16,13 +16,11 @@ from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
-import limit
 import results_log
 from arguments import MAX_MODEL_LEN, engine_spec, figure_prefix, make_parser, max_token_id, open_model, parse
 from engine_process import OURS, EngineProcess
-from models import config_of
 from reporting import Outcome, progress
-from steps import Cell, StepTimes, least_times, measure_steps
+from steps import Cell, StepTimes, limits, measure_steps
 from workloads import warm_up
 
 RECORDED_MODEL = "qwen3-0.6b"
@@ -32,7 +30,7 @@ BATCHES, CONTEXTS = [1, 4, 16, 64, 256], [128, 1024, 3072]
 def main() -> int:
     """Measures each engine; the exit status."""
     args = parse_args()
-    outcome = Outcome()
+    outcome = Outcome(args.record)
     with ExitStack() as stack:
         dummy_weights = args.engine == [OURS] and args.model_dir is None
         model = open_model(args, stack, weights=not dummy_weights)
@@ -45,7 +43,7 @@ def main() -> int:
                 measure(engine, left, model, args, outcome, dummy_weights=dummy_weights)
     if outcome.lines and args.plot:
         save_plot(outcome.lines, args.engine[0], args.plot)
-    return outcome.finish(args)
+    return outcome.finish()
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,17 +79,14 @@ def measure(
                 f"{min(run.first_token for run in times) * 1e3:,.1f} ms, then "
                 f"{min(run.per_token for run in times) * 1e3:.3f} ms a token"
             )
-            outcome.lines += cell_lines(cell, process, times, args)
+            outcome.add(cell_lines(cell, process, times, args))
             left.pop(0)
 
 
 def cell_lines(cell: Cell, process: EngineProcess, times: list[StepTimes], args: argparse.Namespace) -> list[dict]:
     """Both figures of a cell."""
     num_devices = int(args.llm.get("tensor_parallel_size", 1)) if process.spec.name == OURS else 1
-    config, ceilings = config_of(args.model), limit.ceilings_for(process.device, args.ceilings)
-    best = None
-    if config and ceilings:
-        best = least_times(limit.shape_of(config), ceilings.of_devices(num_devices), cell)
+    best = limits(process, cell, args, num_devices)
     return [
         results_log.figure_line(
             f"{figure_prefix(process.spec.name)}{name}_b{cell.batch}_c{cell.context}",

@@ -90,6 +90,11 @@ def shape_of(config: Mapping[str, Any], *, kv_cache_bytes: int = 2) -> Shape:
     )
 
 
+def kv_cache_bytes(options: Mapping[str, object]) -> int:
+    """Of an element of the cache, with these arguments of LLM."""
+    return 1 if str(options.get("kv_cache_dtype")).startswith("fp8") else 2
+
+
 def prefill_seconds(shape: Shape, ceilings: Ceilings, spans: Sequence[tuple[int, int]]) -> float:
     """One step that computes positions [start, end) of each prompt and samples once from each."""
     tokens = sum(end - start for start, end in spans)
@@ -172,7 +177,7 @@ def main() -> None:
     ceilings, config = ceilings_for("NVIDIA H200", args.ceilings), config_of(args.model)
     rows = []
     for case in CASES:
-        shape = shape_of(config, kv_cache_bytes=case.kv_cache_bytes)
+        shape = shape_of(config, kv_cache_bytes=kv_cache_bytes(case.options))
         for figure in case.figures:
             limits = [figure.limit(shape, ceilings, case.draw(case.first_seed + i)) for i in range(args.repeats)]
             rows.append([figure.name, figure.unit, *map(results_log.number, limits)])

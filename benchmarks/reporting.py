@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -26,11 +25,24 @@ def progress(text: str) -> None:
 
 @dataclass
 class Outcome:
-    """Figures of all engines, and what to say of those that gave none."""
+    """Figures of all engines, and what to say of those that gave none.
 
+    Attributes:
+        record: folder to append the figures to, if any.
+    """
+
+    record: str | None
     lines: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failed: bool = False
+
+    def add(self, lines: Sequence[dict]) -> None:
+        """Prints and records them at once, so that nothing measured is lost if the command is cut short."""
+        self.lines += lines
+        for line in lines:
+            print(json.dumps(line), flush=True)
+        if lines and self.record:
+            progress(f"recorded in {results_log.append(lines, Path(self.record))}")
 
     @contextmanager
     def guard(self, engine: str, left: Callable[[], str]) -> Iterator[None]:
@@ -49,16 +61,12 @@ class Outcome:
         self.notes.append(text)
         progress(text)
 
-    def finish(self, args: argparse.Namespace) -> int:
-        """Prints and, with `--record`, records; the exit status is 1 if an engine failed or there is no figure."""
-        for line in self.lines:
-            print(json.dumps(line), flush=True)
+    def finish(self) -> int:
+        """Prints the table; the exit status is 1 if an engine failed or there is no figure."""
         if self.lines:
             print_lines(self.lines)
         for note in self.notes:
             print(note.partition("\n")[0], file=sys.stderr)
-        if self.lines and args.record:
-            print(f"recorded in {results_log.append(self.lines, Path(args.record))}", file=sys.stderr)
         return int(self.failed or not self.lines)
 
 

@@ -33,13 +33,13 @@ PROMPT_LEN = 128
 def main() -> int:
     """Measures each engine; the exit status."""
     args = parse(make_parser(__doc__, model=RECORDED_MODEL), recorded_model=RECORDED_MODEL)
-    outcome = Outcome()
+    outcome = Outcome(args.record)
     with ExitStack() as stack:
         model = open_model(args, stack, weights=True)
         for engine in args.engine:
             with outcome.guard(engine, lambda: "start-up"):
-                outcome.lines += measure(engine, model, args)
-    return outcome.finish(args)
+                outcome.add(measure(engine, model, args))
+    return outcome.finish()
 
 
 def measure(engine: str, model: str, args: argparse.Namespace) -> list[dict]:

@@ -5,10 +5,12 @@ A decode step is (time for n tokens - time for 1) / (n - 1), so an average over 
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from engine_process import EngineProcess
-from limit import Ceilings, Shape, decode_seconds, prefill_seconds
+from limit import Ceilings, Shape, ceilings_for, decode_seconds, kv_cache_bytes, prefill_seconds, shape_of
+from models import config_of
 from workloads import uniform
 
 
@@ -51,3 +53,12 @@ def least_times(shape: Shape, ceilings: Ceilings, cell: Cell) -> StepTimes:
     return StepTimes(
         prefill_seconds(shape, ceilings, [(0, cell.context)] * cell.batch), sum(steps) / (cell.new_tokens - 1)
     )
+
+
+def limits(process: EngineProcess, cell: Cell, args: argparse.Namespace, num_devices: int) -> StepTimes | None:
+    """`least_times` of the model on the devices of the process; None if the model or their ceilings are not known."""
+    config, ceilings = config_of(args.model), ceilings_for(process.device, args.ceilings)
+    if not config or not ceilings:
+        return None
+    shape = shape_of(config, kv_cache_bytes=kv_cache_bytes(process.spec.options))
+    return least_times(shape, ceilings.of_devices(num_devices), cell)

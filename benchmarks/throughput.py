@@ -27,11 +27,11 @@ from pathlib import Path
 
 import limit
 import results_log
-from arguments import engine_spec, figure_prefix, make_parser, open_model, parse
+from arguments import engine_spec, figure_prefix, make_parser, max_token_id, open_model, parse
 from engine_process import OURS, EngineProcess, OutOfTime
 from models import config_of
 from reporting import Outcome, progress
-from workloads import CASES, SPEEDUP, SPEEDUP_CASES, Case, uniform, warm_up
+from workloads import CASES, SPEEDUP, SPEEDUP_CASES, Case, Figure, uniform, warm_up
 
 from nanovllm_jax.cli.bench import Requests, Run
 
@@ -48,12 +48,13 @@ class Measured:
     draws: list[Requests]
     device: str
     versions: dict[str, str]
+    kv_cache_bytes: int
 
 
 def main() -> int:
     """Runs the cases; the exit status."""
     args = parse_args()
-    outcome = Outcome()
+    outcome = Outcome(args.record)
     measured: list[Measured] = []
     with ExitStack() as stack:
         # Ours alone makes its random weights on the GPU; beside others it loads the same ones as they do.
@@ -66,11 +67,11 @@ def main() -> int:
                 with outcome.guard(engine, lambda left=left: ", ".join(left)):
                     for result in measure(engine, cases, model, args, deadline, dummy_weights=dummy_weights):
                         measured.append(result)
+                        outcome.add(figure_lines(result, args) + speedup_lines(measured, args))
                         left.remove(result.case.name)
-    outcome.lines = figure_lines(measured, args)
     if outcome.lines and args.chart:
         save_chart(outcome.lines, args.chart)
-    return outcome.finish(args)
+    return outcome.finish()
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,7 +111,7 @@ def measure(
         progress(f"{engine}: ready {process.startup_s:.1f} s after its process started, on {process.device}")
         process.run(warm_up())
         if args.trace and engine == OURS:
-            process.run(uniform(98, 32, 128, 16), trace=args.trace)
+            process.run(uniform(98, 32, 128, 16, max_token_id(args)), trace=args.trace)
             progress(f"trace saved in {args.trace}")
         for case in cases:
             draw = case.smoke if args.smoke else case.draw
@@ -122,54 +123,56 @@ def measure(
                     f"{engine}: {case.name} run {len(runs)} of {args.repeats}: {runs[-1].seconds:.3f} s, "
                     f"{runs[-1].prompt_tok_s:,.0f} prompt tok/s, {runs[-1].output_tok_s:,.0f} output tok/s"
                 )
-            yield Measured(engine, case, runs, draws, process.device, process.versions)
+            kv_cache_bytes = limit.kv_cache_bytes(spec.options)
+            yield Measured(engine, case, runs, draws, process.device, process.versions, kv_cache_bytes)
 
 
-def figure_lines(measured: Sequence[Measured], args: argparse.Namespace) -> list[dict]:
-    """One line a figure, engine by engine."""
-    config = config_of(args.model)
+def figure_lines(result: Measured, args: argparse.Namespace) -> list[dict]:
+    """One line a figure of the case."""
     lines = []
-    for result in measured:
-        num_devices = int(args.llm.get("tensor_parallel_size", 1)) if result.engine == OURS else 1
-        ceilings = limit.ceilings_for(result.device, args.ceilings) if config and not args.smoke else None
-        names = {
-            "device": results_log.device_name(result.device, num_devices),
-            "versions": result.versions,
-            "commit": args.commit,
-        }
-        for figure in result.case.figures:
-            if result.engine != OURS and figure.unit != "tok/s":
-                continue  # hits of the prefix cache are not known of every engine
-            best = None
-            if ceilings or (config and not figure.limit_of_device):
-                best = figure_limit(figure, result, config, (ceilings or UNBOUND).of_devices(num_devices))
-            values = [figure.of(run) for run in result.runs]
-            lines.append(
-                results_log.figure_line(figure_prefix(result.engine) + figure.name, values, figure.unit, best, **names)
-            )
-        if result.case.name == SPEEDUP_CASES[1]:
-            lines += speedup_lines(measured, result, lines, names)
+    for figure in result.case.figures:
+        if result.engine != OURS and figure.unit != "tok/s":
+            continue  # hits of the prefix cache are not known of every engine
+        values = [figure.of(run) for run in result.runs]
+        name = figure_prefix(result.engine) + figure.name
+        best = figure_limit(figure, result, args)
+        lines.append(results_log.figure_line(name, values, figure.unit, best, **facts(result, args)))
     return lines
 
 
-UNBOUND = limit.Ceilings(math.inf, math.inf)  # for limits that do not depend on the device
-
-
-def figure_limit(figure, result: Measured, config: dict, ceilings: limit.Ceilings) -> float:
-    """The median over the draws, as the figure itself is the median over the runs."""
-    shape = limit.shape_of(config, kv_cache_bytes=result.case.kv_cache_bytes)
+def figure_limit(figure: Figure, result: Measured, args: argparse.Namespace) -> float | None:
+    """The median over the draws, as the figure itself is the median over the runs; None if it is not known."""
+    config, ceilings = config_of(args.model), limit.ceilings_for(result.device, args.ceilings)
+    if not figure.limit_of_device:
+        ceilings = limit.Ceilings(math.inf, math.inf)
+    if not config or not ceilings:
+        return None
+    shape = limit.shape_of(config, kv_cache_bytes=result.kv_cache_bytes)
+    ceilings = ceilings.of_devices(num_devices(result.engine, args))
     return statistics.median(figure.limit(shape, ceilings, requests) for requests in result.draws)
 
 
-def speedup_lines(measured: Sequence[Measured], off: Measured, lines: Sequence[dict], names: dict) -> list[dict]:
-    """The gain of prefix caching, repetition by repetition, if the case was also measured with it."""
-    on = next((other for other in measured if (other.engine, other.case.name) == (OURS, SPEEDUP_CASES[0])), None)
-    if on is None:
+def speedup_lines(measured: Sequence[Measured], args: argparse.Namespace) -> list[dict]:
+    """The gain of prefix caching, repetition by repetition, once the case has been measured with it and without."""
+    cases = {result.case.name: result for result in measured if result.engine == OURS}
+    if measured[-1].case.name != SPEEDUP_CASES[1] or SPEEDUP_CASES[0] not in cases:
         return []
+    on, off = (cases[name] for name in SPEEDUP_CASES)
     values = [slow.seconds / fast.seconds for slow, fast in zip(off.runs, on.runs, strict=True)]
-    limits = {line["figure"]: line["limit"] for line in lines}
-    with_it, without = (limits[result.case.figures[0].name] for result in (on, off))
-    return [results_log.figure_line(SPEEDUP, values, "x", with_it / without if with_it else None, **names)]
+    bests = [figure_limit(result.case.figures[0], result, args) for result in (on, off)]
+    best = bests[0] / bests[1] if all(bests) else None
+    return [results_log.figure_line(SPEEDUP, values, "x", best, **facts(off, args))]
+
+
+def facts(result: Measured, args: argparse.Namespace) -> dict:
+    """What a line says beside the figure."""
+    device = results_log.device_name(result.device, num_devices(result.engine, args))
+    return {"device": device, "versions": result.versions, "commit": args.commit}
+
+
+def num_devices(engine: str, args: argparse.Namespace) -> int:
+    """Devices that the engine runs on."""
+    return int(args.llm.get("tensor_parallel_size", 1)) if engine == OURS else 1
 
 
 def save_chart(lines: Sequence[dict], path: Path) -> None:

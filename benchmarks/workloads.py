@@ -48,11 +48,6 @@ class Case:
     figures: tuple[Figure, ...]
     options: Mapping[str, object] = field(default_factory=dict)
 
-    @property
-    def kv_cache_bytes(self) -> int:
-        """Of an element of the cache."""
-        return 1 if self.options.get("kv_cache_dtype") == "fp8" else 2
-
 
 def uniform(seed: int, num_prompts: int, input_len: int, output_len: int, max_token_id: int = MAX_TOKEN_ID) -> Requests:
     """Prompts of one length, outputs of one length."""

@@ -37,7 +37,7 @@ TINY = {
 )
 def test_limits_of_the_cases_on_an_h200(name, draw, expected):
     case, figure = FIGURES[name]
-    shape = shape_of(QWEN3_0_6B, kv_cache_bytes=case.kv_cache_bytes)
+    shape = shape_of(QWEN3_0_6B, kv_cache_bytes=limit.kv_cache_bytes(case.options))
     assert figure.limit(shape, H200, case.draw(case.first_seed + draw)) == pytest.approx(expected, rel=0.005)
 
 

@@ -70,6 +70,11 @@ def test_script_rewrites_between_the_markers_and_checks(tmp_path):
     assert readme.read_text() == f"before\n{tables.BEGIN}\n{tables.NONE_YET}\n{tables.END}\nafter\n"
 
 
+def test_readme_shows_what_is_recorded():
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "tables.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_missing_markers_are_an_error():
     with pytest.raises(SystemExit, match="needs the markers"):
         tables.between_markers("no markers", "table")
