@@ -182,7 +182,9 @@ class EngineProcess:
             chunk = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
             self._unread += chunk
             if not chunk and (ready or self._process.poll() is not None):
-                raise EngineFailed(f"its process ended with status {self._process.wait()}{self._end_of_log()}")
+                with suppress(subprocess.TimeoutExpired):  # a thread of its own may keep it from ending
+                    self._process.wait(_CLOSING_S)
+                raise EngineFailed(f"its process ended with status {self._process.returncode}{self._end_of_log()}")
         line, _, self._unread = self._unread.partition(b"\n")
         return line
 

@@ -56,6 +56,14 @@ def test_engine_that_raises_shows_the_end_of_its_log(tmp_path):
     assert "  | Traceback (most recent call last):" in done.stderr
 
 
+def test_engine_that_dies_is_named_and_the_next_one_goes_on(tmp_path):
+    dying = vllm_that("os._exit(3)", tmp_path)
+    done = run(SCRIPT, "--smoke", *dying, "--engine=nano-vllm", f"--pythonpath=nano-vllm={tmp_path}", "--case=single")
+    assert done.returncode == 1
+    assert "vllm failed (single): its process ended with status 3" in done.stderr
+    assert "nano-vllm is not installed" in done.stderr
+
+
 def test_time_limit_ends_a_run_and_names_what_is_dropped(tmp_path):
     stuck = vllm_that("threading.Event().wait()", tmp_path)
     done = run(SCRIPT, "--smoke", *stuck, "--case=single", "--case=batch32", "--case=bench256-fp8kv", "--time-limit=1")
