@@ -15,8 +15,10 @@ Gaussian logits lie so close that bfloat16 changes the winner at 4% of positions
 from __future__ import annotations
 
 import json
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,16 @@ QWEN3_0_6B: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+
+QWEN3_8B: dict[str, Any] = QWEN3_0_6B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_window_layers": 36,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "tie_word_embeddings": False,
+}
+MODELS = {"qwen3-0.6b": QWEN3_0_6B, "qwen3-8b": QWEN3_8B}
 
 ROW_LENGTH = 0.4  # of a typical embedding, root mean square over its elements
 ROW_TAIL = 4.0  # exponent of the Pareto distribution of lengths
@@ -98,10 +110,56 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def write_random_checkpoint(config: dict[str, Any], directory: str | Path, seed: int = 0) -> Path:
-    """Writes `config.json` and `model.safetensors` (bfloat16, no tokenizer); makes `directory` if need be."""
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: random_tensor(name, shape, seed) for name, shape in qwen3_shapes(config)}
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    """Writes `config.json` and `model.safetensors` (bfloat16, no tokenizer); makes `directory` if need be.
+
+    Tensors are drawn on all cores, the largest first: 8 s of one core for 0.6 billion parameters.
+    """
+    path = write_config(config, directory)
+    shapes = sorted(qwen3_shapes(config), key=lambda item: -np.prod(item[1]))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        drawn = pool.map(lambda item: random_tensor(*item, seed), shapes)
+        tensors = {name: tensor for (name, _), tensor in zip(shapes, drawn, strict=True)}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def write_config(config: Mapping[str, Any], directory: str | Path) -> Path:
+    """Writes `config.json` alone: all that an engine with weights of its own (load_format="dummy") needs of ours."""
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return path
+
+
+def write_byte_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer of 257 entries: cases use token ids, but other engines insist on loading one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate([*alphabet, "<eos>"])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<eos>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def prepare_model(name: str, directory: Path, *, weights: bool) -> Path:
+    """A shape of `MODELS` as a directory that any engine loads; random weights that are there already are kept."""
+    config = MODELS[name]
+    kept = (directory / "model.safetensors").is_file() and json.loads((directory / "config.json").read_text()) == config
+    if weights and not kept:
+        write_random_checkpoint(config, directory)
+    elif not weights:
+        write_config(config, directory)
+    write_byte_tokenizer(directory)
+    return directory
+
+
+def config_of(model: str) -> dict[str, Any] | None:
+    """Config of a name in `MODELS` or of a model's directory; None for anything else, such as a hub id."""
+    if model in MODELS:
+        return MODELS[model]
+    path = Path(model) / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else None

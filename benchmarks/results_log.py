@@ -8,13 +8,12 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("nanovllm-jax", "jax", "jaxlib", "jax-triton", "triton")
+DEFAULT_FOLDER = ROOT / "benchmarks" / "results"
 
 
 def figure_line(
@@ -23,10 +22,14 @@ def figure_line(
     unit: str,
     limit: float | None,
     *,
-    num_devices: int = 1,
+    device: str,
+    versions: Mapping[str, str],
     commit: str | None = None,
 ) -> dict:
-    """A figure of this process, this machine and this commit, as it is recorded; `value` is the median."""
+    """A figure of this command and this commit, as it is recorded; `value` is the median.
+
+    `device` and `versions` are those of the process that was measured.
+    """
     return {
         "figure": name,
         "value": _rounded(statistics.median(values)),
@@ -34,9 +37,9 @@ def figure_line(
         "min": _rounded(min(values)),
         "max": _rounded(max(values)),
         "unit": unit,
-        "limit": limit,
-        "device": device_name(num_devices),
-        "versions": versions(),
+        "limit": None if limit is None else _rounded(limit),
+        "device": device,
+        "versions": dict(versions),
         "commit": commit or commit_name(),
         "command": command(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -44,8 +47,8 @@ def figure_line(
 
 
 def append(lines: Sequence[dict], folder: Path) -> Path:
-    """Appends to the file of this device's model in `folder`, such as `h200.jsonl`."""
-    match = re.search(r"\b[A-Z]+\d+\w*", device_name())
+    """Appends lines of one device to the file of its model in `folder`, such as `h200.jsonl`."""
+    match = re.search(r"\b[A-Z]+\d+\w*", lines[0]["device"])
     path = folder / f"{match.group().lower() if match else 'cpu'}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -53,23 +56,20 @@ def append(lines: Sequence[dict], folder: Path) -> Path:
     return path
 
 
-def device_name(num_devices: int = 1) -> str:
-    """Kind of the devices, with their number if there are several."""
-    import jax
+def latest(path: Path) -> dict[str, dict]:
+    """The line that counts of each figure's name, in the order in which the names first came."""
+    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return {line["figure"]: line for line in lines}
 
-    kind = jax.devices()[0].device_kind
+
+def device_name(kind: str, num_devices: int = 1) -> str:
+    """Kind of the devices, with their number if there are several."""
     return f"{num_devices} x {kind}" if num_devices > 1 else kind
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that decide speed."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def number(value: float) -> str:
+    """For a table: three or four digits that matter."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def commit_name() -> str | None:

@@ -1,144 +1,190 @@
-"""Throughput of the engine on fixed cases, as a table and one JSON line a figure.
+"""Throughput of one engine or several on the same prompts: a table, a chart and one JSON line a figure.
 
-    python benchmarks/throughput.py --case all --model qwen3-0.6b --repeats 3 --record
+    python benchmarks/throughput.py --case all --record
+    python benchmarks/throughput.py --engine nanovllm-jax --engine vllm --case bench256 --chart bench256.png
+    python benchmarks/throughput.py --engine vllm --pythonpath vllm=/opt/vllm-site --time-limit 240
+    python benchmarks/throughput.py --smoke --model nanovllm_jax/assets/tiny      # any machine; figures mean nothing
 
-`qwen3-0.6b` is that model's shape with random weights. Each timing is one `generate` call, wall clock, from
-prompts in host memory to all tokens back; start-up and warm-up are not in it.
+`--model qwen3-0.6b` is that model's shape with random weights, the same for all engines. Each timing is one `generate`
+call, wall clock, from prompts in host memory to all tokens back; start-up and a short warm-up are not in it. Cases that
+are about options of nanovllm-jax (bench256-fp8kv, shared-prefix-off) start it again with those options, and no
+other engine takes part in them. README.md has the method.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
-import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
+import limit
 import results_log
-from models import QWEN3_0_6B
-from workloads import CASES, uniform
+from arguments import engine_spec, figure_prefix, make_parser, max_token_id, open_model, parse
+from engine_process import OURS, EngineProcess, OutOfTime
+from models import config_of
+from reporting import Outcome, progress
+from workloads import CASES, SPEEDUP, SPEEDUP_CASES, Case, Figure, uniform, warm_up
 
-from nanovllm_jax.cli.bench import print_table, timed_run, warm_up
-from nanovllm_jax.cli.session import open_session
+from nanovllm_jax.cli.bench import Requests, Run
 
-MODELS = {"qwen3-0.6b": QWEN3_0_6B}
-RECORDED_MODEL = "qwen3-0.6b"  # figures' names and limits are for this shape
+RECORDED_MODEL = "qwen3-0.6b"  # figures' names are for this shape
 
 
-def main() -> None:
-    """Runs the cases."""
+@dataclass(frozen=True)
+class Measured:
+    """All runs of a case on an engine."""
+
+    engine: str
+    case: Case
+    runs: list[Run]
+    draws: list[Requests]
+    device: str
+    versions: dict[str, str]
+    kv_cache_bytes: int
+
+
+def main() -> int:
+    """Runs the cases; the exit status."""
     args = parse_args()
+    outcome = Outcome(args.record)
+    measured: list[Measured] = []
     with ExitStack() as stack:
-        session = stack.enter_context(open_session(**engine_args(args, stack)))
-        print(f"start-up {session.startup_s:.1f} s", file=sys.stderr)
-        warm_up(session.llm)
-        if args.trace:
-            save_trace(session.llm, args.trace)
-        lines = []
-        for case in CASES:
-            if args.case in ("all", case.name):
-                lines += run_case(session.llm, case, args)
-    for line in lines:
-        print(json.dumps(line))
-    print_lines(lines)
-    if args.record:
-        print(f"recorded in {results_log.append(lines, Path(args.record))}", file=sys.stderr)
+        # Ours alone makes its random weights on the GPU; beside others it loads the same ones as they do.
+        dummy_weights = args.engine == [OURS] and args.model_dir is None
+        model = open_model(args, stack, weights=not dummy_weights)
+        for engine in args.engine:
+            deadline = time.monotonic() + args.time_limit
+            for cases in processes(engine, args.case):
+                left = [case.name for case in cases]
+                with outcome.guard(engine, lambda left=left: ", ".join(left)):
+                    for result in measure(engine, cases, model, args, deadline, dummy_weights=dummy_weights):
+                        measured.append(result)
+                        outcome.add(figure_lines(result, args) + speedup_lines(measured, args))
+                        left.remove(result.case.name)
+    if outcome.lines and args.chart:
+        save_chart(outcome.lines, args.chart)
+    return outcome.finish()
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=["all", *(case.name for case in CASES)], default="all")
-    parser.add_argument("--model", default=RECORDED_MODEL, help=f"{', '.join(MODELS)} or a model's directory")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs a case, each with fresh prompts")
-    parser.add_argument(
-        "--llm",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="another argument of LLM, such as kv_cache_dtype=fp8; repeatable",
-    )
-    parser.add_argument("--trace", metavar="DIR", help="save a profiler trace of a short run there first")
-    parser.add_argument(
-        "--record",
-        nargs="?",
-        const=str(results_log.ROOT / "benchmarks" / "results"),
-        metavar="DIR",
-        help="append the figures to DIR/<device>.jsonl (default: benchmarks/results)",
-    )
-    parser.add_argument("--commit", help="commit to record where there is no checkout")
-    args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}; it must be at least 1")
-    if args.record and args.model != RECORDED_MODEL:
-        parser.error(f"--record is for --model {RECORDED_MODEL}; the figures' names stand for it")
-    for option in args.llm:
-        if "=" not in option:
-            parser.error(f"--llm {option}: write NAME=VALUE")
+    parser = make_parser(__doc__, model=RECORDED_MODEL)
+    names = ["all", *(case.name for case in CASES)]
+    parser.add_argument("--case", action="append", choices=names, help="repeatable (default: all)")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the figures and their limits there")
+    parser.add_argument("--trace", metavar="DIR", help=f"save a profiler trace of a short run of {OURS} there first")
+    parser.add_argument("--smoke", action="store_true", help="tiny draws: shows that everything works, nothing else")
+    args = parse(parser, recorded_model=RECORDED_MODEL)
+    if args.record and args.smoke:
+        parser.error("--record is not for --smoke, whose figures mean nothing")
+    asked = args.case or ["all"]
+    args.case = [case for case in CASES if "all" in asked or case.name in asked]
     return args
 
 
-def engine_args(args: argparse.Namespace, stack: ExitStack) -> dict:
-    """Arguments of `open_session`; a model of `MODELS` becomes a directory that holds its config alone."""
-    options = {"model": args.model, "verbose": True, "max_model_len": 4096}
-    if config := MODELS.get(args.model):
-        options["model"] = stack.enter_context(tempfile.TemporaryDirectory())
-        Path(options["model"], "config.json").write_text(json.dumps(config), encoding="utf-8")
-        options |= {"load_format": "dummy", "skip_tokenizer_init": True}
-    return options | dict(map(parse_option, args.llm))
+def processes(engine: str, cases: Sequence[Case]) -> Iterator[list[Case]]:
+    """The cases that one process of the engine can take, process by process: those with equal options."""
+    if engine != OURS:
+        cases = [case for case in cases if not case.options]
+    ordered = sorted(cases, key=lambda case: json.dumps(dict(case.options)) if case.options else "")
+    for _, group in groupby(ordered, key=lambda case: dict(case.options)):
+        yield list(group)
 
 
-def parse_option(option: str) -> tuple[str, object]:
-    """`NAME=VALUE`; a value that is no JSON is a string."""
-    name, _, value = option.partition("=")
+def measure(
+    engine: str, cases: Sequence[Case], model: str, args: argparse.Namespace, deadline: float, *, dummy_weights: bool
+) -> Iterator[Measured]:
+    """Times all repetitions of the cases in one process; a case counts only with all of them."""
+    spec = engine_spec(args, engine, cases[0].options if engine == OURS else {}, dummy_weights=dummy_weights)
+    if time.monotonic() >= deadline:
+        raise OutOfTime
+    progress(f"{engine}: starting" + "".join(f", {name}={value}" for name, value in cases[0].options.items()))
+    with EngineProcess(spec, model, deadline) as process:
+        progress(f"{engine}: ready {process.startup_s:.1f} s after its process started, on {process.device}")
+        process.run(warm_up())
+        if args.trace and engine == OURS:
+            process.run(uniform(98, 32, 128, 16, max_token_id(args)), trace=args.trace)
+            progress(f"trace saved in {args.trace}")
+        for case in cases:
+            draw = case.smoke if args.smoke else case.draw
+            draws = [draw(case.first_seed + i) for i in range(args.repeats)]
+            runs = []
+            for requests in draws:
+                runs.append(process.run(requests))
+                progress(
+                    f"{engine}: {case.name} run {len(runs)} of {args.repeats}: {runs[-1].seconds:.3f} s, "
+                    f"{runs[-1].prompt_tok_s:,.0f} prompt tok/s, {runs[-1].output_tok_s:,.0f} output tok/s"
+                )
+            kv_cache_bytes = limit.kv_cache_bytes(spec.options)
+            yield Measured(engine, case, runs, draws, process.device, process.versions, kv_cache_bytes)
+
+
+def figure_lines(result: Measured, args: argparse.Namespace) -> list[dict]:
+    """One line a figure of the case."""
+    lines = []
+    for figure in result.case.figures:
+        if result.engine != OURS and figure.unit != "tok/s":
+            continue  # hits of the prefix cache are not known of every engine
+        values = [figure.of(run) for run in result.runs]
+        name = figure_prefix(result.engine) + figure.name
+        best = figure_limit(figure, result, args)
+        lines.append(results_log.figure_line(name, values, figure.unit, best, **facts(result, args)))
+    return lines
+
+
+def figure_limit(figure: Figure, result: Measured, args: argparse.Namespace) -> float | None:
+    """The median over the draws, as the figure itself is the median over the runs; None if it is not known."""
+    config, ceilings = config_of(args.model), limit.ceilings_for(result.device, args.ceilings)
+    if not figure.limit_of_device:
+        ceilings = limit.Ceilings(math.inf, math.inf)
+    if not config or not ceilings:
+        return None
+    shape = limit.shape_of(config, kv_cache_bytes=result.kv_cache_bytes)
+    ceilings = ceilings.of_devices(num_devices(result.engine, args))
+    return statistics.median(figure.limit(shape, ceilings, requests) for requests in result.draws)
+
+
+def speedup_lines(measured: Sequence[Measured], args: argparse.Namespace) -> list[dict]:
+    """The gain of prefix caching, repetition by repetition, once the case has been measured with it and without."""
+    cases = {result.case.name: result for result in measured if result.engine == OURS}
+    if measured[-1].case.name != SPEEDUP_CASES[1] or SPEEDUP_CASES[0] not in cases:
+        return []
+    on, off = (cases[name] for name in SPEEDUP_CASES)
+    values = [slow.seconds / fast.seconds for slow, fast in zip(off.runs, on.runs, strict=True)]
+    bests = [figure_limit(result.case.figures[0], result, args) for result in (on, off)]
+    best = bests[0] / bests[1] if all(bests) else None
+    return [results_log.figure_line(SPEEDUP, values, "x", best, **facts(off, args))]
+
+
+def facts(result: Measured, args: argparse.Namespace) -> dict:
+    """What a line says beside the figure."""
+    device = results_log.device_name(result.device, num_devices(result.engine, args))
+    return {"device": device, "versions": result.versions, "commit": args.commit}
+
+
+def num_devices(engine: str, args: argparse.Namespace) -> int:
+    """Devices that the engine runs on."""
+    return int(args.llm.get("tensor_parallel_size", 1)) if engine == OURS else 1
+
+
+def save_chart(lines: Sequence[dict], path: Path) -> None:
+    """Draws the chart where matplotlib is installed."""
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def run_case(llm, case, args) -> list[dict]:
-    """Times all repetitions; one line a figure."""
-    runs = []
-    for i in range(args.repeats):
-        runs.append(timed_run(llm, case.draw(case.first_seed + i)))
-        print(f"{case.name} run {i}: {runs[-1].seconds:.3f} s", file=sys.stderr)
-    num_devices = int(dict(map(parse_option, args.llm)).get("tensor_parallel_size", 1))
-    on_h200 = args.model == RECORDED_MODEL and results_log.device_name(num_devices) == "NVIDIA H200"
-    return [
-        results_log.figure_line(
-            figure.name,
-            [figure.of(run) for run in runs],
-            figure.unit,
-            figure.limit if on_h200 or figure.on_any_device else None,
-            num_devices=num_devices,
-            commit=args.commit,
-        )
-        for figure in case.figures
-    ]
-
-
-def save_trace(llm, folder: str) -> None:
-    """Profiles 32 prompts of 128 ids, 16 tokens out of each."""
-    import jax
-
-    with jax.profiler.trace(folder):
-        timed_run(llm, uniform(98, 32, 128, 16))
-    print(f"trace saved in {folder}", file=sys.stderr)
-
-
-def print_lines(lines: list[dict]) -> None:
-    """The figures as a table."""
-    rows = []
-    for line in lines:
-        of_limit = f"{line['value'] / line['limit']:.0%}" if line["limit"] else ""
-        numbers = [f"{line[key]:,}" for key in ("value", "min", "max")]
-        limit = f"{line['limit']:,}" if line["limit"] else ""
-        rows.append([line["figure"], *numbers, line["unit"], limit, of_limit])
-    title = f"{lines[0]['device']}, median of {lines[0]['n']}"
-    print_table(title, ["figure", "median", "min", "max", "unit", "limit", "of limit"], rows)
+        from chart import draw_throughput
+    except ImportError as error:
+        print(f"no chart: {error}; `chart.py` draws it elsewhere from the JSON lines above", file=sys.stderr)
+        return
+    draw_throughput(lines, path)
+    print(f"chart in {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Renders what was recorded: `python benchmarks/tables.py` rewrites the tables in benchmarks/README.md.
+
+Everything between the two markers is made from `results/*.jsonl`, of each figure the last line; with `--check` nothing
+is written and the exit status is 1 if the tables are not those of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import results_log
+from engine_process import ENGINES, OURS
+from reporting import of_limit
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+NONE_YET = "No results are recorded yet."
+_LATENCY = re.compile(r"(ttft|tpot)_ms_b(\d+)_c(\d+)")
+
+Table = dict[str, dict[str, dict]]  # figure -> engine -> line
+
+
+def main() -> int:
+    """Rewrites or checks the tables; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=results_log.DEFAULT_FOLDER, help="folder of the .jsonl files")
+    parser.add_argument("--readme", type=Path, default=README, help="file to rewrite")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the file is not up to date")
+    args = parser.parse_args()
+    old = args.readme.read_text(encoding="utf-8")
+    new = between_markers(old, render(args.results))
+    if args.check:
+        print("up to date" if new == old else f"{args.readme} is out of date: run {Path(sys.argv[0]).name}")
+        return int(new != old)
+    args.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+def between_markers(text: str, tables: str) -> str:
+    """`text` with `tables` between its markers.
+
+    Raises:
+        SystemExit: if it has not both of them, in their order.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"the file needs the markers {BEGIN} and {END}, each on a line of its own")
+    return f"{head}{begin}\n{tables.strip()}\n{end}{tail}"
+
+
+def render(folder: Path) -> str:
+    """All tables, a section for each kind and number of devices."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in results_log.latest(path).values()]
+    if not lines:
+        return NONE_YET
+    return "\n\n".join(
+        section(device, [line for line in lines if line["device"] == device])
+        for device in sorted({line["device"] for line in lines})
+    )
+
+
+def section(device: str, lines: Sequence[dict]) -> str:
+    """What was measured on one kind of device."""
+    table, latency = {}, {}
+    for line in lines:
+        engine, _, figure = line["figure"].rpartition("/")
+        into = latency if _LATENCY.fullmatch(figure) else table
+        into.setdefault(figure, {})[engine or OURS] = line
+    parts = [f"### {device}", *figure_table(table), *latency_tables(latency), versions(lines)]
+    return "\n\n".join(parts)
+
+
+def figure_table(table: Table) -> Iterator[str]:
+    """A row a figure, a column an engine: the median, and the range over the repetitions."""
+    if not table:
+        return
+    engines = [engine for engine in ENGINES if any(engine in of_engines for of_engines in table.values())]
+    rows = []
+    for figure, of_engines in table.items():
+        line = of_engines.get(OURS) or next(iter(of_engines.values()))
+        best = results_log.number(line["limit"]) if line["limit"] else ""
+        share = of_limit(of_engines[OURS]) if OURS in of_engines else ""
+        cells = [measured(of_engines[engine]) if engine in of_engines else "" for engine in engines]
+        rows.append([f"`{figure}`", line["unit"], *cells, best, share])
+    yield markdown(["figure", "unit", *engines, "limit", f"{OURS} of limit"], rows)
+
+
+def measured(line: Mapping) -> str:
+    """Median and range."""
+    value, low, high = (results_log.number(line[key]) for key in ("value", "min", "max"))
+    return value if low == high else f"{value} ({low} to {high})"
+
+
+def latency_tables(table: Table) -> Iterator[str]:
+    """A table an engine: contexts down, batch sizes across, time to first token and time per token in each cell."""
+    for engine in ENGINES:
+        cells: dict[tuple[int, int], dict[str, str]] = {}
+        for figure, of_engines in table.items():
+            kind, batch, context = _LATENCY.fullmatch(figure).groups()
+            if engine in of_engines:
+                number = results_log.number(of_engines[engine]["value"])
+                cells.setdefault((int(context), int(batch)), {})[kind] = number
+        if not cells:
+            continue
+        batches, contexts = sorted({batch for _, batch in cells}), sorted({context for context, _ in cells})
+        rows = [
+            [str(context), *(" / ".join(cells.get((context, batch), {}).values()) for batch in batches)]
+            for context in contexts
+        ]
+        heading = f"{engine}: time to first token / time per token, ms, by context (down) and batch size (across)"
+        yield f"{heading}\n\n{markdown(['', *map(str, batches)], rows)}"
+
+
+def versions(lines: Sequence[dict]) -> str:
+    """What each engine's newest figure was taken with."""
+    newest = {line["figure"].rpartition("/")[0] or OURS: line for line in sorted(lines, key=lambda line: line["date"])}
+    texts = []
+    for engine in ENGINES:
+        if engine in newest:
+            packages = ", ".join(f"{name} {number}" for name, number in newest[engine]["versions"].items())
+            commit = f", commit {newest[engine]['commit'][:10]}" if engine == OURS and newest[engine]["commit"] else ""
+            texts.append(f"{engine} on {newest[engine]['date']}: {packages}{commit}.")
+    return "  \n".join(texts)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is a name and whose others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""Tests import the benchmarks' modules by the names that the scripts use."""
+
+import benchmark_scripts
+
+benchmark_scripts.import_all()

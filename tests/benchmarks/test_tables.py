@@ -1,0 +1,80 @@
+import re
+import subprocess
+import sys
+
+import pytest
+import results_log
+import tables
+from benchmark_scripts import BENCHMARKS
+
+VERSIONS = {"python": "3.12.3", "engine": "1.0"}
+
+
+def line(name, values, unit="tok/s", limit=None, device="NVIDIA H200"):
+    return results_log.figure_line(
+        name, values, unit, limit, device=device, versions=VERSIONS, commit="0123456789abcdef"
+    )
+
+
+def cells(text, first):
+    row = next(row for row in text.splitlines() if row.startswith(f"| {first} "))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_engines_stand_side_by_side_and_the_last_line_counts(tmp_path):
+    results_log.append([line("bench256_out_tok_s", [1.0], limit=36_000)], tmp_path)
+    results_log.append(
+        [line("vllm/bench256_out_tok_s", [22_431.0, 23_543.0, 23_453.0]), line("startup_warm_s", [9.5], "s")], tmp_path
+    )
+    results_log.append([line("bench256_out_tok_s", [27_000.0, 27_100.0, 26_000.0], limit=36_000)], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["h200.jsonl"]
+    text = tables.render(tmp_path)
+    assert cells(text, "figure") == ["figure", "unit", "nanovllm-jax", "vllm", "limit", "nanovllm-jax of limit"]
+    measured = ["27,000 (26,000 to 27,100)", "23,453 (22,431 to 23,543)", "36,000", "75%"]
+    assert cells(text, "`bench256_out_tok_s`")[2:] == measured
+    assert cells(text, "`startup_warm_s`")[1:] == ["s", "9.5", "", "", ""]
+    assert "commit 0123456789" in text
+
+
+def test_times_are_shares_the_other_way_round(tmp_path):
+    results_log.append([line("tp1_8b_b64_step_ms", [8.0], "ms", 6.0)], tmp_path)
+    assert cells(tables.render(tmp_path), "`tp1_8b_b64_step_ms`")[-2:] == ["6", "75%"]
+
+
+def test_devices_and_their_numbers_have_sections(tmp_path):
+    results_log.append([line("one", [1.0])], tmp_path)
+    results_log.append([line("four", [1.0], device="4 x NVIDIA H200")], tmp_path)
+    results_log.append([line("host", [1.0], device="cpu")], tmp_path)
+    assert re.findall("### (.*)", tables.render(tmp_path)) == ["4 x NVIDIA H200", "NVIDIA H200", "cpu"]
+
+
+def test_latency_is_a_grid(tmp_path):
+    times = {"ttft_ms_b1_c128": 4.0, "tpot_ms_b1_c128": 1.0, "ttft_ms_b64_c128": 20.0, "tpot_ms_b64_c128": 2.0}
+    results_log.append([line(name, [value], "ms") for name, value in times.items()], tmp_path)
+    text = tables.render(tmp_path)
+    assert cells(text, "128") == ["128", "4 / 1", "20 / 2"]
+    assert "`ttft" not in text
+
+
+def test_script_rewrites_between_the_markers_and_checks(tmp_path):
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+
+    def run(*options):
+        command = [sys.executable, str(BENCHMARKS / "tables.py"), "--readme", str(readme), "--results", str(results)]
+        return subprocess.run([*command, *options], capture_output=True, text=True).returncode
+
+    assert run("--check") == 1
+    assert run() == 0
+    assert run("--check") == 0
+    assert readme.read_text() == f"before\n{tables.BEGIN}\n{tables.NONE_YET}\n{tables.END}\nafter\n"
+
+
+def test_readme_shows_what_is_recorded():
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "tables.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_missing_markers_are_an_error():
+    with pytest.raises(SystemExit, match="needs the markers"):
+        tables.between_markers("no markers", "table")
