@@ -82,9 +82,7 @@ def draw_full(
         adjust_until=extras["adjust_until"][row],
     )
     with jax.named_scope("sample"):
-        sampled = sample_full(
-            logits, params, state, num_logprobs=num_logprobs, axis_name=axis_name, backend=backend
-        )
+        sampled = sample_full(logits, params, state, num_logprobs=num_logprobs, axis_name=axis_name, backend=backend)
     offset = vocab_offset(extras["counts"].shape[1], axis_name)
     counts = count_sampled(extras["counts"], state.rows, sampled.tokens, vocab_offset=offset)
     return _advance(rows, row, sampled.tokens), extras | {"counts": counts}, sampled

@@ -16,8 +16,9 @@ import triton.language as tl
 
 from nanovllm_kernels.sample.device import MINUS_INF, key_of, largest_key, list_groups, load_groups, value_of
 
-# For 8 warps: groups searched in registers at once, 32 logits a thread; groups read at a time, 64 bytes a thread; and
-# groups compared at a time with all thresholds, 8 bytes a thread, several loads in flight: with 128 registers, two programs share a multiprocessor.
+# For 8 warps. Groups searched in registers at once: 32 logits a thread. Groups read at a time: 64 bytes a thread.
+# Groups compared with all thresholds at a time: 8 bytes a thread, several such loads in flight; then 128 registers do,
+# and two programs share a multiprocessor.
 HELD_GROUPS = tl.constexpr(64)
 READ_GROUPS = tl.constexpr(32)
 TALLY_GROUPS = tl.constexpr(4)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from sampler_oracle import kept
+from sample_oracle import kept
 
 from nanovllm_kernels.sample.filters import filter_tokens
 
