@@ -1,4 +1,4 @@
-"""Paged attention and KV cache kernels for JAX on NVIDIA GPUs, each with an XLA reference for any platform.
+"""Paged attention, KV cache and sampling kernels for JAX on NVIDIA GPUs, each with an XLA reference for any platform.
 
 Every operation is one function that states its shape contract; `backend` picks the implementation: "xla"
 anywhere, "triton" on NVIDIA GPUs from sm_80 up (imported only when asked for).
@@ -8,5 +8,6 @@ from nanovllm_kernels._compat import lowering_for
 from nanovllm_kernels.paged_decode import paged_decode
 from nanovllm_kernels.ragged_prefill import ragged_prefill
 from nanovllm_kernels.rope_cache_write import rope_cache_write
+from nanovllm_kernels.sample import sample
 
-__all__ = ["lowering_for", "paged_decode", "ragged_prefill", "rope_cache_write"]
+__all__ = ["lowering_for", "paged_decode", "ragged_prefill", "rope_cache_write", "sample"]

@@ -1,6 +1,6 @@
 """The 64-bit random key of one sample of one request, made on the host.
 
-The key and a token's position are all that the device's noise depends on (see `nanovllm_jax.step.noise`), so
+The key and a token's position are all that the device's noise depends on (see `nanovllm_kernels.sample.noise`), so
 a sample's tokens do not depend on what runs beside it.
 """
 

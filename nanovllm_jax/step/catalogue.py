@@ -116,10 +116,10 @@ class Catalogue:
                 out_specs = (CACHE_SPEC, EQUAL, EQUAL, EQUAL, EQUAL)
                 return Program(partial(prefill_forward, config, layout), arguments, (1, 2), out_specs)
             case "plain" | "filtered":
-                function = partial(draw.draw, key.kind, key.size, axis_name)
+                function = partial(draw.draw, key.kind, key.size, axis_name, config.backend)
                 return Program(function, (head, self.rows, *last), (1,), EQUAL)
             case "full":
-                function = partial(draw.draw_full, key.size, self.num_logprobs, axis_name)
+                function = partial(draw.draw_full, key.size, self.num_logprobs, axis_name, config.backend)
                 return Program(function, (head, self.rows, self.extras, *last), (1, 2), (EQUAL, EXTRAS_SPECS, EQUAL))
             case "prompt_logprobs":
                 arguments = (head, self._array((key.size, width), dtype), self._array((key.size,)))

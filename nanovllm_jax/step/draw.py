@@ -21,9 +21,10 @@ from nanovllm_jax.step.sampler import (
     sample_plain,
 )
 from nanovllm_jax.step.state import Extras, RowFloat, RowInt, Rows
-from nanovllm_jax.step.vocab import vocab_offset
+from nanovllm_kernels.sample.vocab import vocab_offset
 
 Variant = Literal["plain", "filtered"]
+Backend = Literal["xla", "triton"]
 COUNT_CHUNK = 1024  # known tokens counted a call
 LOGPROB_CHUNK = 64  # prompt tokens whose logits are held at once
 
@@ -32,6 +33,7 @@ def draw(
     variant: Variant,
     num_rows: int,
     axis_name: str | None,
+    backend: Backend,
     head: Params,
     rows: Rows,
     hidden: Float[Array, "R E"],
@@ -43,6 +45,7 @@ def draw(
         variant: "plain" (greedy and temperature) or "filtered" (also top-k, top-p, min-p).
         num_rows: B, static.
         axis_name: mesh axis over which the vocabulary is split, if it is; so in the other functions here.
+        backend: of `nanovllm_kernels.sample`.
         head: `{"lm_head": ...}` or `{"embed": ...}`.
         rows: donated.
         hidden: last hidden states, of which the first B are used.
@@ -54,7 +57,7 @@ def draw(
     row, logits, params = _gather(num_rows, head, rows, hidden, sampled_rows)
     sampler = sample_plain if variant == "plain" else sample_filtered
     with jax.named_scope("sample"):
-        tokens = sampler(logits, params, axis_name=axis_name)
+        tokens = sampler(logits, params, axis_name=axis_name, backend=backend)
     return _advance(rows, row, tokens), tokens
 
 
@@ -62,6 +65,7 @@ def draw_full(
     num_rows: int,
     num_logprobs: int,
     axis_name: str | None,
+    backend: Backend,
     head: Params,
     rows: Rows,
     extras: Extras,
@@ -78,7 +82,7 @@ def draw_full(
         adjust_until=extras["adjust_until"][row],
     )
     with jax.named_scope("sample"):
-        sampled = sample_full(logits, params, state, num_logprobs=num_logprobs, axis_name=axis_name)
+        sampled = sample_full(logits, params, state, num_logprobs=num_logprobs, axis_name=axis_name, backend=backend)
     offset = vocab_offset(extras["counts"].shape[1], axis_name)
     counts = count_sampled(extras["counts"], state.rows, sampled.tokens, vocab_offset=offset)
     return _advance(rows, row, sampled.tokens), extras | {"counts": counts}, sampled

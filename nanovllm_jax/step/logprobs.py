@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from nanovllm_jax.parallel.collectives import max_shards, sum_shards
-from nanovllm_jax.step.vocab import vocab_offset
+from nanovllm_kernels.sample.vocab import vocab_offset
 
 _GROUP = 128
 

@@ -11,21 +11,15 @@ on its logits, parameters, key and position alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
-from jax import Array as JaxArray
 from jax import lax
 from jaxtyping import Array, Float32, Int32, UInt16, UInt32
 
-from nanovllm_jax.step.filters import filter_tokens
 from nanovllm_jax.step.logprobs import gather_logprobs
-from nanovllm_jax.step.noise import gumbel_noise
 from nanovllm_jax.step.penalties import adjust_logits, penalise_logits
-from nanovllm_jax.step.vocab import argmax, vocab_offset
-
-# vLLM's: a temperature below it is greedy.
-GREEDY_BELOW = 1e-5
+from nanovllm_kernels import sample
+from nanovllm_kernels.sample.vocab import vocab_offset
 
 
 class SamplerParams(NamedTuple):
@@ -64,7 +58,11 @@ class Sampled(NamedTuple):
 
 
 def sample_plain(
-    logits: Float32[Array, "B V"], params: SamplerParams, *, axis_name: str | None = None
+    logits: Float32[Array, "B V"],
+    params: SamplerParams,
+    *,
+    axis_name: str | None = None,
+    backend: Literal["xla", "triton"] = "xla",
 ) -> Int32[Array, " B"]:
     """Draws with temperature alone; other parameters are not read.
 
@@ -72,19 +70,33 @@ def sample_plain(
         logits: of this shard of the vocabulary.
         params: of the same rows.
         axis_name: the mesh axis over which V is split, if any.
+        backend: of `nanovllm_kernels.sample`.
 
     Returns:
         token ids; -1 where a row's logits hold a NaN or +inf, or nothing but -inf.
     """
-    return _draw(logits, None, params, axis_name)
+    return sample(logits, params.temperature, params.key, params.position, axis_name=axis_name, backend=backend)
 
 
 def sample_filtered(
-    logits: Float32[Array, "B V"], params: SamplerParams, *, axis_name: str | None = None
+    logits: Float32[Array, "B V"],
+    params: SamplerParams,
+    *,
+    axis_name: str | None = None,
+    backend: Literal["xla", "triton"] = "xla",
 ) -> Int32[Array, " B"]:
-    """Draws with temperature, top-k, top-p and min-p (see `filter_tokens`); otherwise as `sample_plain`."""
-    dropped = filter_tokens(logits, _inverse_temperature(params), params.top_k, params.top_p, params.min_p, axis_name)
-    return _draw(logits, dropped, params, axis_name)
+    """Draws with temperature, top-k, top-p and min-p; otherwise as `sample_plain`."""
+    return sample(
+        logits,
+        params.temperature,
+        params.key,
+        params.position,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        axis_name=axis_name,
+        backend=backend,
+    )
 
 
 def sample_full(
@@ -94,6 +106,7 @@ def sample_full(
     *,
     num_logprobs: int = 20,
     axis_name: str | None = None,
+    backend: Literal["xla", "triton"] = "xla",
 ) -> Sampled:
     """Draws with everything, in vLLM's order: biases and bans, penalties, temperature, min-p, top-k, top-p.
 
@@ -103,6 +116,7 @@ def sample_full(
         state: counts of this shard; the drawn tokens are not counted yet (`count_sampled` does).
         num_logprobs: static; how many of the likeliest tokens are returned.
         axis_name: the mesh axis over which V is split, if any.
+        backend: of `nanovllm_kernels.sample`.
 
     Returns:
         tokens as of `sample_filtered` (-1 also where every token is banned) and log-probabilities.
@@ -125,25 +139,5 @@ def sample_full(
     # Written once: fused into each of the 20 passes that follow, the penalties would be computed, and the counts
     # read, again and again.
     penalised = lax.optimization_barrier(penalised)
-    tokens = sample_filtered(penalised, params, axis_name=axis_name)
+    tokens = sample_filtered(penalised, params, axis_name=axis_name, backend=backend)
     return Sampled(tokens, *gather_logprobs(logits, tokens, num_logprobs, axis_name))
-
-
-def _draw(logits: JaxArray, dropped: JaxArray | None, params: SamplerParams, axis_name: str | None) -> JaxArray:
-    """The argmax of logits / temperature + Gumbel noise over the tokens that are not dropped."""
-    vocab_size = logits.shape[1]
-    ids = jnp.arange(vocab_size, dtype=jnp.int32) + vocab_offset(vocab_size, axis_name)
-    noisy = logits * _inverse_temperature(params)[:, None] + gumbel_noise(params.key, params.position, ids)
-    score = jnp.where(_is_greedy(params)[:, None], logits, noisy)
-    if dropped is not None:
-        score = jnp.where(dropped, -jnp.inf, score)
-    best, token = argmax(score, axis_name)
-    return jnp.where(jnp.isfinite(best), token, -1)
-
-
-def _is_greedy(params: SamplerParams) -> JaxArray:
-    return params.temperature < GREEDY_BELOW
-
-
-def _inverse_temperature(params: SamplerParams) -> JaxArray:
-    return 1.0 / jnp.where(_is_greedy(params), 1.0, params.temperature)

@@ -1,6 +1,7 @@
 """What the sampler is compared with: NumPy in float64, by sorting, in the order that vLLM documents."""
 
 import numpy as np
+from sample_oracle import kept
 
 from nanovllm_jax.engine.seeding import make_key
 from nanovllm_jax.step.sampler import FullState, SamplerParams
@@ -44,22 +45,6 @@ def make_state(batch, vocab_size, *, prompts=None, outputs=None, adjust=None, ma
         for column, (token, value, limit) in enumerate(entries):
             ids[row, column], values[row, column], until[row, column] = token, value, limit
     return FullState(counts, np.arange(batch, dtype=np.int32), ids, values, until)
-
-
-def kept(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Which tokens of one row [V] the filters keep; equals are kept together."""
-    logits = np.asarray(logits, np.float64)
-    scaled = (logits - logits.max()) / temperature
-    keep = np.exp(scaled) >= min_p
-    if 0 < top_k < len(logits):
-        keep &= logits >= np.sort(logits)[-top_k]
-    if top_p < 1.0:
-        mass = np.where(keep, np.exp(scaled), 0.0)
-        order = np.argsort(-logits, kind="stable")
-        before = np.cumsum(mass[order]) - mass[order]
-        nucleus = order[before < top_p * mass.sum()]
-        keep &= logits >= (logits[nucleus].min() if len(nucleus) else logits.max())
-    return keep & np.isfinite(logits)
 
 
 def changed_logits(logits, *, prompt=(), output=(), adjust=(), num_output=0,

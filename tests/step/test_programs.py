@@ -60,7 +60,8 @@ def lowered_for_cuda(key: ProgramKey, shards: int) -> str:
 
 @pytest.mark.parametrize("key", catalogue("triton").all_keys(), ids=str)
 def test_every_program_lowers_for_cuda(key):
-    assert ("triton" in lowered_for_cuda(key, 1)) == (key.kind in ("decode", "prefill"))
+    runs_kernels = key.kind in ("decode", "prefill", "plain", "filtered", "full")
+    assert ("triton" in lowered_for_cuda(key, 1)) == runs_kernels
 
 
 @pytest.mark.parametrize("shards", [2, 4, 8])

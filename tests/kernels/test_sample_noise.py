@@ -6,7 +6,7 @@ from jax.extend.random import threefry_2x32
 from scipy import stats
 
 from nanovllm_jax.engine.seeding import make_key
-from nanovllm_jax.step.noise import gumbel_noise
+from nanovllm_kernels.sample.noise import gumbel_noise
 
 noise = jax.jit(gumbel_noise)
 

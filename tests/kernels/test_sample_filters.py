@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from sampler_oracle import kept
+from sample_oracle import kept
 
-from nanovllm_jax.step.filters import filter_tokens
+from nanovllm_kernels.sample.filters import filter_tokens
 
 compiled = jax.jit(filter_tokens)
 

@@ -19,6 +19,16 @@ def vocab_offset(size: int, axis_name: str | None) -> JaxArray:
     return lax.axis_index(axis_name).astype(jnp.int32) * jnp.int32(size)
 
 
+def sum_shards(value: JaxArray, axis_name: str | None) -> JaxArray:
+    """The sum over the shards."""
+    return value if axis_name is None else lax.psum(value, axis_name)
+
+
+def max_shards(value: JaxArray, axis_name: str | None) -> JaxArray:
+    """The maximum over the shards."""
+    return value if axis_name is None else lax.pmax(value, axis_name)
+
+
 def before_reduction(value: JaxArray) -> JaxArray:
     """Has a CPU write the operand of a reduction of several operands; other platforms fuse it as they like.
 

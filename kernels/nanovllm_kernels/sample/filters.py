@@ -17,8 +17,7 @@ from jax import Array as JaxArray
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from nanovllm_jax.parallel.collectives import max_shards, sum_shards
-from nanovllm_jax.step.vocab import before_reduction
+from nanovllm_kernels.sample.vocab import before_reduction, max_shards, sum_shards
 
 _BITS_A_PASS = 4
 _KEY_OF_MINUS_INF = 0x007FFFFF
