@@ -8,5 +8,6 @@ from nanovllm_kernels._compat import lowering_for
 from nanovllm_kernels.cache_write import cache_write
 from nanovllm_kernels.paged_decode import paged_decode
 from nanovllm_kernels.ragged_prefill import ragged_prefill
+from nanovllm_kernels.skinny_matmul import skinny_matmul, split_counters
 
-__all__ = ["cache_write", "lowering_for", "paged_decode", "ragged_prefill"]
+__all__ = ["cache_write", "lowering_for", "paged_decode", "ragged_prefill", "skinny_matmul", "split_counters"]
