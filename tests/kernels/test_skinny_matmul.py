@@ -1,5 +1,9 @@
 import functools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -136,3 +140,16 @@ def test_a_table_of_another_format_is_refused(tmp_path):
     (tmp_path / "h200.json").write_text('{"format": 0, "entries": []}')
     with pytest.raises(ValueError, match="format 0; this version reads 1: tune again"):
         launch.load_table(tmp_path / "h200.json")
+
+
+def test_device_code_matches_the_oracle_in_tritons_interpreter():
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parent.parent / "kernels")))
+    done = subprocess.run(
+        [sys.executable, here / "interpreted.py"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

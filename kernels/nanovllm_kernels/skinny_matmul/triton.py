@@ -46,7 +46,7 @@ def load_tile(pointers, first, second, MASK_FIRST: tl.constexpr, MASK_SECOND: tl
 @triton.jit
 @no_type_check
 def add_product(acc, x, w, DOT_DTYPE: tl.constexpr, ROW: tl.constexpr, SWAP: tl.constexpr):
-    """acc + x @ w: element by element before the sum over K for one row, else on tensor cores, perhaps transposed."""
+    """Adds x @ w: element by element before the sum over K for one row, else on tensor cores, perhaps transposed."""
     if ROW:
         acc += x[:, None] * w.to(tl.float32)
     elif SWAP:
