@@ -105,7 +105,7 @@ def lower_skinny(case, architecture, *, in_kernel_merge):
     arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in skinny_inputs(case).items()}
 
     def call(arrays):
-        counters = split_counters() if in_kernel_merge else None
+        counters = jax.new_ref(split_counters()) if in_kernel_merge else None
         return skinny_matmul(**arrays, **case.options, counters=counters, backend="triton")
 
     with lowering_for(architecture) as target:

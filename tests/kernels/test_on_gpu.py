@@ -59,7 +59,7 @@ def test_ragged_prefill(case, seed):
 @pytest.mark.parametrize("case", SKINNY_CASES, ids=lambda case: case.name)
 def test_skinny_matmul(case, in_kernel_merge):
     def call(arrays):
-        counters = split_counters() if in_kernel_merge else None
+        counters = jax.new_ref(split_counters()) if in_kernel_merge else None
         return skinny_matmul(**arrays, **case.options, counters=counters, backend="triton")
 
     for seed in (0, 1):
@@ -76,7 +76,7 @@ def test_skinny_matmul_with_the_launches_of_a_model(case, rows):
 
     # The same counters for all calls: each must find them at zero. Sums in a fixed order repeat to the bit.
     def calls(arrays):
-        counters = split_counters()
+        counters = jax.new_ref(split_counters())
         one = lambda: skinny_matmul(**arrays, **case.options, counters=counters, backend="triton")  # noqa: E731
         return [one() for _ in range(20)], counters[...]
 

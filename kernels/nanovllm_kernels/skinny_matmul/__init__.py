@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_backend, check_float, check_shape
 from nanovllm_kernels._compat import current_target, import_jax_triton
@@ -19,12 +19,12 @@ _FP8 = jnp.dtype("float8_e4m3fn")
 _FP8_CAPABILITY = 89  # the first GPUs that convert e4m3 in hardware
 
 
-def split_counters() -> jax.Ref:
-    """Counters for `skinny_matmul`: one set serves every call inside a jit, which each leaves at zero again.
+def split_counters() -> Int[Array, " tiles"]:
+    """Counters for `skinny_matmul`, all zero, to be made a `jax.new_ref`.
 
-    Make them once inside the jitted function, so that a step pays for one fill instead of one a product.
+    One set serves every call inside a jit, each of which leaves them at zero: a step pays for one fill.
     """
-    return jax.new_ref(jnp.zeros(NUM_COUNTERS, jnp.int32))
+    return jnp.zeros(NUM_COUNTERS, jnp.int32)
 
 
 def skinny_matmul(
@@ -59,7 +59,7 @@ def skinny_matmul(
         residual: added last.
         w_layout: "kn", or "nk" for an embedding used as output head.
         out_dtype: of the result, x's by default.
-        counters: of `split_counters`. With them a product that splits K is one kernel, whose last program for a
+        counters: a `jax.new_ref` of `split_counters()`. With them a product that splits K is one kernel, whose last program for a
             tile adds the splits in order; without them a second kernel does.
         backend: float32 inputs, and fp8 weights on GPUs older than sm_89, run through XLA with either.
 

@@ -99,7 +99,7 @@ def default_launch(target: Target, *, rows: int, inputs: int, outputs: int, gate
         splits *= 2
     one_stage = Launch(tile_rows, tile_cols, tile_inputs, splits, num_warps, 1)
     fitting = target.shared_bytes * 3 // 4 // one_stage.stage_bytes(gated=gated, w_bytes=w_bytes)
-    stages = max(2, min(6, fitting, ceil_div(inputs, splits * tile_inputs) + 1))
+    stages = max(2, min(8, fitting, ceil_div(inputs, splits * tile_inputs) + 1))
     return Launch(tile_rows, tile_cols, tile_inputs, splits, num_warps, stages)
 
 

@@ -1,0 +1,177 @@
+"""Tunes launch parameters on the GPU at hand: `python benchmarks/tune_kernels.py skinny_matmul [--time-limit 60]`.
+
+Every product of the chosen models at every bucket of rows is timed with about ten launches, beside XLA's version of
+the same (norm, product, addition or activation). A run is one compiled chain of calls over copies of the weight that
+together are several times the L2 cache; the best of several runs counts. The winners replace those of the same shapes
+in `kernels/nanovllm_kernels/skinny_matmul/tuning/<GPU>.json`; nothing is ever tuned while a model runs. When the time is
+up the remaining shapes keep what they had.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import results_log
+
+from nanovllm_kernels import skinny_matmul, split_counters
+from nanovllm_kernels._compat import current_target, import_jax_triton
+from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels.skinny_matmul import launch as launches
+from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase
+from nanovllm_kernels.skinny_matmul.launch import Entry, Launch
+
+ROWS = (1, 16, 32, 64, 128, 256)
+ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
+MAX_CALLS, MIN_CALLS, RUNS = 48, 8, 10
+MAX_CANDIDATES = 12
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Best seconds a call."""
+
+    launch: Launch | None
+    seconds: float
+    in_kernel_merge: bool = True
+
+
+def candidates(case: SkinnyCase) -> list[Launch]:
+    """Launches worth a try: about one program or two for each multiprocessor, and most of its K in flight."""
+    target, gate = current_target(), 1 + case.gated
+    default = launches.default_launch(target, **shape_of(case))
+    found = []
+    if case.rows == 1:
+        shapes = [(1, cols // gate, inputs, warps) for cols in (32, 64, 128) for inputs, warps in ((128, 4), (256, 8))]
+        shapes += [(16, cols // gate, 128, 4) for cols in (32, 64)]
+    elif case.rows <= 32:
+        rows = max(16, next_power_of_2(case.rows))
+        shapes = [(rows, cols, inputs, 4) for cols in (32, 64) for inputs in (64, 128, 256)]
+        shapes += [(rows, 128 // gate, 64, 4), (rows, 64, 128, 8)]
+    else:
+        shapes = [(64, cols, inputs, 4) for cols in (32, 64, 128) for inputs in (64, 128)]
+        shapes += [(128, cols, 64, 8) for cols in (64, 128) if case.rows > 64]
+    for rows, cols, inputs, warps in shapes:
+        tiles = ceil_div(case.rows, rows) * ceil_div(case.outputs, max(16, cols))
+        # The power of two that brings the programs nearest to the multiprocessors, and where it helps twice that.
+        nearest = 2 ** max(0, round(math.log2(target.multiprocessors / tiles)))
+        for splits in (nearest, 2 * nearest) if tiles < target.multiprocessors else (1,):
+            if splits > 1 and case.inputs // splits < 128:
+                continue
+            one = Launch(rows, max(16, cols), inputs, splits, warps, 1)
+            fitting = target.shared_bytes * 7 // 8 // one.stage_bytes(gated=case.gated, w_bytes=2)
+            stages = min(8, fitting, ceil_div(case.inputs, splits * inputs) + 1)
+            if stages >= 2:
+                found.append(replace(one, num_stages=stages))
+    found.sort(key=lambda one: abs(math.log2(programs(case, one) / (1.5 * target.multiprocessors))))
+    # Wgmma takes 64 columns of the weight as its long side where there are fewer rows than that.
+    swapped = [replace(one, swap=True) for one in found if 16 <= one.tile_rows < 64 and one.tile_cols >= 64][:2]
+    return list(dict.fromkeys([default, *swapped, *found]))[:MAX_CANDIDATES]
+
+
+def programs(case: SkinnyCase, one: Launch) -> int:
+    return ceil_div(case.rows, one.tile_rows) * ceil_div(case.outputs, one.tile_cols) * one.splits
+
+
+def shape_of(case: SkinnyCase) -> dict:
+    return {
+        "rows": case.rows,
+        "inputs": case.inputs,
+        "outputs": case.outputs,
+        "gated": case.gated,
+        "w_bytes": 2,
+    }
+
+
+def xla_product(arrays, w):
+    """The same as a model without fused kernels writes it: every step in the operands' dtype."""
+    x = arrays["x"]
+    if "norm" in arrays:
+        wide = x.astype(jnp.float32)
+        x = (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype) * arrays["norm"]
+    y = jnp.einsum("mk,kzn->mzn" if w.ndim == 3 else "mk,kn->mn", x, w)
+    if w.ndim == 3:
+        y = jax.nn.silu(y[:, 0]) * y[:, 1]
+    return y + arrays["residual"] if "residual" in arrays else y
+
+
+def device_arrays(case: SkinnyCase):
+    """Arguments but the weight, and the copies of the weight."""
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    normal = lambda *shape: jax.random.normal(next(keys), shape, case.dtype)  # noqa: E731
+    arrays = {"x": normal(case.rows, case.inputs)}
+    if case.norm:
+        arrays["norm"] = jnp.ones(case.inputs, case.dtype)
+    if case.residual:
+        arrays["residual"] = normal(case.rows, case.outputs)
+    w = normal(*case.w_shape) * jnp.asarray(case.inputs**-0.5, case.dtype)
+    copies = max(2, min(MAX_CALLS, round(ROTATED_BYTES / w.nbytes)))
+    return arrays, [w + 0 for _ in range(copies)]
+
+
+def compile_chain(call, arrays, weights):
+    """One program of a call for each copy of the weight, twice over where the copies are few."""
+    repeats = ceil_div(MIN_CALLS, len(weights))
+
+    def chain(arrays, weights):
+        counters = jax.new_ref(split_counters())
+        return [call(arrays, w, counters) for w in weights * repeats]
+
+    return jax.jit(chain).lower(arrays, weights).compile(), repeats * len(weights)
+
+
+def lower_with(one: Launch, in_kernel_merge: bool):
+    """A call whose launch is fixed while it is traced."""
+
+    def call(arrays, w, counters):
+        chosen, launches_in = triton_module().launch_parameters, triton_module()
+        launches_in.launch_parameters = lambda *_, **__: one
+        try:
+            return skinny_matmul(**arrays, w=w, counters=counters if in_kernel_merge else None, backend="triton")
+        finally:
+            launches_in.launch_parameters = chosen
+
+    return call
+
+
+def triton_module():
+    import_jax_triton()
+    from nanovllm_kernels.skinny_matmul import triton
+
+    return triton
+
+
+def seconds_a_call(compiled, calls: int, arrays, weights) -> float:
+    """Best of several runs, each of a few chains in flight so that the host's part hides."""
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        results = [compiled(arrays, weights) for _ in range(3)]
+        jax.block_until_ready(results)
+        times.append((time.perf_counter() - start) / (3 * calls))
+    return min(times)
+
+
+def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float]:
+    """All candidates, best first, and XLA's seconds."""
+    arrays, weights = device_arrays(case)
+    wanted = [(one, True) for one in candidates(case)]
+    wanted += [(one, False) for one, _ in wanted if one.splits > 1][:1]
+    # Tracing holds Python's lock and the launch; Triton runs in lowering, XLA and ptxas in compilation: threads share it.
+    traced = [trace_chain(lower_with(*each), arrays, weights) for each in wanted]
+    baseline = pool.submit(compile_chain, lambda arrays, w, _: xla_product(arrays, w), arrays, weights)
+    compiled = [pool.submit(lambda t=t: t.lower().compile()) for t in traced]
+    calls = ceil_div(MIN_CALLS, len(weights)) * len(weights)
+    timed = []
+    for (one, merge), future in zip(wanted, compiled, strict=True):
+        program = future.result()
+        jax.block_until_ready(program(arrays, weights))
+        timed.append(Timed(one, seconds_a_call(program, calls, arrays, weights), merge))
+    program, calls = baseline.result()
+    jax.block_until_ready(program(arrays, weights))
+    return sorted(timed, key=lambda one: one.seconds), seconds_a_call(program, calls, arrays, weights)
