@@ -3,12 +3,13 @@
 Every product of the chosen models at every bucket of rows is timed with about ten launches, beside XLA's version of
 the same (norm, product, addition or activation). A run is one compiled chain of calls over copies of the weight that
 together are several times the L2 cache; the best of several runs counts. The winners replace those of the same shapes
-in `kernels/nanovllm_kernels/skinny_matmul/tuning/<GPU>.json`; nothing is ever tuned while a model runs. When the time is
-up the remaining shapes keep what they had.
+in `kernels/nanovllm_kernels/skinny_matmul/tuning/<GPU>.json`; nothing is ever tuned while a model runs. When the time
+is up the remaining shapes keep what they had.
 """
 
 import argparse
-import json
+import importlib
+import itertools
 import math
 import os
 import time
@@ -114,40 +115,45 @@ def device_arrays(case: SkinnyCase):
     return arrays, [w + 0 for _ in range(copies)]
 
 
-def compile_chain(call, arrays, weights):
-    """One program of a call for each copy of the weight, twice over where the copies are few."""
-    repeats = ceil_div(MIN_CALLS, len(weights))
+def trace_chain(call, arrays, weights):
+    """One program of a call for each copy of the weight, over again where the copies are few."""
 
     def chain(arrays, weights):
         counters = jax.new_ref(split_counters())
-        return [call(arrays, w, counters) for w in weights * repeats]
+        return [call(arrays, w, counters) for w in weights * repeats(weights)]
 
-    return jax.jit(chain).lower(arrays, weights).compile(), repeats * len(weights)
+    return jax.jit(chain).trace(arrays, weights)
 
 
-def lower_with(one: Launch, in_kernel_merge: bool):
+def repeats(weights) -> int:
+    return ceil_div(MIN_CALLS, len(weights))
+
+
+def call_with(one: Launch, in_kernel_merge: bool):
     """A call whose launch is fixed while it is traced."""
+    import_jax_triton()
+    module = importlib.import_module("nanovllm_kernels.skinny_matmul.triton")
 
     def call(arrays, w, counters):
-        chosen, launches_in = triton_module().launch_parameters, triton_module()
-        launches_in.launch_parameters = lambda *_, **__: one
+        chosen, module.launch_parameters = module.launch_parameters, lambda *_, **__: one
         try:
             return skinny_matmul(**arrays, w=w, counters=counters if in_kernel_merge else None, backend="triton")
         finally:
-            launches_in.launch_parameters = chosen
+            module.launch_parameters = chosen
 
     return call
 
 
-def triton_module():
-    import_jax_triton()
-    from nanovllm_kernels.skinny_matmul import triton
+def compile_and_run(traced, arrays, weights):
+    """Runs once too: the driver loads a kernel at its first launch."""
+    compiled = traced.lower().compile()
+    jax.block_until_ready(compiled(arrays, weights))
+    return compiled
 
-    return triton
 
-
-def seconds_a_call(compiled, calls: int, arrays, weights) -> float:
+def seconds_a_call(compiled, arrays, weights) -> float:
     """Best of several runs, each of a few chains in flight so that the host's part hides."""
+    calls = len(weights) * repeats(weights)
     times = []
     for _ in range(RUNS):
         start = time.perf_counter()
@@ -160,18 +166,93 @@ def seconds_a_call(compiled, calls: int, arrays, weights) -> float:
 def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float]:
     """All candidates, best first, and XLA's seconds."""
     arrays, weights = device_arrays(case)
-    wanted = [(one, True) for one in candidates(case)]
-    wanted += [(one, False) for one, _ in wanted if one.splits > 1][:1]
-    # Tracing holds Python's lock and the launch; Triton runs in lowering, XLA and ptxas in compilation: threads share it.
-    traced = [trace_chain(lower_with(*each), arrays, weights) for each in wanted]
-    baseline = pool.submit(compile_chain, lambda arrays, w, _: xla_product(arrays, w), arrays, weights)
-    compiled = [pool.submit(lambda t=t: t.lower().compile()) for t in traced]
-    calls = ceil_div(MIN_CALLS, len(weights)) * len(weights)
+    launches_tried = candidates(case)
+    wanted = [(one, True) for one in launches_tried]
+    # What the merge inside the kernel is worth: the first that splits, with a second kernel instead.
+    wanted += [(one, False) for one in launches_tried if one.splits > 1][:1]
+    # Tracing holds Python's lock; Triton, XLA and ptxas run in threads.
+    traced = [trace_chain(call_with(*each), arrays, weights) for each in wanted]
+    traced.append(trace_chain(lambda arrays, w, _: xla_product(arrays, w), arrays, weights))
+    futures = [pool.submit(compile_and_run, one, arrays, weights) for one in traced]
+    compiled = [future.exception() or future.result() for future in futures]
+    if isinstance(compiled[-1], BaseException):
+        raise compiled[-1]
     timed = []
-    for (one, merge), future in zip(wanted, compiled, strict=True):
-        program = future.result()
-        jax.block_until_ready(program(arrays, weights))
-        timed.append(Timed(one, seconds_a_call(program, calls, arrays, weights), merge))
-    program, calls = baseline.result()
-    jax.block_until_ready(program(arrays, weights))
-    return sorted(timed, key=lambda one: one.seconds), seconds_a_call(program, calls, arrays, weights)
+    for (one, merge), program in zip(wanted, compiled, strict=False):
+        if isinstance(program, BaseException):
+            print(f"  {one} failed: {program}", flush=True)
+        else:
+            timed.append(Timed(one, seconds_a_call(program, arrays, weights), merge))
+    return sorted(timed, key=lambda each: each.seconds), seconds_a_call(compiled[-1], arrays, weights)
+
+
+def report(model: str, case: SkinnyCase, timed: list[Timed], xla: float, *, verbose: bool) -> Timed:
+    """Prints a shape's line and returns its best candidate that merges inside the kernel."""
+    best = next(each for each in timed if each.in_kernel_merge)
+    moved = 2 * (math.prod(case.w_shape) + case.rows * (case.inputs + case.outputs * (1 + case.residual)))
+    line = f"{model} {case.name} x {case.rows}"
+    print(
+        f"{line:24} {best.seconds * 1e6:7.2f} µs, XLA {xla * 1e6:7.2f}: {xla / best.seconds:5.2f} x "
+        f"{moved / best.seconds / 1e9:6.0f} GB/s  {short(best)}",
+        flush=True,
+    )
+    for each in timed if verbose else [each for each in timed if not each.in_kernel_merge]:
+        print(f"{'':24} {each.seconds * 1e6:7.2f} µs  {short(each)}", flush=True)
+    return best
+
+
+def short(each: Timed) -> str:
+    one = each.launch
+    tile = f"{one.tile_rows} x {one.tile_cols} x {one.tile_inputs}{' swapped' if one.swap else ''}"
+    merge = "" if one.splits == 1 or each.in_kernel_merge else " (second kernel merges)"
+    return f"{tile}, {one.splits} splits{merge}, {one.num_warps} warps, {one.num_stages} stages"
+
+
+def tune_skinny_matmul(options: argparse.Namespace) -> None:
+    device = jax.devices()[0]
+    path = launches.table_path(device.device_kind)
+    if path is None:
+        raise SystemExit(f"no table can be named after the device kind {device.device_kind!r}")
+    end = time.perf_counter() + options.time_limit
+    models = list(PRODUCTS) if options.model == "all" else [options.model]
+    kept = {shape_key(entry): entry for entry in launches.load_table(path)}
+    ratios: dict[str, list[float]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Rows first, so that a short run covers every product at some of them.
+        for rows, model in itertools.product(options.rows, models):
+            for product in PRODUCTS[model]:
+                if time.perf_counter() > end:
+                    print(f"time is up before {model} {product.name} x {rows}")
+                    continue
+                case = replace(product, rows=rows)
+                timed, xla = tune(case, pool)
+                best = report(model, case, timed, xla, verbose=options.verbose)
+                entry = Entry(**shape_of(case), launch=best.launch)
+                kept[shape_key(entry)] = entry
+                ratios.setdefault(f"{model} x {rows}", []).append(xla / best.seconds)
+    for name, values in ratios.items():
+        print(f"{name}: geometric mean {math.prod(values) ** (1 / len(values)):.2f} x XLA over {len(values)} products")
+    versions = results_log.versions()
+    launches.save_table(path, list(kept.values()), device=device.device_kind, versions=versions)
+    print(f"wrote {len(kept)} entries to {path}")
+
+
+def shape_key(entry: Entry) -> tuple:
+    return entry.rows, entry.inputs, entry.outputs, entry.gated, entry.w_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("kernel", choices=["skinny_matmul"])
+    parser.add_argument("--model", choices=[*PRODUCTS, "all"], default="all")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="buckets; an entry serves up to its rows")
+    parser.add_argument("--time-limit", type=float, default=600, help="seconds after which no shape is begun")
+    parser.add_argument("--verbose", action="store_true", help="print every candidate")
+    options = parser.parse_args()
+    if jax.devices()[0].platform != "gpu":
+        raise SystemExit(f"needs an NVIDIA GPU, but the devices are {jax.devices()}")
+    tune_skinny_matmul(options)
+
+
+if __name__ == "__main__":
+    main()

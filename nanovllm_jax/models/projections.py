@@ -87,7 +87,9 @@ def _add_fused(
     counters: jax.Ref,
 ) -> Float[Array, "T E"]:
     if axis_name is None:
-        return skinny_matmul(inputs, weight, bias=bias, residual=x, counters=counters, backend="triton")
+        added = skinny_matmul(inputs, weight, bias=bias, residual=x, counters=counters, backend="triton")
+        # A kernel's result has no mesh in its type, and the next layer would be another function for it. XLA folds this.
+        return jax.lax.select(True, added, x)
     # Each shard has a part of the sum: bias and residual count once, after it.
     update = skinny_matmul(inputs, weight, counters=counters, backend="triton")
     return x + _add_bias(sum_shards(update, axis_name), bias)

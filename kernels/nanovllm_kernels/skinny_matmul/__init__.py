@@ -59,8 +59,8 @@ def skinny_matmul(
         residual: added last.
         w_layout: "kn", or "nk" for an embedding used as output head.
         out_dtype: of the result, x's by default.
-        counters: a `jax.new_ref` of `split_counters()`. With them a product that splits K is one kernel, whose last program for a
-            tile adds the splits in order; without them a second kernel does.
+        counters: a `jax.new_ref` of `split_counters()`. With them a product that splits K is one kernel, whose last
+            program for a tile adds the splits in order; without them a second kernel does.
         backend: float32 inputs, and fp8 weights on GPUs older than sm_89, run through XLA with either.
 
     Sums are float32. With a norm, x * norm is rounded to x's dtype before the product and the row's scale
