@@ -46,7 +46,7 @@ def candidates(case: SkinnyCase) -> list[Launch]:
     """Launches worth a try: about one program or two for each multiprocessor, and most of its K in flight."""
     target, gate = current_target(), 1 + case.gated
     default = launches.default_launch(target, **shape_of(case))
-    found = []
+    found, doubled = [], []
     if case.rows == 1:
         shapes = [(1, cols // gate, inputs, warps) for cols in (32, 64, 128) for inputs, warps in ((128, 4), (256, 8))]
         shapes += [(16, cols // gate, 128, 4) for cols in (32, 64)]
@@ -61,15 +61,17 @@ def candidates(case: SkinnyCase) -> list[Launch]:
         tiles = ceil_div(case.rows, rows) * ceil_div(case.outputs, max(16, cols))
         # The power of two that brings the programs nearest to the multiprocessors, and where it helps twice that.
         nearest = 2 ** max(0, round(math.log2(target.multiprocessors / tiles)))
-        for splits in (nearest, 2 * nearest) if tiles < target.multiprocessors else (1,):
+        for splits, into in ((nearest, found), (2 * nearest, doubled))[: 2 if tiles < target.multiprocessors else 1]:
             if splits > 1 and case.inputs // splits < 128:
                 continue
             one = Launch(rows, max(16, cols), inputs, splits, warps, 1)
             fitting = target.shared_bytes * 7 // 8 // one.stage_bytes(gated=case.gated, w_bytes=2)
             stages = min(8, fitting, ceil_div(case.inputs, splits * inputs) + 1)
             if stages >= 2:
-                found.append(replace(one, num_stages=stages))
-    found.sort(key=lambda one: abs(math.log2(programs(case, one) / (1.5 * target.multiprocessors))))
+                into.append(replace(one, num_stages=stages))
+    found += doubled
+    # Stable: among launches that fill the chip once or twice, those that split less come first.
+    found.sort(key=lambda one: max(0.6, abs(math.log2(programs(case, one) / (1.4 * target.multiprocessors)))))
     # Wgmma takes 64 columns of the weight as its long side where there are fewer rows than that.
     swapped = [replace(one, swap=True) for one in found if 16 <= one.tile_rows < 64 and one.tile_cols >= 64][:2]
     return list(dict.fromkeys([default, *swapped, *found]))[:MAX_CANDIDATES]
@@ -118,9 +120,17 @@ def device_arrays(case: SkinnyCase):
 def trace_chain(call, arrays, weights):
     """One program of a call for each copy of the weight, over again where the copies are few."""
 
+    @jax.jit
+    def one(arrays, w, counters):
+        ref = jax.new_ref(counters)
+        return call(arrays, w, ref), jax.freeze(ref)
+
     def chain(arrays, weights):
-        counters = jax.new_ref(split_counters())
-        return [call(arrays, w, counters) for w in weights * repeats(weights)]
+        counters, results = split_counters(), []
+        for w in weights * repeats(weights):
+            result, counters = one(arrays, w, counters)
+            results.append(result)
+        return results
 
     return jax.jit(chain).trace(arrays, weights)
 

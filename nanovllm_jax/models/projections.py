@@ -88,7 +88,7 @@ def _add_fused(
 ) -> Float[Array, "T E"]:
     if axis_name is None:
         added = skinny_matmul(inputs, weight, bias=bias, residual=x, counters=counters, backend="triton")
-        # A kernel's result has no mesh in its type, and the next layer would be another function for it. XLA folds this.
+        # A kernel's result has no mesh in its type, for which the next layer would be another function. XLA folds this.
         return jax.lax.select(True, added, x)
     # Each shard has a part of the sum: bias and residual count once, after it.
     update = skinny_matmul(inputs, weight, counters=counters, backend="triton")
