@@ -9,5 +9,14 @@ from nanovllm_kernels.paged_decode import paged_decode
 from nanovllm_kernels.ragged_prefill import ragged_prefill
 from nanovllm_kernels.rope_cache_write import rope_cache_write
 from nanovllm_kernels.sample import sample
+from nanovllm_kernels.skinny_matmul import skinny_matmul, split_counters
 
-__all__ = ["lowering_for", "paged_decode", "ragged_prefill", "rope_cache_write", "sample"]
+__all__ = [
+    "lowering_for",
+    "paged_decode",
+    "ragged_prefill",
+    "rope_cache_write",
+    "sample",
+    "skinny_matmul",
+    "split_counters",
+]

@@ -24,12 +24,14 @@ _TMA_TF32 = 11
 class Target:
     """The GPU that kernels are compiled for; launch parameters depend on nothing else about the machine.
 
-    `compute_capability` is 90 for sm_90; `shared_bytes` is the most shared memory one block may use.
+    `compute_capability` is 90 for sm_90; `shared_bytes` is the most shared memory one block may use; `kind` is the
+    device's name, which tuned launch parameters are kept under.
     """
 
     compute_capability: int
     multiprocessors: int
     shared_bytes: int
+    kind: str = ""
 
 
 # Shared memory a block may opt in to: CUDA C++ Programming Guide, technical specifications per compute
@@ -39,7 +41,7 @@ _KNOWN_TARGETS = {
     80: Target(80, 108, 163 * 1024),
     86: Target(86, 82, 99 * 1024),
     89: Target(89, 128, 99 * 1024),
-    90: Target(90, 132, 227 * 1024),
+    90: Target(90, 132, 227 * 1024, "NVIDIA H200"),
     100: Target(100, 148, 227 * 1024),
     120: Target(120, 188, 99 * 1024),
 }
@@ -88,6 +90,7 @@ def current_target() -> Target:
                 compute_capability=capability,
                 multiprocessors=device.core_count,
                 shared_bytes=known.shared_bytes if known else _SMALLEST_SHARED_BYTES,
+                kind=device.device_kind,
             )
     raise RuntimeError(
         f"backend='triton' needs an NVIDIA GPU, but the devices are {jax.local_devices()}; use "

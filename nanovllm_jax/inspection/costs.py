@@ -11,7 +11,7 @@ from nanovllm_jax.inspection.gpus import Gpu
 from nanovllm_jax.inspection.kernel_costs import KERNELS, Load, Work, kernel_work
 from nanovllm_jax.inspection.report import KernelRow
 from nanovllm_jax.inspection.scopes import fold
-from nanovllm_jax.inspection.walk import aval_bytes, visit_all
+from nanovllm_jax.inspection.walk import Visit, aval_bytes, visit_all
 from nanovllm_jax.step.step import StepConfig
 
 COLLECTIVES = {
@@ -32,7 +32,8 @@ _TRITON = "triton_kernel_call"
 class Counted:
     """What a walk over a jaxpr found."""
 
-    products: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # (scope, shapes): count, flops, bytes
+    # (scope, shapes, kind "product" or "triton"): count, flops, bytes
+    products: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
     kernels: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kernel, scope): layers
     triton: Counter[str] = field(default_factory=Counter)  # scope: launches
     collectives: Counter[str] = field(default_factory=Counter)
@@ -50,22 +51,35 @@ def count(jaxpr: Any) -> Counted:
             )
         if visit.primitive == _TRITON:
             found.triton[fold(visit.scope)] += visit.times
+            if visit.eqn.params["fn"].__name__ == "product_kernel":
+                _add_product(found, visit, *_fused_product(visit))
         elif visit.primitive in COLLECTIVES:
             found.collectives[visit.primitive] += visit.times
         elif visit.primitive == "dot_general" and not kernel:
             left, right = (var.aval for var in visit.eqn.invars)
-            out = visit.eqn.outvars[0].aval
             (contracted, _), _ = visit.eqn.params["dimension_numbers"]
-            flops = 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
-            moved = aval_bytes(left) + aval_bytes(right) + aval_bytes(out)
-            shapes = f"{left.str_short(True)} x {right.str_short(True)}"
-            row = found.products.setdefault((fold(visit.scope), shapes), [0, 0.0, 0.0])
-            row[0] += visit.times
-            row[1] += flops * visit.times
-            row[2] += moved * visit.times
+            outputs = visit.eqn.outvars[0].aval
+            flops = 2 * outputs.size * math.prod(left.shape[axis] for axis in contracted)
+            _add_product(found, visit, left, right, flops, aval_bytes(outputs))
     for key, layers in seen_layers.items():
         found.kernels[key] = len(layers)
     return found
+
+
+def _fused_product(visit: Visit) -> tuple[Any, Any, float, int]:
+    """Both operands of `skinny_matmul`'s kernel, its flops, and the bytes of the [M, N] that it writes."""
+    left, right = (var.aval for var in visit.eqn.invars[:2])
+    outputs = right.size // left.shape[1] // (2 if right.ndim == 3 else 1)
+    return left, right, 2 * left.shape[0] * right.size, left.shape[0] * outputs * left.dtype.itemsize
+
+
+def _add_product(found: Counted, visit: Visit, left: Any, right: Any, flops: float, written: int) -> None:
+    shapes = f"{left.str_short(True)} x {right.str_short(True)}"
+    kind = "triton" if visit.primitive == _TRITON else "product"
+    row = found.products.setdefault((fold(visit.scope), shapes, kind), [0, 0.0, 0.0])
+    row[0] += visit.times
+    row[1] += flops * visit.times
+    row[2] += (aval_bytes(left) + aval_bytes(right) + written) * visit.times
 
 
 def kernel_of(scope: str) -> str | None:
@@ -85,8 +99,10 @@ def kernel_rows(
 ) -> list[KernelRow]:
     """The rows of the kernel table, the longest limit first."""
     rows: list[tuple[str, str, str, int, Work, str]] = []
-    for (scope, shapes), (times, flops, moved) in found.products.items():
-        rows.append((shapes, "product", scope, int(times), Work(flops, moved), "shapes"))
+    for (scope, shapes, kind), (times, flops, moved) in found.products.items():
+        # XLA counts its own products; of those in our kernels it knows nothing.
+        source = "shapes" if kind == "product" else "formula"
+        rows.append((shapes, kind, scope, int(times), Work(flops, moved), source))
     for (kernel, scope), layers in found.kernels.items():
         if load is None:
             continue

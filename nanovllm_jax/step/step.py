@@ -67,7 +67,9 @@ def decode_forward(
     attend = _attend(
         config, "paged_decode", slots, partial(paged_decode, block_tables=table, context_lens=context_lens)
     )
-    hidden, caches = transformer(params, config.model, token, position, caches, attend, config.axis_name)
+    hidden, caches = transformer(
+        params, config.model, token, position, caches, attend, config.axis_name, config.backend
+    )
     ints = rows["ints"].at[row, RowInt.NUM_TOKENS].add(active.astype(jnp.int32))
     padding = dummy - hidden.shape[0]
     return (
@@ -105,7 +107,9 @@ def prefill_forward(
 
     attention = partial(ragged_prefill, block_tables=tables, cu_q_lens=cu_q_lens, context_lens=context_lens)
     attend = _attend(config, "ragged_prefill", slots, attention)
-    hidden, caches = transformer(params, config.model, tokens, position, caches, attend, config.axis_name)
+    hidden, caches = transformer(
+        params, config.model, tokens, position, caches, attend, config.axis_name, config.backend
+    )
     ints = rows["ints"].at[slot_row, RowInt.NUM_TOKENS].set(context_lens)
     last = hidden[jnp.maximum(cu_q_lens[1:] - 1, 0)]
     sampled_rows = jnp.where(active & (samples == 1), row, -1)

@@ -100,6 +100,18 @@ def write_oracle(qkv, cos, sin, k_cache, v_cache, slots, *, eps, q_norm=None, k_
     return q.reshape(len(q), -1, q.shape[-1]), *caches
 
 
+def skinny_oracle(arrays, case):
+    wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+    x, w = wide["x"], wide["w"]
+    if case.norm:
+        x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-6) * wide["norm"]
+    y = np.tensordot(x, w, axes=(1, 1 if case.w_layout == "nk" else 0))
+    y = y * wide.get("w_scale", 1.0) + wide.get("bias", 0.0)
+    if case.gated:
+        y = y[:, 0] / (1 + np.exp(-y[:, 0])) * y[:, 1]
+    return y + wide.get("residual", 0.0)
+
+
 def relative_error(got, expected):
     """Distance over size of the expected, largest over rows; NaN anywhere gives NaN."""
     got = np.asarray(got, np.float64).reshape(len(expected), -1)

@@ -1,5 +1,6 @@
 """Every Triton kernel compiles for every supported architecture, on a machine that has no GPU."""
 
+import dataclasses
 import functools
 import itertools
 import subprocess
@@ -9,8 +10,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanovllm_kernels import lowering_for, paged_decode, ragged_prefill, rope_cache_write, sample
+from nanovllm_kernels import (
+    lowering_for,
+    paged_decode,
+    ragged_prefill,
+    rope_cache_write,
+    sample,
+    skinny_matmul,
+    split_counters,
+)
 from nanovllm_kernels._compat import import_jax_triton
+from nanovllm_kernels.skinny_matmul.cases import CASES as SKINNY_CASES
+from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, skinny_inputs
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 FP8_ARCHITECTURES = (89, 90, 100)
@@ -156,6 +167,35 @@ def test_rope_cache_write_lowers_to_an_in_place_update():
     assert text.count("tf.aliasing_output") == 2
 
 
+def lower_skinny(case, architecture, *, in_kernel_merge):
+    arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in skinny_inputs(case).items()}
+
+    def call(arrays):
+        counters = jax.new_ref(split_counters()) if in_kernel_merge else None
+        return skinny_matmul(**arrays, **case.options, counters=counters, backend="triton")
+
+    with lowering_for(architecture) as target:
+        text = jax.jit(call).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+        return text, target.shared_bytes
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, 100])
+@pytest.mark.parametrize("name", ["one_row_gated", "qkv", "down", "fp8_channel"])
+def test_skinny_matmul_compiles_and_splits_are_merged_inside_with_counters(compiled, architecture, name):
+    case = next(case for case in SKINNY_CASES if case.name == name)
+    old = name == "fp8_channel" and architecture < 89
+    text, limit = lower_skinny(case, architecture, in_kernel_merge=True)
+    assert [kernel for kernel, _ in compiled] == ([] if old else ["product_kernel"])
+    assert text.count("custom_call @triton_kernel_call_ffi") == (not old)
+    assert all(shared <= limit for _, shared in compiled)
+
+
+def test_skinny_matmul_merges_splits_in_a_second_kernel_without_counters(compiled):
+    case = next(case for case in SKINNY_CASES if case.name == "down")
+    lower_skinny(case, 90, in_kernel_merge=False)
+    assert [kernel for kernel, _ in compiled] == ["product_kernel", "merge_splits_kernel"]
+
+
 def test_unknown_architecture_is_refused_with_those_known():
     with (
         pytest.raises(ValueError, match=r"compute_capability is 75; known ones are \[80, 86, 89, 90"),
@@ -192,5 +232,20 @@ def test_every_shape_compiles_and_fits_in_shared_memory(compiled, architecture, 
     _, limit = lower(rope_cache_write, architecture, **shapes)
     lower(paged_decode, architecture, options, **shapes)
     lower(ragged_prefill, architecture, options, **shapes)
+    too_big = [(name, shared) for name, shared in compiled if shared > limit]
+    assert not too_big
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, 100])
+def test_every_skinny_matmul_compiles_and_fits_in_shared_memory(compiled, architecture):
+    products = [
+        dataclasses.replace(case, rows=rows)
+        for case in itertools.chain(*PRODUCTS.values())
+        for rows in (1, 8, 32, 64, 128, 256)
+        if case.inputs * case.outputs <= 2**22
+    ]
+    for case, in_kernel_merge in itertools.product((*SKINNY_CASES, *products), (False, True)):
+        _, limit = lower_skinny(case, architecture, in_kernel_merge=in_kernel_merge)
     too_big = [(name, shared) for name, shared in compiled if shared > limit]
     assert not too_big

@@ -1,14 +1,30 @@
 """The Triton kernels on a real GPU: `pytest -m gpu tests/kernels`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_oracle import decode_oracle, dequantised, prefill_oracle, relative_error, write_oracle
+from kernel_oracle import (
+    decode_oracle,
+    dequantised,
+    prefill_oracle,
+    relative_error,
+    skinny_oracle,
+    write_oracle,
+)
 from sample_oracle import assert_draws, kept
 from scipy import stats
 
-from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write, sample
+from nanovllm_kernels import (
+    paged_decode,
+    ragged_prefill,
+    rope_cache_write,
+    sample,
+    skinny_matmul,
+    split_counters,
+)
 from nanovllm_kernels._cases import attention_inputs
 from nanovllm_kernels.paged_decode.cases import CASES as DECODE_CASES
 from nanovllm_kernels.ragged_prefill.cases import CASES as PREFILL_CASES
@@ -16,6 +32,8 @@ from nanovllm_kernels.rope_cache_write.cases import CASES as WRITE_CASES
 from nanovllm_kernels.rope_cache_write.cases import rope_cache_write_inputs
 from nanovllm_kernels.sample.cases import BENCHMARKS as SAMPLE_CASES
 from nanovllm_kernels.sample.cases import hard_inputs, sample_inputs
+from nanovllm_kernels.skinny_matmul.cases import CASES as SKINNY_CASES
+from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, skinny_inputs
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-5}
@@ -104,6 +122,38 @@ def test_sample_follows_the_distribution(filtered):
     counts, expected = np.bincount(tokens, minlength=vocab_size), draws * weights / weights.sum()
     assert counts[expected == 0].sum() == 0
     assert stats.chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("in_kernel_merge", [False, True])
+@pytest.mark.parametrize("case", SKINNY_CASES, ids=lambda case: case.name)
+def test_skinny_matmul(case, in_kernel_merge):
+    def call(arrays):
+        counters = jax.new_ref(split_counters()) if in_kernel_merge else None
+        return skinny_matmul(**arrays, **case.options, counters=counters, backend="triton")
+
+    for seed in (0, 1):
+        arrays = skinny_inputs(case, seed)
+        got = jax.jit(call)(arrays)
+        assert relative_error(got, skinny_oracle(arrays, case)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 100, 256])
+@pytest.mark.parametrize("case", PRODUCTS["qwen3_0_6b"], ids=lambda case: case.name)
+def test_skinny_matmul_with_the_launches_of_a_model(case, rows):
+    case = dataclasses.replace(case, rows=rows)
+    arrays = skinny_inputs(case)
+
+    # The same counters for all calls: each must find them at zero. Sums in a fixed order repeat to the bit.
+    def calls(arrays):
+        counters = jax.new_ref(split_counters())
+        one = lambda: skinny_matmul(**arrays, **case.options, counters=counters, backend="triton")  # noqa: E731
+        return [one() for _ in range(20)], counters[...]
+
+    got, counters = jax.jit(calls)(arrays)
+    assert not np.asarray(counters).any()
+    assert relative_error(got[0], skinny_oracle(arrays, case)) < 5e-3
+    for other in got[1:]:
+        np.testing.assert_array_equal(np.asarray(other), np.asarray(got[0]))
 
 
 def test_last_block_of_a_cache_with_more_than_2_to_31_elements():

@@ -1,0 +1,268 @@
+"""Tunes launch parameters on the GPU at hand: `python benchmarks/tune_kernels.py skinny_matmul [--time-limit 60]`.
+
+Every product of the chosen models at every bucket of rows is timed with about ten launches, beside XLA's version of
+the same (norm, product, addition or activation). A run is one compiled chain of calls over copies of the weight that
+together are several times the L2 cache; the best of several runs counts. The winners replace those of the same shapes
+in `kernels/nanovllm_kernels/skinny_matmul/tuning/<GPU>.json`; nothing is ever tuned while a model runs. When the time
+is up the remaining shapes keep what they had.
+"""
+
+import argparse
+import importlib
+import itertools
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import results_log
+
+from nanovllm_kernels import skinny_matmul, split_counters
+from nanovllm_kernels._compat import current_target, import_jax_triton
+from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels.skinny_matmul import launch as launches
+from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase
+from nanovllm_kernels.skinny_matmul.launch import Entry, Launch
+
+ROWS = (1, 16, 32, 64, 128, 256)
+ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
+MAX_CALLS, MIN_CALLS, RUNS = 48, 8, 10
+MAX_CANDIDATES = 12
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Best seconds a call."""
+
+    launch: Launch | None
+    seconds: float
+    in_kernel_merge: bool = True
+
+
+def candidates(case: SkinnyCase) -> list[Launch]:
+    """Launches worth a try: about one program or two for each multiprocessor, and most of its K in flight."""
+    target, gate = current_target(), 1 + case.gated
+    default = launches.default_launch(target, **shape_of(case))
+    found, doubled = [], []
+    if case.rows == 1:
+        shapes = [(1, cols // gate, inputs, warps) for cols in (32, 64, 128) for inputs, warps in ((128, 4), (256, 8))]
+        shapes += [(16, cols // gate, 128, 4) for cols in (32, 64)]
+    elif case.rows <= 32:
+        rows = max(16, next_power_of_2(case.rows))
+        shapes = [(rows, cols, inputs, 4) for cols in (32, 64) for inputs in (64, 128, 256)]
+        shapes += [(rows, 128 // gate, 64, 4), (rows, 64, 128, 8)]
+    else:
+        shapes = [(64, cols, inputs, 4) for cols in (32, 64, 128) for inputs in (64, 128)]
+        shapes += [(128, cols, 64, 8) for cols in (64, 128) if case.rows > 64]
+    for rows, cols, inputs, warps in shapes:
+        tiles = ceil_div(case.rows, rows) * ceil_div(case.outputs, max(16, cols))
+        # The power of two that brings the programs nearest to the multiprocessors, and where it helps twice that.
+        nearest = 2 ** max(0, round(math.log2(target.multiprocessors / tiles)))
+        for splits, into in ((nearest, found), (2 * nearest, doubled))[: 2 if tiles < target.multiprocessors else 1]:
+            if splits > 1 and case.inputs // splits < 128:
+                continue
+            one = Launch(rows, max(16, cols), inputs, splits, warps, 1)
+            fitting = target.shared_bytes * 7 // 8 // one.stage_bytes(gated=case.gated, w_bytes=2)
+            stages = min(8, fitting, ceil_div(case.inputs, splits * inputs) + 1)
+            if stages >= 2:
+                into.append(replace(one, num_stages=stages))
+    found += doubled
+    # Stable: among launches that fill the chip once or twice, those that split less come first.
+    found.sort(key=lambda one: max(0.6, abs(math.log2(programs(case, one) / (1.4 * target.multiprocessors)))))
+    # Wgmma takes 64 columns of the weight as its long side where there are fewer rows than that.
+    swapped = [replace(one, swap=True) for one in found if 16 <= one.tile_rows < 64 and one.tile_cols >= 64][:2]
+    return list(dict.fromkeys([default, *swapped, *found]))[:MAX_CANDIDATES]
+
+
+def programs(case: SkinnyCase, one: Launch) -> int:
+    return ceil_div(case.rows, one.tile_rows) * ceil_div(case.outputs, one.tile_cols) * one.splits
+
+
+def shape_of(case: SkinnyCase) -> dict:
+    return {
+        "rows": case.rows,
+        "inputs": case.inputs,
+        "outputs": case.outputs,
+        "gated": case.gated,
+        "w_bytes": 2,
+    }
+
+
+def xla_product(arrays, w):
+    """The same as a model without fused kernels writes it: every step in the operands' dtype."""
+    x = arrays["x"]
+    if "norm" in arrays:
+        wide = x.astype(jnp.float32)
+        x = (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype) * arrays["norm"]
+    y = jnp.einsum("mk,kzn->mzn" if w.ndim == 3 else "mk,kn->mn", x, w)
+    if w.ndim == 3:
+        y = jax.nn.silu(y[:, 0]) * y[:, 1]
+    return y + arrays["residual"] if "residual" in arrays else y
+
+
+def device_arrays(case: SkinnyCase):
+    """Arguments but the weight, and the copies of the weight."""
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    normal = lambda *shape: jax.random.normal(next(keys), shape, case.dtype)  # noqa: E731
+    arrays = {"x": normal(case.rows, case.inputs)}
+    if case.norm:
+        arrays["norm"] = jnp.ones(case.inputs, case.dtype)
+    if case.residual:
+        arrays["residual"] = normal(case.rows, case.outputs)
+    w = normal(*case.w_shape) * jnp.asarray(case.inputs**-0.5, case.dtype)
+    copies = max(2, min(MAX_CALLS, round(ROTATED_BYTES / w.nbytes)))
+    return arrays, [w + 0 for _ in range(copies)]
+
+
+def trace_chain(call, arrays, weights):
+    """One program of a call for each copy of the weight, over again where the copies are few."""
+
+    @jax.jit
+    def one(arrays, w, counters):
+        ref = jax.new_ref(counters)
+        return call(arrays, w, ref), jax.freeze(ref)
+
+    def chain(arrays, weights):
+        counters, results = split_counters(), []
+        for w in weights * repeats(weights):
+            result, counters = one(arrays, w, counters)
+            results.append(result)
+        return results
+
+    return jax.jit(chain).trace(arrays, weights)
+
+
+def repeats(weights) -> int:
+    return ceil_div(MIN_CALLS, len(weights))
+
+
+def call_with(one: Launch, in_kernel_merge: bool):
+    """A call whose launch is fixed while it is traced."""
+    import_jax_triton()
+    module = importlib.import_module("nanovllm_kernels.skinny_matmul.triton")
+
+    def call(arrays, w, counters):
+        chosen, module.launch_parameters = module.launch_parameters, lambda *_, **__: one
+        try:
+            return skinny_matmul(**arrays, w=w, counters=counters if in_kernel_merge else None, backend="triton")
+        finally:
+            module.launch_parameters = chosen
+
+    return call
+
+
+def compile_and_run(traced, arrays, weights):
+    """Runs once too: the driver loads a kernel at its first launch."""
+    compiled = traced.lower().compile()
+    jax.block_until_ready(compiled(arrays, weights))
+    return compiled
+
+
+def seconds_a_call(compiled, arrays, weights) -> float:
+    """Best of several runs, each of a few chains in flight so that the host's part hides."""
+    calls = len(weights) * repeats(weights)
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        results = [compiled(arrays, weights) for _ in range(3)]
+        jax.block_until_ready(results)
+        times.append((time.perf_counter() - start) / (3 * calls))
+    return min(times)
+
+
+def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float]:
+    """All candidates, best first, and XLA's seconds."""
+    arrays, weights = device_arrays(case)
+    launches_tried = candidates(case)
+    wanted = [(one, True) for one in launches_tried]
+    # What the merge inside the kernel is worth: the first that splits, with a second kernel instead.
+    wanted += [(one, False) for one in launches_tried if one.splits > 1][:1]
+    # Tracing holds Python's lock; Triton, XLA and ptxas run in threads.
+    traced = [trace_chain(call_with(*each), arrays, weights) for each in wanted]
+    traced.append(trace_chain(lambda arrays, w, _: xla_product(arrays, w), arrays, weights))
+    futures = [pool.submit(compile_and_run, one, arrays, weights) for one in traced]
+    compiled = [future.exception() or future.result() for future in futures]
+    if isinstance(compiled[-1], BaseException):
+        raise compiled[-1]
+    timed = []
+    for (one, merge), program in zip(wanted, compiled, strict=False):
+        if isinstance(program, BaseException):
+            print(f"  {one} failed: {program}", flush=True)
+        else:
+            timed.append(Timed(one, seconds_a_call(program, arrays, weights), merge))
+    return sorted(timed, key=lambda each: each.seconds), seconds_a_call(compiled[-1], arrays, weights)
+
+
+def report(model: str, case: SkinnyCase, timed: list[Timed], xla: float, *, verbose: bool) -> Timed:
+    """Prints a shape's line and returns its best candidate that merges inside the kernel."""
+    best = next(each for each in timed if each.in_kernel_merge)
+    moved = 2 * (math.prod(case.w_shape) + case.rows * (case.inputs + case.outputs * (1 + case.residual)))
+    line = f"{model} {case.name} x {case.rows}"
+    print(
+        f"{line:24} {best.seconds * 1e6:7.2f} µs, XLA {xla * 1e6:7.2f}: {xla / best.seconds:5.2f} x "
+        f"{moved / best.seconds / 1e9:6.0f} GB/s  {short(best)}",
+        flush=True,
+    )
+    for each in timed if verbose else [each for each in timed if not each.in_kernel_merge]:
+        print(f"{'':24} {each.seconds * 1e6:7.2f} µs  {short(each)}", flush=True)
+    return best
+
+
+def short(each: Timed) -> str:
+    one = each.launch
+    tile = f"{one.tile_rows} x {one.tile_cols} x {one.tile_inputs}{' swapped' if one.swap else ''}"
+    merge = "" if one.splits == 1 or each.in_kernel_merge else " (second kernel merges)"
+    return f"{tile}, {one.splits} splits{merge}, {one.num_warps} warps, {one.num_stages} stages"
+
+
+def tune_skinny_matmul(options: argparse.Namespace) -> None:
+    device = jax.devices()[0]
+    path = launches.table_path(device.device_kind)
+    if path is None:
+        raise SystemExit(f"no table can be named after the device kind {device.device_kind!r}")
+    end = time.perf_counter() + options.time_limit
+    models = list(PRODUCTS) if options.model == "all" else [options.model]
+    kept = {shape_key(entry): entry for entry in launches.load_table(path)}
+    ratios: dict[str, list[float]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Rows first, so that a short run covers every product at some of them.
+        for rows, model in itertools.product(options.rows, models):
+            for product in PRODUCTS[model]:
+                if time.perf_counter() > end:
+                    print(f"time is up before {model} {product.name} x {rows}")
+                    continue
+                case = replace(product, rows=rows)
+                timed, xla = tune(case, pool)
+                best = report(model, case, timed, xla, verbose=options.verbose)
+                entry = Entry(**shape_of(case), launch=best.launch)
+                kept[shape_key(entry)] = entry
+                ratios.setdefault(f"{model} x {rows}", []).append(xla / best.seconds)
+    for name, values in ratios.items():
+        print(f"{name}: geometric mean {math.prod(values) ** (1 / len(values)):.2f} x XLA over {len(values)} products")
+    versions = results_log.versions()
+    launches.save_table(path, list(kept.values()), device=device.device_kind, versions=versions)
+    print(f"wrote {len(kept)} entries to {path}")
+
+
+def shape_key(entry: Entry) -> tuple:
+    return entry.rows, entry.inputs, entry.outputs, entry.gated, entry.w_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("kernel", choices=["skinny_matmul"])
+    parser.add_argument("--model", choices=[*PRODUCTS, "all"], default="all")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="buckets; an entry serves up to its rows")
+    parser.add_argument("--time-limit", type=float, default=600, help="seconds after which no shape is begun")
+    parser.add_argument("--verbose", action="store_true", help="print every candidate")
+    options = parser.parse_args()
+    if jax.devices()[0].platform != "gpu":
+        raise SystemExit(f"needs an NVIDIA GPU, but the devices are {jax.devices()}")
+    tune_skinny_matmul(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Shapes of `skinny_matmul` that tests, the tuner and the benchmark share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from nanovllm_kernels._cases import DTYPES
+
+
+@dataclass(frozen=True)
+class SkinnyCase:
+    """One product. `gated` means w is [K, 2, N]; `scale` "tensor" or "channel" means fp8 weights."""
+
+    name: str
+    rows: int
+    inputs: int
+    outputs: int
+    norm: bool = False
+    bias: bool = False
+    residual: bool = False
+    gated: bool = False
+    scale: str | None = None
+    w_layout: str = "kn"
+    dtype: str = "bfloat16"
+    out_dtype: str | None = None
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Shape of what belongs to each output feature."""
+        return (2, self.outputs) if self.gated else (self.outputs,)
+
+    @property
+    def w_shape(self) -> tuple[int, ...]:
+        return (self.outputs, self.inputs) if self.w_layout == "nk" else (self.inputs, *self.channels)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The static keyword arguments of the operation."""
+        return {"eps": 1e-6, "w_layout": self.w_layout, "out_dtype": self.out_dtype}
+
+
+CASES = (
+    SkinnyCase("one_row", 1, 1024, 512, norm=True),
+    SkinnyCase("one_row_split", 1, 3072, 128, residual=True),
+    SkinnyCase("one_row_gated", 1, 1024, 256, norm=True, gated=True),
+    SkinnyCase("qkv", 8, 1024, 4096, norm=True),
+    SkinnyCase("qkv_bias", 8, 896, 1152, norm=True, bias=True),
+    SkinnyCase("o", 8, 2048, 1024, residual=True),
+    SkinnyCase("gate_up", 33, 1024, 3072, norm=True, gated=True),
+    SkinnyCase("gate_up_bias", 3, 256, 96, norm=True, gated=True, bias=True),
+    SkinnyCase("down", 64, 3072, 1024, residual=True),
+    SkinnyCase("down_bias", 100, 3072, 1024, residual=True, bias=True),
+    SkinnyCase("all_rows", 256, 1024, 1024, norm=True),
+    SkinnyCase("norm_split", 20, 4096, 64, norm=True),
+    SkinnyCase("gated_split", 20, 4096, 48, norm=True, gated=True, residual=True),
+    SkinnyCase("odd", 5, 300, 77, norm=True, bias=True, residual=True),
+    SkinnyCase("odd_one_row", 1, 300, 77, norm=True, bias=True, residual=True),
+    SkinnyCase("smallest", 1, 1, 1),
+    SkinnyCase("head", 9, 1024, 1000, w_layout="nk", out_dtype="float32"),
+    SkinnyCase("head_one_row", 1, 1024, 1000, w_layout="nk", out_dtype="float32"),
+    SkinnyCase("fp8_tensor", 8, 1024, 512, norm=True, scale="tensor"),
+    SkinnyCase("fp8_channel", 1, 2048, 256, residual=True, scale="channel"),
+    SkinnyCase("fp8_gated", 65, 512, 256, gated=True, scale="channel"),
+    SkinnyCase("float16", 17, 1024, 512, norm=True, dtype="float16"),
+    SkinnyCase("float16_split", 40, 2048, 128, residual=True, dtype="float16"),
+    SkinnyCase("float32", 4, 256, 128, norm=True, residual=True, dtype="float32"),
+)
+
+# The four products of a layer, by model: what the tuner and the benchmark time.
+PRODUCTS = {
+    "qwen3_0_6b": (
+        SkinnyCase("qkv", 1, 1024, 4096, norm=True),
+        SkinnyCase("o", 1, 2048, 1024, residual=True),
+        SkinnyCase("gate_up", 1, 1024, 3072, norm=True, gated=True),
+        SkinnyCase("down", 1, 3072, 1024, residual=True),
+    ),
+    "qwen3_8b": (
+        SkinnyCase("qkv", 1, 4096, 6144, norm=True),
+        SkinnyCase("o", 1, 4096, 4096, residual=True),
+        SkinnyCase("gate_up", 1, 4096, 12288, norm=True, gated=True),
+        SkinnyCase("down", 1, 12288, 4096, residual=True),
+    ),
+}
+
+
+def skinny_inputs(case: SkinnyCase, seed: int = 0) -> dict[str, np.ndarray]:
+    """Array arguments by name; outputs come out of the order of 1."""
+    rng = np.random.default_rng(seed)
+    dtype = DTYPES[case.dtype]
+    # Large rows of x when a norm follows: their size must not matter.
+    size = 10.0 ** rng.uniform(-1, 2, (case.rows, 1)) if case.norm else 1.0
+    w = rng.standard_normal(case.w_shape, np.float32) * case.inputs**-0.5
+    arrays = {"x": (size * rng.standard_normal((case.rows, case.inputs))).astype(dtype)}
+    if case.scale is None:
+        arrays["w"] = w.astype(dtype)
+    else:
+        scale = np.array(np.abs(w).max() / 448, np.float32)
+        if case.scale == "channel":
+            scale = (np.abs(w).max(axis=0) / 448).astype(np.float32)
+        arrays |= {"w": (w / scale).astype(ml_dtypes.float8_e4m3fn), "w_scale": scale}
+    if case.norm:
+        arrays["norm"] = rng.uniform(0.5, 2.0, case.inputs).astype(dtype)
+    if case.bias:
+        arrays["bias"] = rng.standard_normal(case.channels).astype(dtype)
+    if case.residual:
+        arrays["residual"] = rng.standard_normal((case.rows, case.outputs)).astype(dtype)
+    return arrays

@@ -1,0 +1,137 @@
+"""Launch parameters of `skinny_matmul`: the tuned table of the GPU's kind, else reasoned defaults.
+
+A table is `tuning/<kind>.json`, kind as in "h200"; `python benchmarks/tune_kernels.py skinny_matmul` writes it on
+the GPU at hand. Nothing is timed when a model runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nanovllm_kernels._compat import Target
+from nanovllm_kernels._device import ceil_div, next_power_of_2
+
+TABLES = Path(__file__).parent / "tuning"
+FORMAT = 1
+_MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
+# A tuned entry serves a shape whose K and N together differ from its own by at most this factor.
+_NEAREST = 2.0
+_LEAST_SPLIT = 256  # inputs a program: below, adding the splits costs more than the products
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch parameters; `tile_rows` 1 is the path for one row, which does without tensor cores.
+
+    `splits` of K; `swap` computes the tile transposed, so that the weight's columns are the long side that
+    Hopper's wgmma wants to be 64.
+    """
+
+    tile_rows: int
+    tile_cols: int
+    tile_inputs: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+
+    def stage_bytes(self, *, gated: bool, w_bytes: int) -> int:
+        """Shared memory of one pipeline stage."""
+        return self.tile_inputs * (self.tile_rows * 2 + self.tile_cols * (1 + gated) * w_bytes)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tuned shape: K, N, what the weight is, and the most rows the parameters are meant for."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    gated: bool
+    w_bytes: int
+    launch: Launch
+
+    def distance(self, inputs: int, outputs: int) -> float:
+        """How many times larger or smaller K and N are."""
+        return math.exp(abs(math.log(self.inputs / inputs)) + abs(math.log(self.outputs / outputs)))
+
+
+def launch_parameters(target: Target, *, rows: int, inputs: int, outputs: int, gated: bool, w_bytes: int) -> Launch:
+    """Those of the nearest shape in the GPU's table, else `default_launch`."""
+    candidates = [
+        entry
+        for entry in load_table(table_path(target.kind))
+        if entry.gated == gated
+        and entry.w_bytes == w_bytes
+        and entry.rows >= rows
+        and (rows > 1) == (entry.rows > 1)
+        and entry.distance(inputs, outputs) <= _NEAREST
+    ]
+    if not candidates:
+        return default_launch(target, rows=rows, inputs=inputs, outputs=outputs, gated=gated, w_bytes=w_bytes)
+    return min(candidates, key=lambda entry: (entry.distance(inputs, outputs), entry.rows)).launch
+
+
+def default_launch(target: Target, *, rows: int, inputs: int, outputs: int, gated: bool, w_bytes: int) -> Launch:
+    """Reasoned, not tuned: columns and splits so that every multiprocessor has a program, then as many stages as fit.
+
+    A load takes about 700 ns under load; at 4 TB/s that is 3 MB in flight, 23 KB for each of 132 multiprocessors.
+    """
+    if rows == 1:
+        tile_rows, tile_cols, tile_inputs, num_warps = 1, 64 // (1 + gated), 128, 8
+    else:
+        tile_rows = min(64, max(_MIN_DOT, next_power_of_2(rows)))
+        tile_cols, tile_inputs = 128 // (1 + gated), 128 if tile_rows <= 32 else 64
+        num_warps = 4
+    tile_cols = min(tile_cols, max(_MIN_DOT, next_power_of_2(outputs)))
+    row_tiles = ceil_div(rows, tile_rows)
+    while tile_cols > 32 and row_tiles * ceil_div(outputs, tile_cols) < 0.9 * target.multiprocessors:
+        tile_cols //= 2
+    programs = row_tiles * ceil_div(outputs, tile_cols)
+    splits = 1
+    while programs * splits < 0.7 * target.multiprocessors and inputs // (2 * splits) >= _LEAST_SPLIT:
+        splits *= 2
+    one_stage = Launch(tile_rows, tile_cols, tile_inputs, splits, num_warps, 1)
+    fitting = target.shared_bytes * 3 // 4 // one_stage.stage_bytes(gated=gated, w_bytes=w_bytes)
+    stages = max(2, min(8, fitting, ceil_div(inputs, splits * tile_inputs) + 1))
+    return Launch(tile_rows, tile_cols, tile_inputs, splits, num_warps, stages)
+
+
+def table_path(kind: str) -> Path | None:
+    """The file for a GPU whose device kind is, for example, "NVIDIA H200"; None for a name without a model."""
+    match = re.search(r"\b[A-Z]+\d+\w*", kind)
+    return TABLES / f"{match.group().lower()}.json" if match else None
+
+
+@functools.cache
+def load_table(path: Path | None) -> tuple[Entry, ...]:
+    """Entries of a table; none if there is no such file.
+
+    Raises:
+        ValueError: if the file is of another format than this version reads.
+    """
+    if path is None or not path.exists():
+        return ()
+    table = json.loads(path.read_text(encoding="utf-8"))
+    if table.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {table.get('format')!r}; this version reads {FORMAT}: tune again with "
+            "`python benchmarks/tune_kernels.py skinny_matmul`."
+        )
+    return tuple(Entry(**{**entry, "launch": Launch(**entry["launch"])}) for entry in table["entries"])
+
+
+def save_table(path: Path, entries: list[Entry], **about: Any) -> None:
+    """Writes a table, one entry a line; `about` says where it was measured."""
+    ordered = sorted(entries, key=lambda e: (e.w_bytes, e.gated, e.inputs, e.outputs, e.rows))
+    lines = ",\n".join(f"    {json.dumps(asdict(entry))}" for entry in ordered)
+    head = json.dumps({"format": FORMAT, **about}, indent=2).removesuffix("\n}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head},\n  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+    load_table.cache_clear()

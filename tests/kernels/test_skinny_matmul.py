@@ -1,0 +1,155 @@
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import config as jaxtyping_config
+from kernel_oracle import relative_error, skinny_oracle
+
+from nanovllm_kernels import lowering_for, skinny_matmul
+from nanovllm_kernels._device import ceil_div
+from nanovllm_kernels.skinny_matmul import launch
+from nanovllm_kernels.skinny_matmul.cases import CASES, PRODUCTS, SkinnyCase, skinny_inputs
+
+TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-5}
+
+
+@functools.cache
+def jitted(case: SkinnyCase):
+    return jax.jit(lambda arrays: skinny_matmul(**arrays, **case.options, backend="xla"))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    case=st.builds(
+        SkinnyCase,
+        name=st.just("any"),
+        rows=st.sampled_from([1, 2, 17]),
+        inputs=st.sampled_from([100, 192]),
+        outputs=st.sampled_from([33, 64]),
+        norm=st.booleans(),
+        bias=st.booleans(),
+        residual=st.booleans(),
+        gated=st.booleans(),
+        scale=st.sampled_from([None, "tensor", "channel"]),
+        dtype=st.sampled_from(sorted(TOLERANCE)),
+        out_dtype=st.sampled_from([None, "float32"]),
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_reference_matches_the_oracle(case, seed):
+    arrays = skinny_inputs(case, seed)
+    got = jitted(case)(arrays)
+    assert got.dtype == jnp.dtype(case.out_dtype or case.dtype)
+    # Over all rows at once: rounding of the few elements of one small row scatters.
+    whole = np.asarray(got).reshape(1, -1)
+    assert relative_error(whole, skinny_oracle(arrays, case).reshape(1, -1)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_reference_takes_every_case(case):
+    arrays = skinny_inputs(case)
+    assert relative_error(jitted(case)(arrays), skinny_oracle(arrays, case)) < TOLERANCE[case.dtype]
+
+
+def test_no_rows_give_no_rows():
+    arrays = {
+        name: array[:0] if name in ("x", "residual") else array for name, array in skinny_inputs(CASES[0]).items()
+    }
+    assert skinny_matmul(**jax.tree.map(jnp.asarray, arrays), backend="xla").shape == (0, 512)
+
+
+def test_wrong_arguments_are_refused_with_what_was_got_and_what_is_allowed():
+    jaxtyping_config.update("jaxtyping_disable", True)
+    try:
+        x, w, vector = jnp.ones((2, 8)), jnp.ones((8, 4)), jnp.ones(4)
+        fp8 = w.astype(jnp.float8_e4m3fn)
+        for wrong, words in (
+            ({"backend": "cuda"}, "backend is 'cuda'"),
+            ({"w_layout": "mn"}, "w_layout is 'mn'; it must be 'kn' or 'nk'"),
+            ({"x": x[0]}, r"x has shape \(8,\); it must be \[M, K\]"),
+            ({"w": w[:4]}, r"w has shape \(4, 4\); it must be \[K, N\] or \[K, 2, N\] with K = 8"),
+            ({"w": jnp.ones((8, 3, 4))}, r"w has shape \(8, 3, 4\)"),
+            ({"w_layout": "nk"}, r"w has shape \(8, 4\); it must be \[N, K\] with K = 8"),
+            ({"w": w.astype(jnp.bfloat16)}, "w has dtype bfloat16; it must be x's, float32, or float8_e4m3fn"),
+            ({"w": fp8}, "w is fp8 without w_scale"),
+            ({"w_scale": vector}, "only fp8 weights have a scale"),
+            ({"w": fp8, "w_scale": vector[:2]}, r"w_scale has shape \(2,\); it must be \[N\] = \(4,\)"),
+            ({"norm": vector}, r"norm has shape \(4,\); it must be \[K\] = \(8,\)"),
+            ({"bias": x}, r"bias has shape \(2, 8\); it must be \[N\] = \(4,\)"),
+            ({"residual": x}, r"residual has shape \(2, 8\); it must be \[M, N\] = \(2, 4\)"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                skinny_matmul(**{"x": x, "w": w, "backend": "xla"} | wrong)
+    finally:
+        jaxtyping_config.update("jaxtyping_disable", False)
+
+
+def test_triton_without_a_gpu_says_what_to_do():
+    x, w = jnp.ones((2, 8), jnp.bfloat16), jnp.ones((8, 4), jnp.bfloat16)
+    with pytest.raises(RuntimeError, match="use backend='xla'"):
+        skinny_matmul(x, w, backend="triton")
+
+
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100])
+@pytest.mark.parametrize("rows", [1, 8, 64, 256])
+def test_untuned_launches_fill_the_chip_and_fit_in_it(architecture, rows):
+    with lowering_for(architecture) as target:
+        for case in (*PRODUCTS["qwen3_0_6b"], *PRODUCTS["qwen3_8b"]):
+            shape = {"inputs": case.inputs, "outputs": case.outputs, "gated": case.gated, "w_bytes": 2}
+            chosen = launch.default_launch(target, rows=rows, **shape)
+            tiles = ceil_div(rows, chosen.tile_rows) * ceil_div(case.outputs, chosen.tile_cols)
+            assert tiles * chosen.splits >= target.multiprocessors // 2
+            stage = chosen.stage_bytes(gated=case.gated, w_bytes=2)
+            assert chosen.num_stages * stage <= target.shared_bytes
+
+
+def test_a_tuned_shape_is_used_for_the_nearest_shapes_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    one, sixteen, many = (launch.Launch(rows, 32, 64, 2, 4, 3) for rows in (1, 16, 64))
+    entries = [launch.Entry(rows, 1024, 4096, False, 2, it) for rows, it in ((64, many), (16, sixteen), (1, one))]
+    launch.save_table(launch.table_path("NVIDIA H200"), entries, device="NVIDIA H200")
+    assert json.loads((tmp_path / "h200.json").read_text())["device"] == "NVIDIA H200"
+    try:
+        with lowering_for(90) as target:
+
+            def chosen(rows, inputs=1024, outputs=4096, gated=False):
+                return launch.launch_parameters(
+                    target, rows=rows, inputs=inputs, outputs=outputs, gated=gated, w_bytes=2
+                )
+
+            assert [chosen(rows) for rows in (1, 2, 16, 17, 64)] == [one, sixteen, sixteen, many, many]
+            assert chosen(8, outputs=3072) == sixteen
+            untuned = {"rows": 8, "inputs": 1024, "outputs": 512, "gated": False, "w_bytes": 2}
+            assert launch.launch_parameters(target, **untuned) == launch.default_launch(target, **untuned)
+            assert chosen(8, gated=True) not in (one, sixteen, many)
+            assert chosen(65) not in (one, sixteen, many)
+    finally:
+        launch.load_table.cache_clear()
+
+
+def test_a_table_of_another_format_is_refused(tmp_path):
+    (tmp_path / "h200.json").write_text('{"format": 0, "entries": []}')
+    with pytest.raises(ValueError, match="format 0; this version reads 1: tune again"):
+        launch.load_table(tmp_path / "h200.json")
+
+
+def test_device_code_matches_the_oracle_in_tritons_interpreter():
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parent.parent / "kernels")))
+    done = subprocess.run(
+        [sys.executable, here / "interpreted.py"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
