@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_attention, check_backend, check_int32, check_shape
-from nanovllm_kernels._compat import import_jax_triton
+from nanovllm_kernels._compat import current_target, import_jax_triton
 from nanovllm_kernels.ragged_prefill.reference import ragged_prefill_xla
 
 
@@ -23,7 +24,7 @@ def ragged_prefill(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
-    backend: Literal["xla", "triton"],
+    backend: Literal["xla", "triton", "mosaic"],
 ) -> Float[Array, "T H D"]:
     """Causal softmax attention of ragged new tokens over their sequences' contexts, grouped queries.
 
@@ -37,12 +38,14 @@ def ragged_prefill(
 
     Block tables, `scale`, `soft_cap`, dtypes, accumulation and unread slots are as in `paged_decode`.
 
+    `backend="mosaic"` is `"triton"` wherever `mosaic_supports` says no.
+
     Raises:
         ValueError: if shapes, dtypes or options do not fit together, or the backend is unknown.
         ImportError: if the Triton implementation is asked for where triton or jax-triton is missing.
-        RuntimeError: if it is asked for where no GPU is, outside `lowering_for`.
+        RuntimeError: if a GPU implementation is asked for where no GPU is, outside `lowering_for`.
     """
-    check_backend(backend)
+    check_backend(backend, ("xla", "triton", "mosaic"))
     check_attention(q, k_cache, v_cache, sliding_window=sliding_window, soft_cap=soft_cap)
     check_int32(block_tables=block_tables, cu_q_lens=cu_q_lens, context_lens=context_lens)
     if block_tables.ndim != 2:
@@ -56,7 +59,37 @@ def ragged_prefill(
     args = (q, k_cache, v_cache, block_tables, cu_q_lens, context_lens)
     if backend == "xla":
         return ragged_prefill_xla(*args, **options)
+    if backend == "mosaic" and mosaic_supports(
+        q, k_cache, **options, compute_capability=current_target().compute_capability
+    ):
+        from nanovllm_kernels.ragged_prefill.mosaic import ragged_prefill_mosaic
+
+        return ragged_prefill_mosaic(*args, scale=scale)
     import_jax_triton()
     from nanovllm_kernels.ragged_prefill.triton import ragged_prefill_triton
 
     return ragged_prefill_triton(*args, **options)
+
+
+def mosaic_supports(
+    q: Float[Array, "T H D"] | jax.ShapeDtypeStruct,
+    k_cache: Float[Array, "N K block_size D"] | jax.ShapeDtypeStruct,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    compute_capability: int,
+) -> bool:
+    """Whether `backend="mosaic"` has a kernel of its own: TMA and wgmma of sm_90, 16 bits, plain softmax."""
+    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    return (
+        compute_capability == 90
+        and q.dtype == k_cache.dtype
+        and q.dtype in (jnp.dtype("bfloat16"), jnp.dtype("float16"))
+        and head_dim in (64, 128)
+        and block_size in (16, 32, 64, 128)
+        and num_blocks * num_kv_heads > 1  # of a single page Mosaic makes no dimension that could be run past
+        and scale > 0
+        and sliding_window is None
+        and soft_cap is None
+    )

@@ -9,9 +9,10 @@ walks through the work list, so that the producer fetches the next tile while th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from nanovllm_kernels._compat import Target, current_target
+from nanovllm_kernels._compat import current_target
 from nanovllm_kernels.ragged_prefill.worklist import ROW_ALIGNMENT, WorkList, work_list
 
 _CONSUMERS = 2
@@ -31,16 +32,24 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Launch:
-    """Launch parameters: tokens of a tile of K and V, tiles of each in flight, registers a thread may use."""
+    """Launch parameters: tokens of a tile of K and V, tiles of each in flight, registers a thread may use.
+
+    Registers of both consumers and the producer together are at most 512, what a multiprocessor has for each
+    thread of a warpgroup.
+    """
 
     tile_tokens: int = 128
     stages: int = 2
-    consumer_registers: int = 232
-    producer_registers: int = 40
+    consumer_registers: int = 216
+    producer_registers: int = 80
 
 
 def launch_parameters(*, head_dim: int) -> Launch:
-    """At D=128, two stages of 128 tokens are what shared memory holds beside queries and outputs."""
+    """Reasoned, not yet measured.
+
+    At D=128, two stages of 128 tokens are what shared memory holds beside queries and outputs. With 232 and 40
+    registers ptxas spills in the producer, which holds the block numbers of a tile; with these it does not.
+    """
     return Launch(stages=2 if head_dim > 64 else 4)
 
 
@@ -371,6 +380,49 @@ def _store(result: Any, out: Any, tile: _Tile, row: Any, head: Any, shared: _Sha
             offset = offset + (count & size)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "interpret"))
+def _attention(
+    work: WorkList,
+    tables: Int[Array, "S P"],
+    q: Float[Array, "T H D"],
+    k_pages: Float[Array, "pages block_size D"],
+    v_pages: Float[Array, "pages block_size D"],
+    *,
+    shape: _Shape,
+    interpret: Any,
+) -> Float[Array, "T H D"]:
+    """The kernel; a jitted function of its own, so that the layers of a model lower it once."""
+
+    def kernel(work: Any, tables: Any, q: Any, k_pages: Any, v_pages: Any, out: Any, scratch: Any) -> None:
+        out_tiles, out_rows = scratch.pop("outs")
+        shared = _Shared(out=out_tiles, out_rows=out_rows, **scratch)
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < _CONSUMERS)
+        def _() -> None:
+            plgpu.set_max_registers(shape.launch.consumer_registers, action="increase")
+            _consume(work, out, shared, shape, warpgroup)
+
+        @pl.when(warpgroup == _CONSUMERS)
+        def _() -> None:
+            plgpu.set_max_registers(shape.launch.producer_registers, action="decrease")
+            _produce(work, tables, q, k_pages, v_pages, shared, shape)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=[_scratch(shape)],
+        grid=(shape.programs,),
+        grid_names=("program",),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        # Each warpgroup touches shared memory between explicit barriers and commits only; a barrier before every
+        # copy would cost the producer 16 a tile.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )(work, tables, q, k_pages, v_pages)
+
+
 def ragged_prefill_mosaic(
     q: Float[Array, "T H D"],
     k_cache: Float[Array, "N K block_size D"],
@@ -382,10 +434,9 @@ def ragged_prefill_mosaic(
     scale: float,
     interpret: Any = None,
 ) -> Float[Array, "T H D"]:
-    """As `ragged_prefill`, for what `supported` allows; `interpret` are parameters of Mosaic's interpreter."""
+    """As `ragged_prefill`, for what `mosaic_supports` allows; `interpret`: parameters of Mosaic's interpreter."""
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, block_size, _ = k_cache.shape
-    launch = launch_parameters(head_dim=head_dim)
     shape = _Shape(
         num_kv_heads=num_kv_heads,
         group=num_heads // num_kv_heads,
@@ -395,39 +446,16 @@ def ragged_prefill_mosaic(
         table_width=block_tables.shape[1],
         scale=scale,
         dtype=q.dtype,
-        launch=launch,
+        launch=launch_parameters(head_dim=head_dim),
         programs=current_target().multiprocessors,
         interpreted=interpret is not None,
     )
-    work = work_list(cu_q_lens, context_lens, num_tokens=num_tokens, tile_queries=shape.tile_queries)
-
-    # Queries are fetched in whole groups of 8 rows.
-    padded_q = jnp.pad(q, ((0, -num_tokens % ROW_ALIGNMENT), (0, 0), (0, 0)))
-
-    def kernel(work: Any, tables: Any, q: Any, k_cache: Any, v_cache: Any, out: Any, scratch: Any) -> None:
-        out_tiles, out_rows = scratch.pop("outs")
-        shared = _Shared(out=out_tiles, out_rows=out_rows, **scratch)
-        thread = lax.axis_index("warpgroup")
-
-        @pl.when(thread < _CONSUMERS)
-        def _() -> None:
-            plgpu.set_max_registers(launch.consumer_registers, action="increase")
-            _consume(work, out, shared, shape, thread)
-
-        @pl.when(thread == _CONSUMERS)
-        def _() -> None:
-            plgpu.set_max_registers(launch.producer_registers, action="decrease")
-            _produce(work, tables, q, k_cache, v_cache, shared, shape)
-
+    # TMA moves whole groups of rows. The rows added are padding like any other.
+    num_rows = max(num_tokens + -num_tokens % ROW_ALIGNMENT, _ROWS)
+    padded_q = jnp.pad(q, ((0, num_rows - num_tokens), (0, 0), (0, 0)))
+    work = work_list(context_lens, cu_q_lens, num_tokens=num_rows, tile_queries=shape.tile_queries)
     pages = (num_blocks * num_kv_heads, block_size, head_dim)
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types=[_scratch(shape)],
-        grid=(shape.programs,),
-        grid_names=("program",),
-        num_threads=_CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )(work, block_tables, padded_q, k_cache.reshape(pages), v_cache.reshape(pages))
+    out = _attention(
+        work, block_tables, padded_q, k_cache.reshape(pages), v_cache.reshape(pages), shape=shape, interpret=interpret
+    )
+    return out[:num_tokens]

@@ -7,6 +7,7 @@ them for all layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +28,19 @@ class WorkList:
     how many positions its rows see, 0 for padding; `seq` and `context`, the sequence and its length.
     """
 
-    count: Int[Array, " 1"]
-    row: Int[Array, " W"]
-    first: Int[Array, " W"]
-    last: Int[Array, " W"]
-    position: Int[Array, " W"]
-    keys: Int[Array, " W"]
-    seq: Int[Array, " W"]
-    context: Int[Array, " W"]
+    # int32 arrays, [1] and [W]; in the kernel, references to them.
+    count: Any
+    row: Any
+    first: Any
+    last: Any
+    position: Any
+    keys: Any
+    seq: Any
+    context: Any
 
 
 def work_list(
-    cu_q_lens: Int[Array, "S+1"], context_lens: Int[Array, " S"], *, num_tokens: int, tile_queries: int
+    context_lens: Int[Array, " S"], cu_q_lens: Int[Array, "S+1"], *, num_tokens: int, tile_queries: int
 ) -> WorkList:
     """The tiles of all sequences and of the padding behind them, by the keys they see, most first.
 
