@@ -1,5 +1,6 @@
 """The Mosaic kernels in the interpreter, which follows every barrier and copy; and the work list they walk through."""
 
+import functools
 import importlib
 
 import jax
@@ -34,9 +35,9 @@ def test_interpreted_kernel_matches_the_oracle_and_reads_no_unused_slot(case, mo
     monkeypatch.setattr(mosaic, "current_target", lambda: Target(90, 2, 227 * 1024))
     inputs = attention_inputs(case)
     params = plgpu.InterpretGPUParams()
-    got = jax.jit(
-        lambda *args: mosaic.ragged_prefill_mosaic(*args, scale=case.options["scale"], interpret=params)
-    )(*inputs.args)
+    got = jax.jit(lambda *args: mosaic.ragged_prefill_mosaic(*args, scale=case.options["scale"], interpret=params))(
+        *inputs.args
+    )
     assert relative_error(got, prefill_oracle(*inputs.args, **case.options)) < 5e-3
     assert not np.asarray(got)[case.num_tokens - case.padding :].any()
 
@@ -51,7 +52,9 @@ def lengths(draw):
     return np.array(q_lens), np.array(prefixes)
 
 
-JITTED = {tile: jax.jit(lambda *a, tile=tile: work_list(*a, num_tokens=NUM_TOKENS, tile_queries=tile)) for tile in (64, 128)}
+@functools.cache
+def jitted(tile_queries):
+    return jax.jit(lambda *args: work_list(*args, num_tokens=NUM_TOKENS, tile_queries=tile_queries))
 
 
 @pytest.mark.parametrize("tile_queries", [64, 128])
@@ -61,7 +64,7 @@ def test_work_list_has_each_row_once_and_the_costliest_tiles_first(tile_queries,
     q_lens, prefixes = lengths
     cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
     contexts = (q_lens + prefixes).astype(np.int32)
-    work = jax.tree.map(np.asarray, JITTED[tile_queries](contexts, cu_q_lens))
+    work = jax.tree.map(np.asarray, jitted(tile_queries)(contexts, cu_q_lens))
     count = work.count[0]
     assert count <= work.row.size
     assert not (np.diff(work.keys[:count]) > 0).any()

@@ -1,4 +1,6 @@
-"""The Triton kernels on a real GPU: `pytest -m gpu tests/kernels`."""
+"""The Triton and Mosaic kernels on a real GPU: `pytest -m gpu tests/kernels`."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +9,32 @@ import pytest
 from kernel_oracle import decode_oracle, prefill_oracle, relative_error, write_oracle
 
 from nanovllm_kernels import cache_write, paged_decode, ragged_prefill
-from nanovllm_kernels._cases import attention_inputs
+from nanovllm_kernels._cases import AttentionCase, attention_inputs
 from nanovllm_kernels.cache_write.cases import CASES as WRITE_CASES
 from nanovllm_kernels.cache_write.cases import cache_write_inputs
 from nanovllm_kernels.paged_decode.cases import CASES as DECODE_CASES
+from nanovllm_kernels.ragged_prefill import mosaic_supports
 from nanovllm_kernels.ragged_prefill.cases import CASES as PREFILL_CASES
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-5}
+
+
+def is_for_mosaic(case):
+    q = jax.ShapeDtypeStruct((case.num_tokens, case.num_heads, case.head_dim), jnp.dtype(case.dtype))
+    k_cache = jax.ShapeDtypeStruct((64, case.num_kv_heads, case.block_size, case.head_dim), q.dtype)
+    return mosaic_supports(q, k_cache, **case.options, compute_capability=90)
+
+
+# Rows and keys by the thousand besides, where programs walk through many tiles and the ring goes round.
+LONG = AttentionCase("long", (1500, 3000, 777, 1), 4, 2, 128, q_lens=(1500, 700, 1, 1), padding=40)
+MOSAIC_CASES = [
+    *filter(is_for_mosaic, PREFILL_CASES),
+    LONG,
+    dataclasses.replace(LONG, name="long_d64", head_dim=64, block_size=32),
+    dataclasses.replace(LONG, name="long_multi_head", num_heads=2),
+    dataclasses.replace(LONG, name="long_block_128", block_size=128, dtype="float16"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +66,18 @@ def test_paged_decode(case, seed):
 def test_ragged_prefill(case, seed):
     inputs = attention_inputs(case, seed)
     got = jax.jit(lambda *args: ragged_prefill(*args, **case.options, backend="triton"))(*inputs.args)
+    expected = prefill_oracle(*inputs.args, **case.options)
+    assert relative_error(got, expected) < TOLERANCE[case.dtype]
+    assert not np.asarray(got)[case.num_tokens - case.padding :].any()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", MOSAIC_CASES, ids=lambda case: case.name)
+def test_ragged_prefill_mosaic(case, seed):
+    if jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("Mosaic kernels are for sm_90")
+    inputs = attention_inputs(case, seed)
+    got = jax.jit(lambda *args: ragged_prefill(*args, **case.options, backend="mosaic"))(*inputs.args)
     expected = prefill_oracle(*inputs.args, **case.options)
     assert relative_error(got, expected) < TOLERANCE[case.dtype]
     assert not np.asarray(got)[case.num_tokens - case.padding :].any()
