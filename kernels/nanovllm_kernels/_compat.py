@@ -90,7 +90,7 @@ def current_target() -> Target:
                 shared_bytes=known.shared_bytes if known else _SMALLEST_SHARED_BYTES,
             )
     raise RuntimeError(
-        f"backend='triton' needs an NVIDIA GPU, but the devices are {jax.local_devices()}; use "
+        f"The GPU backends need an NVIDIA GPU, but the devices are {jax.local_devices()}; use "
         "backend='xla', or lower without running under nanovllm_kernels.lowering_for(compute_capability)."
     )
 
