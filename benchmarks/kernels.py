@@ -69,23 +69,27 @@ def decode(case: AttentionCase):
     return seconds_a_call(step, q, *args), read / 1e9, "GB/s"
 
 
-def prefill(case: AttentionCase):
-    """TFLOP/s of the two products, causal half only."""
+def prefill(case: AttentionCase, backend: str = "triton"):
+    """TFLOP/s of the two products, of keys that are seen only."""
     q, k_cache, v_cache, tables, lens = paged_arrays(case)
     cu_q_lens = jnp.cumsum(jnp.array((0, *case.q_lens), jnp.int32), dtype=jnp.int32)
-    step = lambda q, *args: ragged_prefill(q, *args, **case.options, backend="triton")  # noqa: E731
+    step = lambda q, *args: ragged_prefill(q, *args, **case.options, backend=backend)  # noqa: E731
     return seconds_a_call(step, q, k_cache, v_cache, tables, cu_q_lens, lens), causal_tflop(case), "TFLOP/s"
 
 
 def prefill_cudnn(case: AttentionCase):
-    """The same attention over contiguous K and V by cuDNN, the peer."""
-    batch, length = len(case.q_lens), case.q_lens[0]
+    """The same attention over contiguous K and V by cuDNN, the peer; of all keys where there is a prefix.
+
+    cuDNN's causal mask through JAX is aligned to the start, so a prefix is compared by TFLOP/s without a mask.
+    """
+    batch, new, context = len(case.q_lens), case.q_lens[0], case.context_lens[0]
     keys = jax.random.split(jax.random.key(0), 3)
-    heads = case.num_heads, case.num_kv_heads, case.num_kv_heads
-    shapes = [(batch, length, count, case.head_dim) for count in heads]
+    shapes = [(batch, new, case.num_heads, case.head_dim), *[(batch, context, case.num_kv_heads, case.head_dim)] * 2]
     q, k, v = (jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=True))
-    step = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    return seconds_a_call(step, q, k, v), causal_tflop(case), "TFLOP/s"
+    causal = new == context
+    step = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    tflop = causal_tflop(case) if causal else 4 * batch * new * context * case.num_heads * case.head_dim / 1e12
+    return seconds_a_call(step, q, k, v), tflop, "TFLOP/s"
 
 
 def causal_tflop(case: AttentionCase) -> float:
@@ -170,6 +174,7 @@ def main() -> None:
         report(f"paged_decode {case.name}", decode(case))
     for case in PREFILLS:
         report(f"ragged_prefill {case.name}", prefill(case))
+        report(f"  Mosaic {case.name}", prefill(case, "mosaic"))
         report(f"  cuDNN, contiguous {case.name}", prefill_cudnn(case))
     for case in WRITES:
         report(f"rope_cache_write {case.name}", write(case))

@@ -10,9 +10,9 @@ from nanovllm_kernels._fp8 import FP8
 FLOAT_DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"), jnp.dtype("float16"))
 
 
-def check_backend(backend: str) -> None:
-    if backend not in ("xla", "triton"):
-        raise ValueError(f"backend is {backend!r}; it must be 'xla' or 'triton'.")
+def check_backend(backend: str, known: tuple[str, ...] = ("xla", "triton")) -> None:
+    if backend not in known:
+        raise ValueError(f"backend is {backend!r}; it must be {' or '.join(map(repr, known))}.")
 
 
 def check_float(**arrays: Array) -> None:

@@ -93,7 +93,7 @@ def current_target() -> Target:
                 kind=device.device_kind,
             )
     raise RuntimeError(
-        f"backend='triton' needs an NVIDIA GPU, but the devices are {jax.local_devices()}; use "
+        f"The GPU backends need an NVIDIA GPU, but the devices are {jax.local_devices()}; use "
         "backend='xla', or lower without running under nanovllm_kernels.lowering_for(compute_capability)."
     )
 

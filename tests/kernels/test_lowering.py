@@ -1,4 +1,8 @@
-"""Every Triton kernel compiles for every supported architecture, on a machine that has no GPU."""
+"""Every Triton kernel compiles for every supported architecture, on a machine that has no GPU.
+
+Mosaic kernels are lowered for sm_90: layouts, shared memory, barriers and copies are settled there; their PTX is
+made where they run.
+"""
 
 import dataclasses
 import functools
@@ -31,6 +35,7 @@ SHAPES = [
     *itertools.product((128,), (2,), ("bfloat16", "float32"), (8, 24, 32, 64, 128, 256)),
 ]
 OPTIONS = ({}, {"sliding_window": 100, "soft_cap": 30.0})
+MOSAIC_SHAPES = list(itertools.product((64, 128), (1, 2, 3, 4, 16), ("bfloat16", "float16"), (16, 32, 64, 128)))
 
 
 @pytest.fixture
@@ -78,12 +83,12 @@ def arguments(
     return (shape((tokens, heads, head_dim)), *caches, index((rows, table_width)), *lengths)
 
 
-def lower(operation, architecture, options=None, donate=(), **shapes):
+def lower(operation, architecture, options=None, donate=(), backend="triton", **shapes):
     """The StableHLO of one call, and the shared memory that one block may use."""
     keywords = (options or {}) if operation is rope_cache_write else {"scale": 0.1, **(options or {})}
 
     def call(*args):
-        return operation(*args, **keywords, backend="triton")
+        return operation(*args, **keywords, backend=backend)
 
     with lowering_for(architecture) as target:
         traced = jax.jit(call, donate_argnums=donate).trace(*arguments(operation, **shapes))
@@ -161,6 +166,43 @@ def test_dimensions_of_1_compile_too(operation):
     assert "custom_call @triton_kernel_call_ffi" in text
 
 
+def test_mosaic_kernel_lowers_for_sm_90_and_is_lowered_once_for_all_layers():
+    with lowering_for(90):
+
+        def layers(q, *args):
+            for _ in range(3):
+                q = ragged_prefill(q, *args, scale=0.1, backend="mosaic")
+            return q
+
+        arrays = arguments(ragged_prefill, **QWEN3, tokens=4096)
+        text = jax.jit(layers).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu_v2") == 1
+    assert "triton_kernel_call" not in text
+
+
+@pytest.mark.parametrize("shapes", [{"rows": 1, "tokens": 1, "kv_heads": 1, "table_width": 1}, {"tokens": 101}])
+def test_mosaic_kernel_lowers_at_odd_sizes(shapes):
+    text, _ = lower(ragged_prefill, 90, backend="mosaic", **QWEN3, **shapes)
+    assert "custom_call @mosaic_gpu_v2" in text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "options"),
+    [
+        (80, {}, None),
+        (90, {"head_dim": 80}, None),
+        (90, {"dtype": "float32"}, None),
+        (90, {"block_size": 8}, None),
+        (90, {}, {"sliding_window": 100}),
+        (90, {}, {"soft_cap": 30.0}),
+    ],
+)
+def test_what_mosaic_does_not_support_falls_back_to_triton(architecture, changes, options):
+    text, _ = lower(ragged_prefill, architecture, options, backend="mosaic", **QWEN3 | changes)
+    assert "custom_call @triton_kernel_call_ffi" in text
+    assert "mosaic_gpu" not in text
+
+
 def test_rope_cache_write_lowers_to_an_in_place_update():
     text, _ = lower(rope_cache_write, 90, donate=(3, 4), **QWEN3)
     assert text.count("output_operand_alias<") == 2
@@ -179,7 +221,7 @@ def lower_skinny(case, architecture, *, in_kernel_merge):
         return text, target.shared_bytes
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, 100])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["one_row_gated", "qkv", "down", "fp8_channel"])
 def test_skinny_matmul_compiles_and_splits_are_merged_inside_with_counters(compiled, architecture, name):
     case = next(case for case in SKINNY_CASES if case.name == name)
@@ -237,7 +279,7 @@ def test_every_shape_compiles_and_fits_in_shared_memory(compiled, architecture, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, 100])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_skinny_matmul_compiles_and_fits_in_shared_memory(compiled, architecture):
     products = [
         dataclasses.replace(case, rows=rows)
@@ -249,3 +291,11 @@ def test_every_skinny_matmul_compiles_and_fits_in_shared_memory(compiled, archit
         _, limit = lower_skinny(case, architecture, in_kernel_merge=in_kernel_merge)
     too_big = [(name, shared) for name, shared in compiled if shared > limit]
     assert not too_big
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MOSAIC_SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def test_every_supported_shape_lowers_to_a_mosaic_kernel(shape):
+    shapes = dict(zip(("head_dim", "group", "dtype", "block_size"), shape, strict=True))
+    text, _ = lower(ragged_prefill, 90, backend="mosaic", **shapes)
+    assert text.count("custom_call @mosaic_gpu_v2") == 1

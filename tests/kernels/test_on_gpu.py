@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU: `pytest -m gpu tests/kernels`."""
+"""The Triton and Mosaic kernels on a real GPU: `pytest -m gpu tests/kernels`."""
 
 import dataclasses
 
@@ -25,8 +25,9 @@ from nanovllm_kernels import (
     skinny_matmul,
     split_counters,
 )
-from nanovllm_kernels._cases import attention_inputs
+from nanovllm_kernels._cases import AttentionCase, attention_inputs
 from nanovllm_kernels.paged_decode.cases import CASES as DECODE_CASES
+from nanovllm_kernels.ragged_prefill import mosaic_supports
 from nanovllm_kernels.ragged_prefill.cases import CASES as PREFILL_CASES
 from nanovllm_kernels.rope_cache_write.cases import CASES as WRITE_CASES
 from nanovllm_kernels.rope_cache_write.cases import rope_cache_write_inputs
@@ -37,6 +38,25 @@ from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, skinny_inputs
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-5}
+
+
+def is_for_mosaic(case):
+    q = jax.ShapeDtypeStruct((case.num_tokens, case.num_heads, case.head_dim), jnp.dtype(case.dtype))
+    cache_shape = (64, case.num_kv_heads, case.block_size, case.head_dim)
+    k_cache = jax.ShapeDtypeStruct(cache_shape, jnp.dtype(case.cache_dtype or case.dtype))
+    options = {"scale": 1.0, "sliding_window": case.sliding_window, "soft_cap": case.soft_cap}
+    return mosaic_supports(q, k_cache, **options, compute_capability=90)
+
+
+# Rows and keys by the thousand besides, where programs walk through many tiles and the ring goes round.
+LONG = AttentionCase("long", (1500, 3000, 777, 1), 4, 2, 128, q_lens=(1500, 700, 1, 1), padding=40)
+MOSAIC_CASES = [
+    *filter(is_for_mosaic, PREFILL_CASES),
+    LONG,
+    dataclasses.replace(LONG, name="long_d64", head_dim=64, block_size=32),
+    dataclasses.replace(LONG, name="long_multi_head", num_heads=2),
+    dataclasses.replace(LONG, name="long_block_128", block_size=128, dtype="float16"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +174,18 @@ def test_skinny_matmul_with_the_launches_of_a_model(case, rows):
     assert relative_error(got[0], skinny_oracle(arrays, case)) < 5e-3
     for other in got[1:]:
         np.testing.assert_array_equal(np.asarray(other), np.asarray(got[0]))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", MOSAIC_CASES, ids=lambda case: case.name)
+def test_ragged_prefill_mosaic(case, seed):
+    if jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("Mosaic kernels are for sm_90")
+    inputs = attention_inputs(case, seed)
+    got = jax.jit(lambda *args: ragged_prefill(*args, **case.options, backend="mosaic"))(*inputs.args)
+    expected = prefill_oracle(*inputs.args, **case.options)
+    assert relative_error(got, expected) < TOLERANCE[case.dtype]
+    assert not np.asarray(got)[case.num_tokens - case.padding :].any()
 
 
 def test_last_block_of_a_cache_with_more_than_2_to_31_elements():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_attention, check_backend, check_int32, check_shape
-from nanovllm_kernels._compat import import_jax_triton
+from nanovllm_kernels._compat import current_target, import_jax_triton
 from nanovllm_kernels.ragged_prefill.reference import ragged_prefill_xla
 
 
@@ -25,7 +26,7 @@ def ragged_prefill(
     soft_cap: float | None = None,
     k_scale: Float[Array, " K"] | None = None,
     v_scale: Float[Array, " K"] | None = None,
-    backend: Literal["xla", "triton"],
+    backend: Literal["xla", "triton", "mosaic"],
 ) -> Float[Array, "T H D"]:
     """Causal softmax attention of ragged new tokens over their sequences' contexts, grouped queries.
 
@@ -40,12 +41,14 @@ def ragged_prefill(
     Block tables, `scale`, `soft_cap`, `k_scale`, `v_scale`, dtypes, accumulation and unread slots are as in
     `paged_decode`.
 
+    `backend="mosaic"` is `"triton"` wherever `mosaic_supports` says no.
+
     Raises:
         ValueError: if shapes, dtypes or options do not fit together, or the backend is unknown.
         ImportError: if the Triton implementation is asked for where triton or jax-triton is missing.
-        RuntimeError: if it is asked for where no GPU is, outside `lowering_for`.
+        RuntimeError: if a GPU implementation is asked for where no GPU is, outside `lowering_for`.
     """
-    check_backend(backend)
+    check_backend(backend, ("xla", "triton", "mosaic"))
     if q.ndim != 3:
         raise ValueError(f"q has shape {q.shape}; it must be [T, H, D].")
     check_attention(
@@ -59,17 +62,42 @@ def ragged_prefill(
     check_shape("context_lens", context_lens, (num_seqs,), "S")
     if 0 in (q.shape[0], *block_tables.shape):
         return jnp.zeros_like(q)
-    options = {
-        "scale": scale,
-        "sliding_window": sliding_window,
-        "soft_cap": soft_cap,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-    }
+    plain = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
+    options = {**plain, "k_scale": k_scale, "v_scale": v_scale}
     args = (q, k_cache, v_cache, block_tables, cu_q_lens, context_lens)
     if backend == "xla":
         return ragged_prefill_xla(*args, **options)
+    if backend == "mosaic" and mosaic_supports(
+        q, k_cache, **plain, compute_capability=current_target().compute_capability
+    ):
+        from nanovllm_kernels.ragged_prefill.mosaic import ragged_prefill_mosaic
+
+        return ragged_prefill_mosaic(*args, scale=scale)
     import_jax_triton()
     from nanovllm_kernels.ragged_prefill.triton import ragged_prefill_triton
 
     return ragged_prefill_triton(*args, **options)
+
+
+def mosaic_supports(
+    q: Float[Array, "T H D"] | jax.ShapeDtypeStruct,
+    k_cache: Float[Array, "N K block_size D"] | jax.ShapeDtypeStruct,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    compute_capability: int,
+) -> bool:
+    """Whether `backend="mosaic"` has a kernel of its own: TMA and wgmma of sm_90, 16 bits, plain softmax."""
+    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    return (
+        compute_capability == 90
+        and q.dtype == k_cache.dtype
+        and q.dtype in (jnp.dtype("bfloat16"), jnp.dtype("float16"))
+        and head_dim in (64, 128)
+        and block_size in (16, 32, 64, 128)
+        and num_blocks * num_kv_heads > 1  # of a single page Mosaic makes no dimension that could be run past
+        and scale > 0
+        and sliding_window is None
+        and soft_cap is None
+    )

@@ -46,4 +46,5 @@ CASES = (
 BENCHMARKS = (
     AttentionCase("16 x 1024, 16/8 x 128", (1024,) * 16, 16, 8, 128, q_lens=(1024,) * 16),
     AttentionCase("4 x 4096, 16/8 x 128", (4096,) * 4, 16, 8, 128, q_lens=(4096,) * 4),
+    AttentionCase("16 x 1024 after 7168, 16/8 x 128", (8192,) * 16, 16, 8, 128, q_lens=(1024,) * 16),
 )
