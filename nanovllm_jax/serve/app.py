@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
@@ -19,9 +19,11 @@ from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.serve import metrics
 from nanovllm_jax.serve.config import ServeConfig
 from nanovllm_jax.serve.errors import APIError, from_engine, install_handlers
-from nanovllm_jax.serve.generation import check_model, generation_routes
+from nanovllm_jax.serve.generation import check_model, open_reply
 from nanovllm_jax.serve.guards import LimitBody, RequireKey
-from nanovllm_jax.serve.protocol import DetokenizeBody, TokenizeBody
+from nanovllm_jax.serve.page import add_page
+from nanovllm_jax.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, ErrorBody, SamplingBody, TokenizeBody
+from nanovllm_jax.serve.streaming import EventStream, answer
 
 
 def build_app(llm: AsyncLLM, config: ServeConfig) -> FastAPI:
@@ -33,15 +35,44 @@ def build_app(llm: AsyncLLM, config: ServeConfig) -> FastAPI:
         yield
         task.cancel()
 
-    app = FastAPI(title="nanovllm-jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="nanovllm-jax",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
     install_handlers(app)
     app.add_middleware(partial(LimitBody, limit=config.max_body_size))
     app.add_middleware(partial(RequireKey, keys=config.api_keys))
-    app.include_router(generation_routes(llm, config))
+    _add_generation(app, llm, config)
     _add_models(app, llm, config)
     _add_tokens(app, llm, config)
     _add_operations(app, llm, config)
+    add_page(app)
     return app
+
+
+def _add_generation(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
+    async def respond(body: SamplingBody, request: Request) -> Response:
+        reply = await open_reply(llm, config, body, getattr(request.state, "key", None))
+        if body.stream:
+            return EventStream(reply)
+        try:
+            return JSONResponse(await reply.whole())
+        finally:
+            reply.close()
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue one prompt or several."""
+        return await answer(request, respond(body, request))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        return await answer(request, respond(body, request))
 
 
 def _add_models(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
@@ -51,6 +82,7 @@ def _add_models(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
         "created": int(time.time()),
         "owned_by": "nanovllm-jax",
         "max_model_len": llm.max_model_len,
+        "vocab_size": llm.model_config.vocab_size,
     }
 
     @app.get("/v1/models")
@@ -83,10 +115,7 @@ def _add_tokens(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         """The text of token ids."""
         check_model(config, body.model)
-        size = llm.model_config.vocab_size
-        if any(not 0 <= token < size for token in body.tokens):
-            raise APIError(400, f"tokens: ids go from 0 to {size - 1}.", param="tokens")
-        return {"prompt": llm.get_tokenizer().decode(body.tokens)}
+        return {"prompt": await llm.detokenize(body.tokens)}
 
 
 def _add_operations(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:

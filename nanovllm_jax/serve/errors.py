@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -40,17 +41,11 @@ class APIError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def from_engine(error: Exception, fields: dict[str, str] | None = None) -> APIError:
-    """An engine's error as the server's.
-
-    Its messages start with the argument's name; `fields` has the names that a request's body uses instead.
-    """
+def from_engine(error: RequestError | DeviceError, fields: Mapping[str, str] = MappingProxyType({})) -> APIError:
+    """An engine's error as the server's; `fields` has the names that a request's body uses for the engine's."""
     if isinstance(error, DeviceError):
         return APIError(503, str(error), code="engine_dead")
-    fields = fields or {}
-    name = (re.match(r"(?:The )?(\w+)", str(error)) or ["", ""])[1]
-    known = name == name.lower() and ("_" in name or name in ("n", "temperature", "stop", "seed", "logprobs", "prompt"))
-    return APIError(400, str(error), param=fields.get(name, name) if known else fields.get("prompt", "prompt"))
+    return APIError(400, str(error), param=error.param and fields.get(error.param, error.param))
 
 
 def install_handlers(app: FastAPI) -> None:

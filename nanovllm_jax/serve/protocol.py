@@ -18,6 +18,21 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error, as OpenAI's."""
+
+    error: ErrorDetail
+
+
 class StreamOptions(_Body):
     """What a stream reports beside its text."""
 

@@ -43,3 +43,13 @@ def serving(llm, **settings):
         server.should_exit = True
         thread.join()
         opened.close()
+
+
+def wait_until_idle(served):
+    """Steps end by themselves; the thread that waits gives way to them."""
+    waiter = threading.Event()
+    for _ in range(600):
+        if served.is_idle():
+            return
+        waiter.wait(0.05)
+    raise AssertionError(vars(served.llm.stats))

@@ -13,22 +13,12 @@ import threading
 import httpx
 import openai
 import pytest
-from live_server import serving
+from live_server import serving, wait_until_idle
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm_jax import AsyncLLM
 
 LONG = {"prompt": "Once", "max_tokens": 200, "ignore_eos": True}
-
-
-def wait_until_idle(served):
-    """Steps end by themselves; the thread that waits gives way to them."""
-    waiter = threading.Event()
-    for _ in range(600):
-        if served.is_idle():
-            return
-        waiter.wait(0.05)
-    raise AssertionError(vars(served.llm.stats))
 
 
 def test_tokenize_and_detokenize_are_inverse(served):
