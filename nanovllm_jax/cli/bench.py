@@ -1,4 +1,4 @@
-"""`nanovllm-jax bench throughput`, and the measuring that `benchmarks/` shares with it."""
+"""`nanovllm-jax bench throughput`, and the drawing and measuring that `benchmarks/` shares with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nanovllm_jax.cli.terminal import note, write
 from nanovllm_jax.errors import NanoVLLMError
 from nanovllm_jax.sampling_params import SamplingParams
 
-app = typer.Typer(no_args_is_help=True, help="Measures the engine.", rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, help="Measures the engine and servers.", rich_markup_mode="rich")
 
 MAX_TOKEN_ID = 10_000  # of nano-vLLM's benchmark
 _WARM_UP_SEED = 99
@@ -114,7 +114,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH).print(table)
 
 
-def _length_range(text: str) -> tuple[int, int]:
+def length_range(text: str) -> tuple[int, int]:
     """`128` or `100:1024`."""
     low, _, high = text.partition(":")
     try:
@@ -131,10 +131,10 @@ def throughput(
     model: options.Model = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Requests a run.")] = 32,
     input_len: Annotated[
-        Any, typer.Option(parser=_length_range, metavar="N|LOW:HIGH", help="Prompt tokens, drawn uniformly.")
+        Any, typer.Option(parser=length_range, metavar="N|LOW:HIGH", help="Prompt tokens, drawn uniformly.")
     ] = "128",
     output_len: Annotated[
-        Any, typer.Option(parser=_length_range, metavar="N|LOW:HIGH", help="Output tokens, drawn uniformly.")
+        Any, typer.Option(parser=length_range, metavar="N|LOW:HIGH", help="Output tokens, drawn uniformly.")
     ] = "128",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, each with fresh prompts.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the first run's draw.")] = 0,

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from nanovllm_jax import __version__
 from nanovllm_jax.async_llm import AsyncLLM
@@ -24,6 +24,10 @@ from nanovllm_jax.serve.guards import LimitBody, RequireKey
 from nanovllm_jax.serve.page import add_page
 from nanovllm_jax.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, ErrorBody, SamplingBody, TokenizeBody
 from nanovllm_jax.serve.streaming import EventStream, answer
+
+_WHOLE_OR_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "Whole, or as a stream."}
+}
 
 
 def build_app(llm: AsyncLLM, config: ServeConfig) -> FastAPI:
@@ -64,12 +68,12 @@ def _add_generation(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
         finally:
             reply.close()
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_class=Response, responses=_WHOLE_OR_STREAM)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one prompt or several."""
         return await answer(request, respond(body, request))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_class=Response, responses=_WHOLE_OR_STREAM)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         return await answer(request, respond(body, request))
@@ -121,7 +125,7 @@ def _add_tokens(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
 def _add_operations(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
     registry = metrics.registry(llm.stats, config.model_name)
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         """200 while the engine runs, 503 once it is dead."""
         try:
@@ -135,7 +139,7 @@ def _add_operations(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
         """The server's version."""
         return {"version": __version__}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Figures for Prometheus."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

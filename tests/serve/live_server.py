@@ -45,11 +45,15 @@ def serving(llm, **settings):
         opened.close()
 
 
-def wait_until_idle(served):
+def wait_until(is_so):
     """Steps end by themselves; the thread that waits gives way to them."""
     waiter = threading.Event()
     for _ in range(600):
-        if served.is_idle():
+        if is_so():
             return
         waiter.wait(0.05)
-    raise AssertionError(vars(served.llm.stats))
+    raise AssertionError("it never came")
+
+
+def wait_until_idle(served):
+    wait_until(served.is_idle)

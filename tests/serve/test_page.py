@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import pytest
 from browser import Watched, chromium  # noqa: F401
-from live_server import serving, wait_until_idle
+from live_server import serving, wait_until, wait_until_idle
 from playwright.sync_api import expect
 
 
@@ -51,20 +52,26 @@ def test_tokens_stream_in_and_the_conversation_goes_on(watched, served):
     expect(page.locator("#health")).to_have_text("running")
 
 
-def test_stop_ends_the_request(watched, served):
-    page = watched.page
-    page.evaluate("""() => new MutationObserver((_, observer) => {
-        if (document.querySelector('.assistant .text')?.textContent.length > 5) {
-            observer.disconnect();
-            document.querySelector('#stop').click();
-        }
-    }).observe(document.querySelector('#messages'), {subtree: true, childList: true})""")
+def test_stop_ends_the_request(watched, served, monkeypatch):
+    page, dispatch, held = watched.page, served.llm._engine.runner.dispatch, threading.Event()
+    steps = iter(range(20))
+
+    def dispatch_some(schedule):
+        if next(steps, None) is None:  # the rest waits until the page has stopped it
+            held.wait(60)
+        return dispatch(schedule)
+
+    monkeypatch.setattr(served.llm._engine.runner, "dispatch", dispatch_some)
     before = served.llm.stats.num_finished["abort"]
     ask(page, "Tell me all.")
+    expect(page.locator(".assistant .text")).not_to_be_empty()
+    page.get_by_role("button", name="Stop").click()
     expect(page.locator(".assistant .note")).to_have_text(re.compile("stopped"))
-    assert page.locator(".assistant .text").text_content()
+    wait_until(lambda: served.llm.num_unfinished == 0)
+    held.set()
     wait_until_idle(served)
     assert served.llm.stats.num_finished["abort"] == before + 1
+    assert page.locator(".assistant .text").text_content()
     expect(page.locator("#send")).to_be_visible()
     page.get_by_role("button", name="New chat").click()
     expect(page.locator(".message")).to_have_count(0)
