@@ -75,15 +75,21 @@ def warm_up(llm: Any, max_token_id: int = MAX_TOKEN_ID) -> None:
     timed_run(llm, random_requests(_WARM_UP_SEED, 16, (10, 20), (10, 20), max_token_id))
 
 
-def timed_run(llm: Any, requests: Requests) -> Run:
+def timed_run(llm: Any, requests: Requests, *, detokenize: bool = False) -> Run:
     """Times one `generate` call at temperature 0.6 with full-length outputs.
+
+    Args:
+        llm: an `LLM`.
+        requests: what to generate.
+        detokenize: make texts too, as a server has to.
 
     Raises:
         NanoVLLMError: if an output has not the length that was asked for.
     """
     prompts, output_lens = requests
     params = [
-        SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length, detokenize=False) for length in output_lens
+        SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length, detokenize=detokenize)
+        for length in output_lens
     ]
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     started = time.perf_counter()

@@ -35,7 +35,7 @@ def build_app(llm: AsyncLLM, config: ServeConfig) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        task = asyncio.create_task(metrics.log_figures(llm.stats))
+        task = asyncio.create_task(metrics.log_throughput(llm.stats))
         yield
         task.cancel()
 
