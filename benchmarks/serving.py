@@ -132,8 +132,8 @@ def measure(args: argparse.Namespace, batching: str, offline: float, deadline: f
     """Starts a server and sends it all loads."""
     with server(args, batching) as url:
         card = asyncio.run(find_model(url, None))
-        target = Target(url, str(card["id"]))
-        draws = Draws(args, min(MAX_TOKEN_ID, int(str(card["vocab_size"])) - 1))
+        target = Target(url, card["id"])
+        draws = Draws(args, min(MAX_TOKEN_ID, card["vocab_size"] - 1))
         asyncio.run(drive(target, *draws.next(16), Load()))  # not timed
         full = send(target, draws.next(args.num_prompts), Load())  # the requests of the offline run
         held = send(target, draws.next(3 * CONCURRENCY), Load(max_concurrency=CONCURRENCY))

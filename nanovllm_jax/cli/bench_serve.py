@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,8 +115,8 @@ def bench_serve(
     from nanovllm_jax.loadtest.figures import per_request, summarise
 
     card = {} if model and max_token_id else asyncio.run(find_model(base_url, api_key))
-    target = Target(base_url, model or str(card["id"]), api_key, ignore_eos)
-    largest = max_token_id or min(MAX_TOKEN_ID, int(card.get("vocab_size", MAX_TOKEN_ID + 1)) - 1)
+    target = Target(base_url, model or card["id"], api_key, ignore_eos)
+    largest = max_token_id or min(MAX_TOKEN_ID, card.get("vocab_size", MAX_TOKEN_ID + 1) - 1)
     runs: list[Served] = []
     summaries: list[dict[str, Any]] = []
     for index, rate in enumerate(request_rate):

@@ -249,7 +249,7 @@ class Engine:
                 outputs.append(self._give_up(request.request_id))
         for request_id in touched:
             try:
-                outputs.append(self._collector.take_output(request_id))
+                outputs.append(self._collector.take_output(request_id, now))
             except Exception:
                 outputs.append(self._give_up(request_id))
         return [output for output in outputs if output is not None]
@@ -274,7 +274,7 @@ class Engine:
             self._lockstep.discard(request)
         self._collector.end(request_id, reason)
         try:
-            return self._collector.take_output(request_id)
+            return self._collector.take_output(request_id, time.time())
         except Exception:
             if reason == "error":
                 raise

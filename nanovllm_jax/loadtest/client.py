@@ -112,9 +112,7 @@ def open_session() -> aiohttp.ClientSession:
     )
 
 
-async def complete(
-    session: aiohttp.ClientSession, target: Target, prompt: list[int] | str, max_tokens: int
-) -> Outcome:
+async def complete(session: aiohttp.ClientSession, target: Target, prompt: list[int] | str, max_tokens: int) -> Outcome:
     """Send one request and read its stream to the end; what goes wrong is in the outcome."""
     outcome = Outcome(time.perf_counter())
     request = session.post(

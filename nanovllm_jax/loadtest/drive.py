@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from nanovllm_jax.errors import NanoVLLMError
 from nanovllm_jax.loadtest.client import Outcome, Target, complete, fetch_json, open_session, root_of
@@ -60,7 +61,7 @@ class Served:
     seconds: float
 
 
-async def find_model(url: str, key: str | None) -> dict[str, object]:
+async def find_model(url: str, key: str | None) -> dict[str, Any]:
     """The first model that a server lists.
 
     Raises:
@@ -81,9 +82,11 @@ async def as_text(target: Target, prompts: Sequence[list[int]]) -> list[str]:
     """
     async with open_session() as session:
         return [
-            (await fetch_json(session, f"{target.root}/detokenize", target.key, {"model": target.model, "tokens": ids}))[
-                "prompt"
-            ]
+            (
+                await fetch_json(
+                    session, f"{target.root}/detokenize", target.key, {"model": target.model, "tokens": ids}
+                )
+            )["prompt"]
             for ids in prompts
         ]
 

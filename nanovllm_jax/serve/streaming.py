@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable
 from contextlib import aclosing
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -14,6 +15,8 @@ from nanovllm_jax.errors import DeviceError, RequestError
 from nanovllm_jax.serve.errors import APIError, from_engine
 from nanovllm_jax.serve.replies import Reply
 
+# One encoder for all events: json.dumps would make one for each.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 CLIENT_LEFT = 499  # nginx's; nobody reads it
 
 
@@ -63,7 +66,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for event in events:
-                    await write(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+                    await write(_encode(event))
             except APIError as error:  # the status is sent: what is left is to say it in the stream
                 await write(json.dumps(error.body()))
             except (RequestError, DeviceError) as error:

@@ -90,7 +90,7 @@ def test_another_file_is_not_overwritten(llm, files):
     source, target = files
     for text in ("my thesis\n", "my thesis", '{"id": 3}'):
         target.write_text(text)
-        with pytest.raises(ConfigError, match="Line 1 of .* is no line of a batch's output"):
+        with pytest.raises(ConfigError, match=r"Line 1 of .* is no line of a batch's output"):
             run(llm, source, target)
         assert target.read_text() == text
 

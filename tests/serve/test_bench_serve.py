@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -78,7 +79,7 @@ def test_requests_that_fail_are_counted_apart():
 
 def test_moments_are_random_and_their_rate_is_exact():
     moments = Load(8.0, seed=3).moments(400)
-    gaps = [after - before for before, after in zip(moments, moments[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(moments)]
     assert moments[0] == 0
     assert moments[-1] == pytest.approx(400 / 8, rel=0.02)
     assert statistics.stdev(gaps) == pytest.approx(1 / 8, rel=0.15)  # of an exponential: its mean

@@ -70,7 +70,9 @@ def test_metrics_count_what_was_served(served):
 def test_the_dashboard_shows_every_metric_and_no_other(served):
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    queries += [variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    queries += [
+        variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"
+    ]
     used = set(re.findall(r"nanovllm:\w+", " ".join(queries)))
     exported = {name for name, _, _ in samples(served)}
     assert used <= exported
