@@ -31,7 +31,7 @@ def _rates(text: str) -> list[float]:
 
 
 def bench_serve(
-    more_goals: Annotated[list[str] | None, typer.Argument(metavar="[GOAL]...", hidden=True)] = None,
+    more_goals: Annotated[list[str] | None, typer.Argument(metavar="GOAL", hidden=True)] = None,
     base_url: Annotated[
         str, typer.Option(help="With or without /v1; of any OpenAI-compatible server.", rich_help_panel=_SERVER)
     ] = "http://127.0.0.1:8000",

@@ -6,8 +6,10 @@ import asyncio
 import json
 
 import pytest
+from typer.testing import CliRunner
 
-from nanovllm_jax import DeviceError
+import nanovllm_jax
+from nanovllm_jax import DeviceError, cli
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.serve.batch import run_batch
 from nanovllm_jax.serve.config import ServeConfig
@@ -107,3 +109,17 @@ def test_an_engine_that_fails_keeps_what_was_done(llm, files, monkeypatch):
     with pytest.raises(DeviceError, match="no device"):
         run(llm, source, target)
     assert read(target)[0]["custom_id"] == "a"
+
+
+def test_command(llm, files, monkeypatch):
+    source, target = files
+    monkeypatch.setattr(nanovllm_jax, "AsyncLLM", lambda model, **arguments: llm)
+    monkeypatch.setattr(llm, "close", lambda: None)
+    monkeypatch.setattr(cli.run_batch, "set_up_logging", lambda verbose: None)
+    for counts in ("3 answered, 9 refused or failed, 0 done before", "0 answered, 3 refused or failed, 9 done before"):
+        result = CliRunner().invoke(cli.app, ["run-batch", str(source), "-o", str(target)])
+        assert result.exit_code == 0, result.output
+        assert counts in result.stderr
+    result = CliRunner().invoke(cli.app, ["run-batch", str(source), "-o", str(source)])
+    assert result.exit_code == 2
+    assert source.read_text().startswith(LINES[0])
