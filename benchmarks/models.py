@@ -14,8 +14,10 @@ Gaussian logits lie so close that bfloat16 changes the winner at 4% of positions
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import string
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 QWEN3_0_6B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -69,6 +72,19 @@ ROW_TAIL = 4.0  # exponent of the Pareto distribution of lengths
 FINAL_NORM = 0.005
 # What a layer's projections add to the residual stream, relative to their input.
 GAINS = {"o_proj": 0.3, "down_proj": 0.05}
+
+
+def write_tokenizer(directory: str | Path, vocab_size: int) -> None:
+    """Writes a byte-level tokenizer of made-up words; it decodes as fast as a real one of that size."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = map("".join, itertools.product(string.ascii_lowercase, repeat=4))
+    vocabulary = [*letters, *(f"\u0120{word}" for word in itertools.islice(words, vocab_size - len(letters)))]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(Path(directory, "tokenizer.json")))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    Path(directory, "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def qwen3_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -116,7 +116,8 @@ class AsyncLLM:
         params = sampling_params or self.get_default_sampling_params()
         request_id = f"async-{next(self._ids)}" if request_id is None else request_id
         if request_id in self._streams:
-            raise RequestError(f"The request id {request_id!r} is in use; give each request its own id.")
+            message = f"The request id {request_id!r} is in use; give each request its own id."
+            raise RequestError(message, param="request_id")
         outputs = self._streams[request_id] = RequestStream(self, request_id, params.n)
         try:
             prepare = partial(self._engine.prepare, request_id, prompt, params, priority=priority, stream=stream)
@@ -164,6 +165,19 @@ class AsyncLLM:
         """Token ids of a text, in the tokenizer's thread."""
         encode = partial(self.get_tokenizer(), text, add_special_tokens=add_special_tokens)
         return list((await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode)).input_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, in the tokenizer's thread.
+
+        Raises:
+            RequestError: for ids outside the vocabulary.
+        """
+        size = self.model_config.vocab_size
+        wrong = next((token for token in token_ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise RequestError(f"tokens holds the id {wrong}; ids go from 0 to {size - 1}.", param="tokens")
+        decode = partial(self.get_tokenizer().decode, token_ids)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, decode)
 
     def get_tokenizer(self) -> Any:
         """As of `LLM`."""

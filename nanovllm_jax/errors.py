@@ -10,7 +10,15 @@ class ConfigError(NanoVLLMError, ValueError):
 
 
 class RequestError(NanoVLLMError, ValueError):
-    """A prompt or its sampling parameters cannot be served; other requests go on."""
+    """A prompt or its sampling parameters cannot be served; other requests go on.
+
+    Attributes:
+        param: the argument that it is about, such as "temperature" or "prompt"; None if it is about none.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class WeightsError(NanoVLLMError, ValueError):

@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nanovllm_jax.errors import RequestError
@@ -85,7 +86,8 @@ class SamplingParams:
             if self.n > 1:
                 raise RequestError(
                     f"n is {self.n} at temperature 0; greedy samples are all equal, so n must be 1. "
-                    "Set a temperature above 0 for several samples."
+                    "Set a temperature above 0 for several samples.",
+                    param="n",
                 )
             self._store(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
 
@@ -106,7 +108,8 @@ class SamplingParams:
         self._store(temperature=temperature)
         top_p = _number("top_p", self.top_p, 0.0, 1.0, "1 keeps all tokens")
         if top_p == 0.0:
-            raise RequestError("top_p is 0; it must be above 0 and at most 1. Use temperature=0 for greedy sampling.")
+            message = "top_p is 0; it must be above 0 and at most 1. Use temperature=0 for greedy sampling."
+            raise RequestError(message, param="top_p")
         self._store(top_p=top_p)
         self._store(top_k=max(0, _integer("top_k", self.top_k, -1, None, "0 keeps all tokens")))
         self._store(min_p=_number("min_p", self.min_p, 0.0, 1.0, "0 keeps all tokens"))
@@ -116,7 +119,8 @@ class SamplingParams:
             self._store(**{name: _number(name, getattr(self, name), -2.0, 2.0, "0 switches it off")})
         penalty = _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "1 switches it off")
         if penalty == 0.0:
-            raise RequestError("repetition_penalty is 0; it must be above 0. 1 switches it off.")
+            message = "repetition_penalty is 0; it must be above 0. 1 switches it off."
+            raise RequestError(message, param="repetition_penalty")
         self._store(repetition_penalty=penalty)
         if self.logit_bias is not None:
             self._store(logit_bias=_logit_bias(self.logit_bias))
@@ -128,7 +132,8 @@ class SamplingParams:
             max_tokens = _integer("max_tokens", self.max_tokens, 1, None, "None means the model's limit")
             self._store(max_tokens=max_tokens)
             if self.min_tokens > max_tokens:
-                raise RequestError(f"min_tokens is {self.min_tokens}, above max_tokens {max_tokens}; raise max_tokens.")
+                message = f"min_tokens is {self.min_tokens}, above max_tokens {max_tokens}; raise max_tokens."
+                raise RequestError(message, param="min_tokens")
         if self.seed is not None:
             seed = _integer("seed", self.seed, -(2**63), 2**64 - 1, "None takes one from the engine")
             self._store(seed=None if seed == -1 else seed)
@@ -142,13 +147,15 @@ class SamplingParams:
         self._store(stop=_strings("stop", self.stop))
         self._store(bad_words=_strings("bad_words", self.bad_words))
         if isinstance(self.stop_token_ids, int | str):
-            raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids.")
+            message = f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids."
+            raise RequestError(message, param="stop_token_ids")
         ids = (_integer("stop_token_ids", i, 0, None, "give token ids") for i in self.stop_token_ids or ())
         self._store(stop_token_ids=tuple(dict.fromkeys(ids)))
         if self.stop and not self.detokenize:
             raise RequestError(
                 f"stop is {list(self.stop)!r} but detokenize is False; stop strings are found in text. "
-                "Set detokenize=True or use stop_token_ids."
+                "Set detokenize=True or use stop_token_ids.",
+                param="stop",
             )
 
 
@@ -160,7 +167,7 @@ def _number(name: str, value: Any, low: float, high: float, hint: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and low <= number <= high):
-        raise RequestError(f"{name} is {value!r}; it must be a number {limit} ({hint}).")
+        raise RequestError(f"{name} is {value!r}; it must be a number {limit} ({hint}).", param=name)
     return number
 
 
@@ -172,7 +179,7 @@ def _integer(name: str, value: Any, low: int, high: int | None, hint: str) -> in
     except TypeError:
         number = None
     if number is None or number < low or (high is not None and number > high):
-        raise RequestError(f"{name} is {value!r}; it must be an integer, {limit} ({hint}).")
+        raise RequestError(f"{name} is {value!r}; it must be an integer, {limit} ({hint}).", param=name)
     return number
 
 
@@ -181,21 +188,23 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     strings = () if value is None else (value,) if isinstance(value, str) else tuple(value)
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise RequestError(f"{name} contains {string!r}; each must be a string of at least 1 character.")
+            message = f"{name} contains {string!r}; each must be a string of at least 1 character."
+            raise RequestError(message, param=name)
     return tuple(dict.fromkeys(strings))
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
     """Token id -> bias, the ids as ints (JSON makes them strings) and the biases clamped."""
     biases = {}
+    refuse = partial(RequestError, param="logit_bias")
     for token, bias in value.items():
         try:
             token_id = int(token)
         except (TypeError, ValueError):
-            raise RequestError(f"logit_bias has the key {token!r}; keys must be token ids.") from None
+            raise refuse(f"logit_bias has the key {token!r}; keys must be token ids.") from None
         if token_id < 0:
-            raise RequestError(f"logit_bias has the key {token!r}; token ids start at 0.")
+            raise refuse(f"logit_bias has the key {token!r}; token ids start at 0.")
         if not isinstance(bias, int | float) or math.isnan(bias):
-            raise RequestError(f"logit_bias[{token_id}] is {bias!r}; it must be a number from -100 to 100.")
+            raise refuse(f"logit_bias[{token_id}] is {bias!r}; it must be a number from -100 to 100.")
         biases[token_id] = float(min(MAX_LOGIT_BIAS, max(-MAX_LOGIT_BIAS, bias)))
     return biases

@@ -9,6 +9,7 @@ import pytest
 from tiny_models import write_tiny_model
 
 from nanovllm_jax import LLM, AsyncLLM, DeviceError, RequestError, SamplingParams
+from nanovllm_jax.engine import collector
 
 SETTINGS = {
     "skip_tokenizer_init": True,
@@ -64,6 +65,15 @@ def test_outputs_grow(shared):
     lengths = asyncio.run(main())
     assert lengths == sorted(set(lengths))
     assert lengths[-1] == 100
+
+
+def test_requests_that_stream_share_the_reports(shared, monkeypatch):
+    monkeypatch.setattr(collector, "_REPORT_S", 1e6)  # none is due after the first
+
+    async def main():
+        return [len(o.outputs[0].token_ids) async for o in shared.generate([1, 2], LONG)]
+
+    assert asyncio.run(main()) == [1, 100]
 
 
 def test_only_the_end_is_reported_without_stream(shared):

@@ -1,4 +1,4 @@
-"""The command `nanovllm-jax`: generate, chat, convert and bench.
+"""The command `nanovllm-jax` and its subcommands.
 
 Nothing here imports JAX or transformers until a command needs them, so that `--help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""`nanovllm-jax bench throughput`, and the measuring that `benchmarks/` shares with it."""
+"""`nanovllm-jax bench throughput`, and the drawing and measuring that `benchmarks/` shares with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nanovllm_jax.cli.terminal import note, write
 from nanovllm_jax.errors import NanoVLLMError
 from nanovllm_jax.sampling_params import SamplingParams
 
-app = typer.Typer(no_args_is_help=True, help="Measures the engine.", rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, help="Measures the engine and servers.", rich_markup_mode="rich")
 
 MAX_TOKEN_ID = 10_000  # of nano-vLLM's benchmark
 _WARM_UP_SEED = 99
@@ -75,15 +75,21 @@ def warm_up(llm: Any, max_token_id: int = MAX_TOKEN_ID) -> None:
     timed_run(llm, random_requests(_WARM_UP_SEED, 16, (10, 20), (10, 20), max_token_id))
 
 
-def timed_run(llm: Any, requests: Requests) -> Run:
+def timed_run(llm: Any, requests: Requests, *, detokenize: bool = False) -> Run:
     """Times one `generate` call at temperature 0.6 with full-length outputs.
+
+    Args:
+        llm: an `LLM`.
+        requests: what to generate.
+        detokenize: make texts too, as a server has to.
 
     Raises:
         NanoVLLMError: if an output has not the length that was asked for.
     """
     prompts, output_lens = requests
     params = [
-        SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length, detokenize=False) for length in output_lens
+        SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length, detokenize=detokenize)
+        for length in output_lens
     ]
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     started = time.perf_counter()
@@ -114,7 +120,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH).print(table)
 
 
-def _length_range(text: str) -> tuple[int, int]:
+def length_range(text: str) -> tuple[int, int]:
     """`128` or `100:1024`."""
     low, _, high = text.partition(":")
     try:
@@ -131,10 +137,10 @@ def throughput(
     model: options.Model = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Requests a run.")] = 32,
     input_len: Annotated[
-        Any, typer.Option(parser=_length_range, metavar="N|LOW:HIGH", help="Prompt tokens, drawn uniformly.")
+        Any, typer.Option(parser=length_range, metavar="N|LOW:HIGH", help="Prompt tokens, drawn uniformly.")
     ] = "128",
     output_len: Annotated[
-        Any, typer.Option(parser=_length_range, metavar="N|LOW:HIGH", help="Output tokens, drawn uniformly.")
+        Any, typer.Option(parser=length_range, metavar="N|LOW:HIGH", help="Output tokens, drawn uniformly.")
     ] = "128",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, each with fresh prompts.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the first run's draw.")] = 0,

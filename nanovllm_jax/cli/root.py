@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nanovllm_jax.cli import bench, chat, convert, generate, inspect, serve
+from nanovllm_jax.cli import bench, bench_serve, chat, convert, generate, inspect, run_batch, serve
 from nanovllm_jax.cli.terminal import show_error
 from nanovllm_jax.errors import ConfigError, NanoVLLMError, RequestError
 
@@ -42,6 +42,8 @@ app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("serve")(serve.serve)
+app.command("run-batch")(run_batch.run_batch)
+bench.app.command("serve")(bench_serve.bench_serve)
 app.add_typer(bench.app, name="bench")
 
 

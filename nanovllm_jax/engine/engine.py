@@ -151,7 +151,8 @@ class Engine:
         """
         self._check_alive()
         if prepared.request_id in self._collector:
-            raise RequestError(f"The request id {prepared.request_id!r} is in use; give each request its own id.")
+            message = f"The request id {prepared.request_id!r} is in use; give each request its own id."
+            raise RequestError(message, param="request_id")
         for request in prepared.samples:  # all or none: the first one raises if the request cannot be served
             self.scheduler.add(request)
             if request.plan.bad_words:
@@ -248,7 +249,7 @@ class Engine:
                 outputs.append(self._give_up(request.request_id))
         for request_id in touched:
             try:
-                outputs.append(self._collector.take_output(request_id))
+                outputs.append(self._collector.take_output(request_id, now))
             except Exception:
                 outputs.append(self._give_up(request_id))
         return [output for output in outputs if output is not None]
@@ -273,7 +274,7 @@ class Engine:
             self._lockstep.discard(request)
         self._collector.end(request_id, reason)
         try:
-            return self._collector.take_output(request_id)
+            return self._collector.take_output(request_id, time.time())
         except Exception:
             if reason == "error":
                 raise
@@ -297,7 +298,8 @@ class Engine:
             if value is not None and not 0 <= value <= self._max_logprobs:
                 raise RequestError(
                     f"{name} is {value}; this engine returns 0 to {self._max_logprobs} a token: ask for fewer, or "
-                    "raise max_logprobs when you make the LLM."
+                    "raise max_logprobs when you make the LLM.",
+                    param=name,
                 )
 
 

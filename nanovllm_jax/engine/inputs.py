@@ -51,25 +51,29 @@ def parse_prompt(prompt: Prompt, tokenizer: Any | None, vocab_size: int) -> Pars
         if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
             raise RequestError(
                 f"A prompt dict has the keys {sorted(prompt)}; give either 'prompt' or 'prompt_token_ids', and "
-                "'cache_salt' if you like."
+                "'cache_salt' if you like.",
+                param="prompt",
             )
         salt = prompt.get("cache_salt")
         if salt is not None and (not isinstance(salt, str) or not salt):
-            raise RequestError(f"cache_salt is {salt!r}; it must be a string of at least 1 character.")
+            message = f"cache_salt is {salt!r}; it must be a string of at least 1 character."
+            raise RequestError(message, param="cache_salt")
         prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]  # pyright: ignore
     if isinstance(prompt, str):
         if tokenizer is None:
             raise RequestError(
                 "The prompt is text, but the engine has no tokenizer (skip_tokenizer_init=True): give "
-                "'prompt_token_ids', or load the tokenizer."
+                "'prompt_token_ids', or load the tokenizer.",
+                param="prompt",
             )
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(f"The prompt is no valid Unicode text ({error}); mend it.") from None
+            message = f"The prompt is no valid Unicode text ({error}); mend it."
+            raise RequestError(message, param="prompt") from None
         token_ids = list(tokenizer(prompt).input_ids)
         if not token_ids:
-            raise RequestError(f"The prompt {prompt!r} has no tokens; give at least 1 character.")
+            raise RequestError(f"The prompt {prompt!r} has no tokens; give at least 1 character.", param="prompt")
         return ParsedPrompt(token_ids, prompt, salt)
     return ParsedPrompt(_check_ids(prompt, vocab_size), None, salt)
 
@@ -80,14 +84,16 @@ def _check_ids(prompt: Any, vocab_size: int) -> list[int]:
     except TypeError:
         raise RequestError(
             f"The prompt is {type(prompt).__name__} {str(prompt)[:80]!r}; give a string, a list of token ids, or a "
-            "dict with 'prompt' or 'prompt_token_ids'."
+            "dict with 'prompt' or 'prompt_token_ids'.",
+            param="prompt",
         ) from None
     if not token_ids:
-        raise RequestError("The prompt has no tokens; give at least 1 token id.")
+        raise RequestError("The prompt has no tokens; give at least 1 token id.", param="prompt")
     worst = max(token_ids, key=lambda token: token if token >= vocab_size else -token)
     if not 0 <= worst < vocab_size:
         raise RequestError(
-            f"The prompt holds token id {worst}; ids go from 0 to {vocab_size - 1}: use this model's tokenizer."
+            f"The prompt holds token id {worst}; ids go from 0 to {vocab_size - 1}: use this model's tokenizer.",
+            param="prompt",
         )
     return token_ids
 
@@ -99,11 +105,13 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
         RequestError: without messages or a template, or if the messages do not fit the template.
     """
     if not messages:
-        raise RequestError("The conversation has no messages; give at least one, with 'role' and 'content'.")
+        message = "The conversation has no messages; give at least one, with 'role' and 'content'."
+        raise RequestError(message, param="messages")
     try:
         rendered = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **template_args)
     except Exception as error:  # templates are programs of the model's authors: they raise what they like
-        raise RequestError(f"The chat template does not take these messages: {error}") from error
+        message = f"The chat template does not take these messages: {error}"
+        raise RequestError(message, param="messages") from error
     return list(rendered["input_ids"])
 
 
@@ -114,7 +122,8 @@ def bad_word_ids(words: Sequence[str], tokenizer: Any | None) -> list[list[int]]
         RequestError: without a tokenizer.
     """
     if words and tokenizer is None:
-        raise RequestError(f"bad_words is {list(words)!r}, but the engine has no tokenizer to find their tokens.")
+        message = f"bad_words is {list(words)!r}, but the engine has no tokenizer to find their tokens."
+        raise RequestError(message, param="bad_words")
     found: dict[tuple[int, ...], None] = {}
     for word in words:
         for text in (word.lstrip(), " " + word.lstrip()):

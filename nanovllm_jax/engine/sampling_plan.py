@@ -74,14 +74,16 @@ def plan_sampling(
     longer = tuple(tuple(word) for word in bad_words if len(word) > 1)
     for token, _, _ in adjustments:
         if not 0 <= token < vocab_size:
+            name = "logit_bias" if token in (params.logit_bias or ()) else "stop_token_ids"
             raise RequestError(
-                f"logit_bias, stop_token_ids or bad_words name token {token}; ids go from 0 to {vocab_size - 1}: "
-                "use ids of this model's tokenizer."
+                f"{name} has the token {token}; ids go from 0 to {vocab_size - 1}: use ids of this model's tokenizer.",
+                param=name,
             )
     if len(adjustments) + len(longer) > MAX_ADJUSTMENTS:
         raise RequestError(
             f"logit_bias, bad_words and min_tokens need {len(adjustments) + len(longer)} entries; the limit is "
-            f"{MAX_ADJUSTMENTS}: name fewer tokens."
+            f"{MAX_ADJUSTMENTS}: name fewer tokens.",
+            param="logit_bias" if params.logit_bias else "bad_words" if bad_words else "min_tokens",
         )
     penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
     filtered = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)

@@ -68,12 +68,14 @@ class Scheduler:
         """
         room = self.config.max_total_tokens - request.num_prompt_tokens
         if request.num_prompt_tokens < 1:
-            raise RequestError(f"The prompt of request {request.request_id!r} is empty; give at least 1 token.")
+            message = f"The prompt of request {request.request_id!r} is empty; give at least 1 token."
+            raise RequestError(message, param="prompt")
         if room < 1:
-            raise RequestError(self._too_long(request))
+            raise RequestError(self._too_long(request), param="prompt")
         samples = self._requests.setdefault(request.request_id, [])
         if any(other.sample_index == request.sample_index for other in samples):
-            raise RequestError(f"The request id {request.request_id!r} is in use; give each request its own id.")
+            message = f"The request id {request.request_id!r} is in use; give each request its own id."
+            raise RequestError(message, param="request_id")
         samples.append(request)
         request.max_tokens = min(request.params.max_tokens or room, room)
         request.arrival = next(self._arrivals)

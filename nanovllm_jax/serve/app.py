@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from nanovllm_jax import __version__
 from nanovllm_jax.async_llm import AsyncLLM
@@ -19,9 +19,15 @@ from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.serve import metrics
 from nanovllm_jax.serve.config import ServeConfig
 from nanovllm_jax.serve.errors import APIError, from_engine, install_handlers
-from nanovllm_jax.serve.generation import check_model, generation_routes
+from nanovllm_jax.serve.generation import check_model, open_reply
 from nanovllm_jax.serve.guards import LimitBody, RequireKey
-from nanovllm_jax.serve.protocol import DetokenizeBody, TokenizeBody
+from nanovllm_jax.serve.page import add_page
+from nanovllm_jax.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, ErrorBody, SamplingBody, TokenizeBody
+from nanovllm_jax.serve.streaming import EventStream, answer
+
+_WHOLE_OR_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "Whole, or as a stream."}
+}
 
 
 def build_app(llm: AsyncLLM, config: ServeConfig) -> FastAPI:
@@ -29,19 +35,48 @@ def build_app(llm: AsyncLLM, config: ServeConfig) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        task = asyncio.create_task(metrics.log_figures(llm.stats))
+        task = asyncio.create_task(metrics.log_throughput(llm.stats))
         yield
         task.cancel()
 
-    app = FastAPI(title="nanovllm-jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="nanovllm-jax",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
     install_handlers(app)
     app.add_middleware(partial(LimitBody, limit=config.max_body_size))
     app.add_middleware(partial(RequireKey, keys=config.api_keys))
-    app.include_router(generation_routes(llm, config))
+    _add_generation(app, llm, config)
     _add_models(app, llm, config)
     _add_tokens(app, llm, config)
     _add_operations(app, llm, config)
+    add_page(app)
     return app
+
+
+def _add_generation(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
+    async def respond(body: SamplingBody, request: Request) -> Response:
+        reply = await open_reply(llm, config, body, getattr(request.state, "key", None))
+        if body.stream:
+            return EventStream(reply)
+        try:
+            return JSONResponse(await reply.whole())
+        finally:
+            reply.close()
+
+    @app.post("/v1/completions", response_class=Response, responses=_WHOLE_OR_STREAM)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue one prompt or several."""
+        return await answer(request, respond(body, request))
+
+    @app.post("/v1/chat/completions", response_class=Response, responses=_WHOLE_OR_STREAM)
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        return await answer(request, respond(body, request))
 
 
 def _add_models(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
@@ -51,6 +86,7 @@ def _add_models(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
         "created": int(time.time()),
         "owned_by": "nanovllm-jax",
         "max_model_len": llm.max_model_len,
+        "vocab_size": llm.model_config.vocab_size,
     }
 
     @app.get("/v1/models")
@@ -83,16 +119,13 @@ def _add_tokens(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         """The text of token ids."""
         check_model(config, body.model)
-        size = llm.model_config.vocab_size
-        if any(not 0 <= token < size for token in body.tokens):
-            raise APIError(400, f"tokens: ids go from 0 to {size - 1}.", param="tokens")
-        return {"prompt": llm.get_tokenizer().decode(body.tokens)}
+        return {"prompt": await llm.detokenize(body.tokens)}
 
 
 def _add_operations(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
     registry = metrics.registry(llm.stats, config.model_name)
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         """200 while the engine runs, 503 once it is dead."""
         try:
@@ -106,7 +139,7 @@ def _add_operations(app: FastAPI, llm: AsyncLLM, config: ServeConfig) -> None:
         """The server's version."""
         return {"version": __version__}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Figures for Prometheus."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

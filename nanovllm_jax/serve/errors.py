@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -40,17 +41,11 @@ class APIError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def from_engine(error: Exception, fields: dict[str, str] | None = None) -> APIError:
-    """An engine's error as the server's.
-
-    Its messages start with the argument's name; `fields` has the names that a request's body uses instead.
-    """
+def from_engine(error: RequestError | DeviceError, fields: Mapping[str, str] = MappingProxyType({})) -> APIError:
+    """An engine's error as the server's; `fields` has the names that a request's body uses for the engine's."""
     if isinstance(error, DeviceError):
         return APIError(503, str(error), code="engine_dead")
-    fields = fields or {}
-    name = (re.match(r"(?:The )?(\w+)", str(error)) or ["", ""])[1]
-    known = name == name.lower() and ("_" in name or name in ("n", "temperature", "stop", "seed", "logprobs", "prompt"))
-    return APIError(400, str(error), param=fields.get(name, name) if known else fields.get("prompt", "prompt"))
+    return APIError(400, str(error), param=error.param and fields.get(error.param, error.param))
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -62,7 +57,7 @@ def install_handlers(app: FastAPI) -> None:
         if isinstance(error, RequestError | DeviceError):
             return from_engine(error).response()
         if isinstance(error, RequestValidationError):
-            return _validation_error(error).response()
+            return from_validation([_without_source(one) for one in error.errors()], "The body").response()
         if isinstance(error, HTTPException):
             return APIError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
         return APIError(500, f"{type(error).__name__} in the server; its log has the traceback.").response()
@@ -71,14 +66,20 @@ def install_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, on_api_error)
 
 
-def _validation_error(error: RequestValidationError) -> APIError:
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"][1:]]
+def from_validation(errors: Sequence[Any], whole: str) -> APIError:
+    """The first of pydantic's errors; `whole` names what they are about where no field is to blame."""
+    first = errors[0]
+    path = [str(part) for part in first["loc"]]
     if first["type"] == "json_invalid":
-        return APIError(400, f"The body is no valid JSON: {first.get('ctx', {}).get('error', first['msg'])}.")
+        return APIError(400, f"{whole} is no valid JSON: {first.get('ctx', {}).get('error', first['msg'])}.")
     param = path[0] if path else None
     if first["type"] == "extra_forbidden":
         return APIError(400, f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter")
-    where = ".".join(part for part in path if part.isidentifier() or part.isdigit()) or "The body"
+    where = ".".join(part for part in path if part.isidentifier() or part.isdigit()) or whole
     code = "unsupported_parameter" if first["type"] == "unsupported" else None
     return APIError(400, f"{where}: {first['msg']}", param=param, code=code)
+
+
+def _without_source(error: Any) -> Any:
+    """FastAPI's paths start with where the field was found: body, query or path."""
+    return {**error, "loc": error["loc"][1:]}

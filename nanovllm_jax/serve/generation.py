@@ -1,13 +1,11 @@
-"""The two endpoints that generate: from a request's body to a `Reply`."""
+"""What the two endpoints that generate have in common with the batch runner: from a request's body to a `Reply`."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
-
-from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
 
 from nanovllm_jax.async_llm import AsyncLLM, RequestStream
 from nanovllm_jax.engine.inputs import Prompt
@@ -17,9 +15,9 @@ from nanovllm_jax.serve.config import ServeConfig
 from nanovllm_jax.serve.errors import APIError, from_engine
 from nanovllm_jax.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from nanovllm_jax.serve.replies import Reply
-from nanovllm_jax.serve.streaming import EventStream, answer
 
 _OPENAI_MAX_TOKENS = 16  # of /v1/completions
+_SAME_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 def check_model(config: ServeConfig, model: str | None) -> None:
@@ -33,24 +31,22 @@ def check_model(config: ServeConfig, model: str | None) -> None:
         raise APIError(404, message, param="model", code="model_not_found")
 
 
-def generation_routes(llm: AsyncLLM, config: ServeConfig) -> APIRouter:
-    """`/v1/completions` and `/v1/chat/completions`."""
-    router = APIRouter(prefix="/v1")
+async def open_reply(llm: AsyncLLM, config: ServeConfig, body: SamplingBody, key: str | None = None) -> Reply:
+    """Queue what a body asks for. Whoever gets the reply closes it.
 
-    @router.post("/completions")
-    async def completions(body: CompletionBody, request: Request) -> Response:
-        """Continue one prompt or several."""
-        return await answer(request, _completions(llm, config, body, request))
+    Args:
+        llm: the engine.
+        config: the server's settings.
+        body: of /v1/completions or of /v1/chat/completions.
+        key: the API key that came with it.
 
-    @router.post("/chat/completions")
-    async def chat_completions(body: ChatBody, request: Request) -> Response:
-        """Answer a conversation."""
-        return await answer(request, _chat(llm, config, body, request))
-
-    return router
+    Raises:
+        APIError: if it cannot be served.
+    """
+    return await (_chat if isinstance(body, ChatBody) else _completion)(llm, config, body, key)  # pyright: ignore
 
 
-async def _completions(llm: AsyncLLM, config: ServeConfig, body: CompletionBody, request: Request) -> Response:
+async def _completion(llm: AsyncLLM, config: ServeConfig, body: CompletionBody, key: str | None) -> Reply:
     try:
         max_tokens = _OPENAI_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         params = body.sampling_params(llm.get_default_sampling_params(), max_tokens=max_tokens)
@@ -59,10 +55,10 @@ async def _completions(llm: AsyncLLM, config: ServeConfig, body: CompletionBody,
     prompt = body.prompt
     many: Sequence[Any] = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
     prompts = [{"prompt" if isinstance(one, str) else "prompt_token_ids": one} for one in many]
-    return await _respond(llm, config, body, request, prompts, params, is_chat=False, top=body.logprobs)
+    return await _open(llm, config, body, key, prompts, params, is_chat=False, top=body.logprobs)
 
 
-async def _chat(llm: AsyncLLM, config: ServeConfig, body: ChatBody, request: Request) -> Response:
+async def _chat(llm: AsyncLLM, config: ServeConfig, body: ChatBody, key: str | None) -> Reply:
     if body.top_logprobs is not None and not body.logprobs:
         raise APIError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
     top = (body.top_logprobs or 0) if body.logprobs else None
@@ -76,26 +72,26 @@ async def _chat(llm: AsyncLLM, config: ServeConfig, body: ChatBody, request: Req
     except RequestError as error:
         raise from_engine(error, fields) from error
     prompts = [{"prompt_token_ids": ids}]
-    return await _respond(llm, config, body, request, prompts, params, is_chat=True, top=top, fields=fields)
+    return await _open(llm, config, body, key, prompts, params, is_chat=True, top=top, fields=fields)
 
 
-async def _respond(
+async def _open(
     llm: AsyncLLM,
     config: ServeConfig,
     body: SamplingBody,
-    request: Request,
+    key: str | None,
     prompts: list[dict[str, Any]],
     params: SamplingParams,
     *,
     is_chat: bool,
     top: int | None,
-    fields: dict[str, str] | None = None,
-) -> Response:
+    fields: Mapping[str, str] = _SAME_NAMES,
+) -> Reply:
     check_model(config, body.model)
     if body.stream_options is not None and not body.stream:
         raise APIError(400, "stream_options needs stream to be true.", param="stream_options")
     _check_queue(llm, config)
-    salt = _salt(config, request, body.cache_salt)
+    salt = _salt(key, body.cache_salt)
     streams: list[RequestStream] = []
     usage = body.stream_options is not None and body.stream_options.include_usage
     reply = Reply(config.model_name, is_chat, streams, params.n, top, usage)
@@ -103,25 +99,14 @@ async def _respond(
         for prompt in prompts:
             salted: Prompt = {**prompt, "cache_salt": salt} if salt else prompt  # pyright: ignore
             streams.append(await llm.add_request(salted, params, priority=body.priority, stream=body.stream))
-            _check_length(llm, body, streams[-1], (fields or {}).get("max_tokens", "max_tokens"))
-        if body.stream:
-            return EventStream(_closing(reply))
-        response = JSONResponse(await reply.whole())
+            _check_length(llm, body, streams[-1], fields.get("max_tokens", "max_tokens"))
     except (RequestError, DeviceError) as error:
         reply.close()
         raise from_engine(error, fields) from error
     except BaseException:
         reply.close()
         raise
-    return response
-
-
-async def _closing(reply: Reply) -> AsyncGenerator[dict[str, Any]]:
-    try:
-        async for chunk in reply.chunks():
-            yield chunk
-    finally:
-        reply.close()
+    return reply
 
 
 def _check_queue(llm: AsyncLLM, config: ServeConfig) -> None:
@@ -146,10 +131,9 @@ def _check_length(llm: AsyncLLM, body: SamplingBody, stream: RequestStream, name
         )
 
 
-def _salt(config: ServeConfig, request: Request, asked: str | None) -> str | None:
+def _salt(key: str | None, asked: str | None) -> str | None:
     """Users with different API keys share no cached prefix, since the time to the first token would show a hit."""
-    key = getattr(request.state, "key", None)
     if key is None:
         return asked
-    digest = hashlib.sha256(config.api_keys[key].encode()).hexdigest()
+    digest = hashlib.sha256(key.encode()).hexdigest()
     return f"{digest}:{asked}" if asked else digest

@@ -9,27 +9,32 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm_jax.serve.errors import APIError
 
-_OPEN_PATHS = frozenset({"/health", "/version", "/metrics"})
+_OPEN_PATHS = frozenset({"/", "/health", "/version", "/metrics"})
+_OPEN_FOLDER = "/static/"  # the page's files; it asks for the key itself
 
 
-def matching_key(header: str | None, keys: Sequence[str]) -> int | None:
-    """Index of the key in an `Authorization: Bearer` header. Takes the same time wherever they differ."""
-    given = (header or "").removeprefix("Bearer ").encode()
+def matching_key(header: str, keys: Sequence[str]) -> str | None:
+    """The one of `keys` that an `Authorization: Bearer` header brings. Takes the same time wherever they differ."""
+    given = header.removeprefix("Bearer ").encode()
     found = None
-    for index, key in enumerate(keys):
+    for key in keys:
         if hmac.compare_digest(given, key.encode()):
-            found = index
+            found = key
     return found
 
 
+def _is_open(path: str) -> bool:
+    return path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+
+
 class RequireKey:
-    """Answers 401 unless the request brings one of `keys`; `scope["state"]["key"]` is then its index."""
+    """Answers 401 unless the request brings one of `keys`; `scope["state"]["key"]` is then that one."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app, self._keys = app, list(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and scope["path"] not in _OPEN_PATHS:
+        if scope["type"] == "http" and self._keys and not _is_open(scope["path"]):
             header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
             key = matching_key(header, self._keys)
             if key is None:

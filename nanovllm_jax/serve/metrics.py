@@ -73,22 +73,38 @@ def registry(stats: EngineStats, model_name: str) -> CollectorRegistry:
     return result
 
 
-async def log_figures(stats: EngineStats, every_s: float = 10.0) -> None:
-    """A line as vLLM's every 10 s, while there is something to say; runs until it is cancelled."""
-    before = (time.monotonic(), stats.num_prompt_tokens, stats.num_generation_tokens)
+class Throughput:
+    """What the engine did since it was asked last.
+
+    Args:
+        stats: the engine's.
+        now: s of a monotonic clock.
+    """
+
+    def __init__(self, stats: EngineStats, now: float) -> None:
+        self._stats = stats
+        self._before = (now, stats.num_prompt_tokens, stats.num_generation_tokens)
+
+    def line(self, now: float) -> str | None:
+        """A line as vLLM's; None if nothing was done and nothing waits."""
+        stats, latest = self._stats, (now, self._stats.num_prompt_tokens, self._stats.num_generation_tokens)
+        seconds, prompt, output = (after - before for before, after in zip(self._before, latest, strict=True))
+        self._before = latest
+        if not (prompt or output or stats.num_running or stats.num_waiting):
+            return None
+        return (
+            f"Avg prompt throughput: {prompt / seconds:.1f} tokens/s, "
+            f"Avg generation throughput: {output / seconds:.1f} tokens/s, "
+            f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
+            f"KV cache usage: {stats.cache_usage:.1%}, "
+            f"Prefix cache hit rate: {stats.num_hit_tokens / max(1, stats.num_queried_tokens):.1%}"
+        )
+
+
+async def log_throughput(stats: EngineStats, every_s: float = 10.0) -> None:
+    """Log a line every 10 s while there is something to say; runs until it is cancelled."""
+    throughput = Throughput(stats, time.monotonic())
     while True:
         await asyncio.sleep(every_s)
-        now = (time.monotonic(), stats.num_prompt_tokens, stats.num_generation_tokens)
-        seconds, prompt, output = (b - a for a, b in zip(before, now, strict=True))
-        before = now
-        if prompt or output or stats.num_running or stats.num_waiting:
-            logger.info(
-                "Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, Running: %d reqs, "
-                "Waiting: %d reqs, KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%",
-                prompt / seconds,
-                output / seconds,
-                stats.num_running,
-                stats.num_waiting,
-                100 * stats.cache_usage,
-                100 * stats.num_hit_tokens / max(1, stats.num_queried_tokens),
-            )
+        if line := throughput.line(time.monotonic()):
+            logger.info(line)

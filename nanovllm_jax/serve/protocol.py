@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator
 from pydantic_core import PydanticCustomError
 
 from nanovllm_jax.sampling_params import SamplingParams
 
 _MAX_STRINGS = 64
 Strings = str | Annotated[list[str], Field(max_length=_MAX_STRINGS)]
-TokenIds = list[int]
+TokenIds = list[StrictInt]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error, as OpenAI's."""
+
+    error: ErrorDetail
 
 
 class StreamOptions(_Body):
@@ -81,7 +96,11 @@ class SamplingBody(_Body):
 class CompletionBody(SamplingBody):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[TokenIds], Field(max_length=1024)] | TokenIds | list[str] | str
+    # In this order the first kind that fits is right; trying all of them takes longer than tokenising.
+    prompt: Annotated[
+        str | TokenIds | list[str] | Annotated[list[TokenIds], Field(max_length=1024)],
+        Field(union_mode="left_to_right"),
+    ]
     logprobs: int | None = None
     echo: bool = False
     suffix: str | None = None

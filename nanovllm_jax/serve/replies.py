@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm_jax.async_llm import RequestStream
+from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.outputs import CompletionOutput, RequestOutput
-from nanovllm_jax.serve.errors import APIError
+from nanovllm_jax.serve.errors import APIError, from_engine
 from nanovllm_jax.serve.logprobs import chat_logprobs, completion_logprobs
 
 
@@ -41,9 +42,12 @@ class Reply:
         """The response of a request without `stream`.
 
         Raises:
-            APIError: if a sample ended with an error.
+            APIError: if a sample ended with an error, or the engine failed.
         """
-        outputs = await asyncio.gather(*(_last(stream) for stream in self.streams))
+        try:
+            outputs = await asyncio.gather(*(_last(stream) for stream in self.streams))
+        except DeviceError as error:
+            raise from_engine(error) from error
         choices = [
             self._choice(prompt * self.n + sample.index, sample)
             for prompt, output in enumerate(outputs)
@@ -56,6 +60,7 @@ class Reply:
 
         Raises:
             APIError: if a sample ended with an error.
+            DeviceError: if the engine failed.
         """
         head = self._head(chunk=True) | ({"usage": None} if self.include_usage else {})
         if self.is_chat:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import sys
 
 import uvicorn
 
@@ -14,6 +15,8 @@ from nanovllm_jax.serve.app import build_app
 from nanovllm_jax.serve.config import ServeConfig
 
 logger = logging.getLogger(__name__)
+
+_SWITCH_INTERVAL_S = 0.0005
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -49,6 +52,9 @@ def run_server(
             server_header=False,
         )
     )
+    # The engine's thread asks for the interpreter several times a step, and waits this long for it while a request is
+    # handled; Python's 5 ms would be longer than most steps.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # uvicorn raises the signal again when it has drained; that would end the process before the engine is closed.
     previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

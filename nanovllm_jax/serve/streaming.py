@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import Awaitable
 from contextlib import aclosing
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,7 +13,10 @@ from starlette.types import Receive, Scope, Send
 
 from nanovllm_jax.errors import DeviceError, RequestError
 from nanovllm_jax.serve.errors import APIError, from_engine
+from nanovllm_jax.serve.replies import Reply
 
+# One encoder for all events: json.dumps would make one for each.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 CLIENT_LEFT = 499  # nginx's; nobody reads it
 
 
@@ -42,26 +44,29 @@ async def answer(request: Request, work: Awaitable[Response]) -> Response:
 
 
 class EventStream(Response):
-    """Sends each dict of `events` as one server-sent event, then `[DONE]`; closes `events` when the client leaves."""
+    """Sends each chunk of a reply as one server-sent event, then `[DONE]`; closes the reply when the client leaves."""
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any]]) -> None:
+    def __init__(self, reply: Reply) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self.headers["Content-Type"] = "text/event-stream; charset=utf-8"
         del self.headers["content-length"]
-        self._events = events
+        self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_client_leaves(receive, self._send(send))
+        try:
+            await unless_client_leaves(receive, self._send(send))
+        finally:
+            self._reply.close()
 
     async def _send(self, send: Send) -> None:
         async def write(data: str, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
 
-        async with aclosing(self._events) as events:
+        async with aclosing(self._reply.chunks()) as events:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for event in events:
-                    await write(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+                    await write(_encode(event))
             except APIError as error:  # the status is sent: what is left is to say it in the stream
                 await write(json.dumps(error.body()))
             except (RequestError, DeviceError) as error:

@@ -43,3 +43,17 @@ def serving(llm, **settings):
         server.should_exit = True
         thread.join()
         opened.close()
+
+
+def wait_until(is_so):
+    """Steps end by themselves; the thread that waits gives way to them."""
+    waiter = threading.Event()
+    for _ in range(600):
+        if is_so():
+            return
+        waiter.wait(0.05)
+    raise AssertionError("it never came")
+
+
+def wait_until_idle(served):
+    wait_until(served.is_idle)
