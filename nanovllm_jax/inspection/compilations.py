@@ -17,11 +17,23 @@ def explain_compilations(catalogue: Catalogue, log: Sequence[CompileRecord]) -> 
     """The compile log with reasons, in the order of the log."""
     last: dict[str, ProgramKey] = {}
     found = []
+    first = min((record.started for record in log), default=0.0)
     for record in log:
         key = record.key
         reason = compilation_reason(catalogue, key, last.get(key.kind))
         name = f"{key.kind}[{key.size}]" if key.size else key.kind
-        found.append(Compilation(name, record.lower_s, record.compile_s, record.cache_hit, reason))
+        found.append(
+            Compilation(
+                program=name,
+                start_s=record.started - first,
+                trace_s=record.trace_s,
+                lower_s=record.lower_s,
+                compile_start_s=record.compile_started - first,
+                compile_s=record.compile_s,
+                cache_hit=record.cache_hit,
+                reason=reason,
+            )
+        )
         last[key.kind] = key
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 from nanovllm_jax.errors import ConfigError
 
 # Raised whenever a field changes its meaning or goes away; new fields may come at any time.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,10 @@ class Compilation:
     """One entry of the compile log."""
 
     program: str
-    lower_s: float  # tracing included
+    start_s: float  # of tracing, since the first compilation
+    trace_s: float
+    lower_s: float
+    compile_start_s: float
     compile_s: float
     cache_hit: bool
     reason: str
