@@ -14,19 +14,22 @@ import jax
 import jax.numpy as jnp
 
 from nanovllm_jax.inspection import findings as look
+from nanovllm_jax.inspection.buckets import bucket_rows, memory_of, program_name
+from nanovllm_jax.inspection.compilations import ARGUMENT_NAMES, explain_compilations
 from nanovllm_jax.inspection.costs import Counted, count, kernel_of, kernel_rows
 from nanovllm_jax.inspection.gpus import Gpu, gpu_of_device
 from nanovllm_jax.inspection.hlo_text import Instruction, aliased_parameters, hlo_lines, instructions
 from nanovllm_jax.inspection.jaxpr_text import Line, jaxpr_lines
-from nanovllm_jax.inspection.kernel_costs import Load, decode_load, prefill_load
+from nanovllm_jax.inspection.kernel_costs import load_of
+from nanovllm_jax.inspection.measured import with_measured
 from nanovllm_jax.inspection.report import (
     Argument,
     Card,
     Compilation,
     Finding,
     KernelRow,
-    Memory,
     MemoryPlan,
+    Profile,
     Program,
     Report,
     Text,
@@ -42,16 +45,6 @@ from nanovllm_kernels import lowering_for
 DEFAULT_CONTEXT = 1024
 _PACKAGES = ("nanovllm-jax", "jax", "jaxlib", "jax-triton", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _FLAGS = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_PLATFORMS")
-ARGUMENT_NAMES = {
-    "decode": ("params", "caches", "rows", "delta"),
-    "prefill": ("params", "caches", "rows", "delta"),
-    "plain": ("head", "rows", "hidden", "sampled_rows"),
-    "filtered": ("head", "rows", "hidden", "sampled_rows"),
-    "full": ("head", "rows", "extras", "hidden", "sampled_rows"),
-    "prompt_logprobs": ("head", "hidden", "targets"),
-    "update_rows": ("rows", "packed"),
-    "update_extras": ("extras", "packed"),
-}
 
 
 def collect(
@@ -62,7 +55,9 @@ def collect(
     programs: Programs | None = None,
     gpu: Gpu | None = None,
     context: int = DEFAULT_CONTEXT,
-    compilations: Sequence[Compilation] = (),
+    compilations: Sequence[Compilation] | None = None,
+    buckets: Sequence[ProgramKey] = (),
+    profile: Profile | None = None,
 ) -> Report:
     """Look into programs.
 
@@ -73,12 +68,26 @@ def collect(
         programs: compiles them for the device at hand and keeps them; None only lowers.
         gpu: the GPU to lower for, which need not be there; None for the device at hand.
         context: tokens that each sequence has, for the costs of attention.
-        compilations: the compile log.
+        compilations: the compile log; None takes that of `programs`.
+        buckets: programs for the bucket table.
+        profile: whose measured times go beside the limits.
     """
     device = catalogue.mesh.devices.flat[0]
     peaks = gpu or (gpu_of_device(device.device_kind) if device.platform != "cpu" else None)
-    look_into = _Collector(catalogue, programs if gpu is None else None, gpu, peaks, context)
+    look_into = _Collector(catalogue, programs if gpu is None else None, gpu, peaks, context, profile)
     found = [look_into.program(key) for key in keys]
+    if compilations is None:
+        compilations = explain_compilations(catalogue, programs.compile_log) if programs else []
+    with lowering_for(gpu.compute_capability) if gpu else nullcontext():
+        table = bucket_rows(
+            catalogue,
+            buckets,
+            programs.compiled() if programs else {},
+            peaks=peaks,
+            context=context,
+            compilations=compilations,
+            profile=profile,
+        )
     on_gpu = gpu is not None or device.platform != "cpu"
     temporaries = [program.memory.temporaries for program in found if program.memory]
     stats = None if gpu else device.memory_stats()
@@ -93,21 +102,27 @@ def collect(
     )
     target = f"{gpu.name} (sm_{gpu.compute_capability}), lowered without one" if gpu else device.device_kind
     card = _card(catalogue, model, target, peaks, context, on_gpu)
-    return Report(card, found, memory, look_into.findings, list(compilations))
+    return Report(card, found, memory, look_into.findings, list(compilations), table, profile)
 
 
 class _Collector:
     def __init__(
-        self, catalogue: Catalogue, programs: Programs | None, gpu: Gpu | None, peaks: Gpu | None, context: int
+        self,
+        catalogue: Catalogue,
+        programs: Programs | None,
+        gpu: Gpu | None,
+        peaks: Gpu | None,
+        context: int,
+        profile: Profile | None,
     ) -> None:
         self._catalogue, self._programs, self._gpu, self._peaks = catalogue, programs, gpu, peaks
-        self._context = context
+        self._context, self._profile = context, profile
         self._on_gpu = gpu is not None or catalogue.mesh.devices.flat[0].platform != "cpu"
         self._shards = catalogue.mesh.devices.size if catalogue.config.axis_name else 1
         self.findings: list[Finding] = []
 
     def program(self, key: ProgramKey) -> Program:
-        name = f"{key.kind}[{key.size}]" if key.size else key.kind
+        name = program_name(key)
         started = time.perf_counter()
         with lowering_for(self._gpu.compute_capability) if self._gpu else nullcontext():
             traced = self._catalogue.trace(key)
@@ -122,19 +137,11 @@ class _Collector:
         module = lowered.as_text(debug_info=True)
 
         counted = count(traced.jaxpr.jaxpr)
-        dtype, cache = self._catalogue.params["embed"].dtype, jax.tree.leaves(self._catalogue.caches)[0].dtype
-        rows = kernel_rows(
-            counted,
-            self._catalogue.config,
-            _load(key, self._context),
-            itemsize=dtype.itemsize,
-            cache_itemsize=cache.itemsize,
-            shards=self._shards,
-            gpu=self._peaks,
-        )
+        load = load_of(key.kind, key.size, self._context)
+        rows = with_measured(kernel_rows(counted, self._catalogue, load, self._peaks), self._profile, name)
         arguments = _arguments(key, self._catalogue, lowered, module, hlo)
         ran = instructions(hlo) if hlo else []
-        self._note(name, traced, arguments, counted, ran, dtype)
+        self._note(name, traced, arguments, counted, ran)
         flops, flops_source = _flops(lowered, rows, counted)
         texts, scopes = _texts(traced, module, hlo, lowered if counted.triton else None)
         return Program(
@@ -151,7 +158,7 @@ class _Collector:
             kernels=rows,
             instructions=_instruction_rows(ran),
             collectives=dict(counted.collectives),
-            memory=_memory(compiled),
+            memory=memory_of(compiled),
             needs=None if compiled else "a GPU" if self._gpu else "compiling",
             texts=texts,
             trace_s=trace_s,
@@ -160,9 +167,9 @@ class _Collector:
         )
 
     def _note(
-        self, name: str, traced: Any, arguments: list[Argument], counted: Counted, ran: list[Instruction], dtype: Any
+        self, name: str, traced: Any, arguments: list[Argument], counted: Counted, ran: list[Instruction]
     ) -> None:
-        config = self._catalogue.config
+        config, dtype = self._catalogue.config, self._catalogue.params["embed"].dtype
         self.findings += look.donation_findings(name, arguments)
         self.findings += look.traced_findings(name, traced.jaxpr.jaxpr, dtype)
         self.findings += look.compiled_findings(name, ran)
@@ -174,12 +181,6 @@ class _Collector:
             shards=self._shards,
             layers=config.model.num_layers,
         )
-
-
-def _load(key: ProgramKey, context: int) -> Load | None:
-    if key.kind == "decode":
-        return decode_load(key.size, context)
-    return prefill_load(key.size, context) if key.kind == "prefill" else None
 
 
 def _flops(lowered: Any, rows: list[KernelRow], counted: Counted) -> tuple[float, str]:
@@ -212,15 +213,6 @@ def _promised(module: str) -> set[int]:
     main = next(line for line in module.splitlines() if "func.func public @main(" in line)
     parts = main.partition(") -> ")[0].split("%arg")[1:]
     return {index for index, part in enumerate(parts) if "tf.aliasing_output" in part or "jax.buffer_donor" in part}
-
-
-def _memory(compiled: Any) -> Memory | None:
-    analysis = compiled.memory_analysis() if compiled else None
-    if analysis is None:
-        return None
-    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
-    reused, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
-    return Memory(arguments, outputs, reused, temporaries, arguments + outputs - reused + temporaries)
 
 
 def _instruction_rows(ran: list[Instruction]) -> list[KernelRow]:

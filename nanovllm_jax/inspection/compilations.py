@@ -7,10 +7,20 @@ from typing import Any
 
 import jax
 
-from nanovllm_jax.inspection.collect import ARGUMENT_NAMES
 from nanovllm_jax.inspection.report import Compilation
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.programs import CompileRecord
+
+ARGUMENT_NAMES = {
+    "decode": ("params", "caches", "rows", "delta"),
+    "prefill": ("params", "caches", "rows", "delta"),
+    "plain": ("head", "rows", "hidden", "sampled_rows"),
+    "filtered": ("head", "rows", "hidden", "sampled_rows"),
+    "full": ("head", "rows", "extras", "hidden", "sampled_rows"),
+    "prompt_logprobs": ("head", "hidden", "targets"),
+    "update_rows": ("rows", "packed"),
+    "update_extras": ("extras", "packed"),
+}
 
 
 def explain_compilations(catalogue: Catalogue, log: Sequence[CompileRecord]) -> list[Compilation]:

@@ -7,12 +7,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from nanovllm_jax.inspection.gpus import Gpu
 from nanovllm_jax.inspection.kernel_costs import KERNELS, Load, Work, kernel_work
 from nanovllm_jax.inspection.report import KernelRow
 from nanovllm_jax.inspection.scopes import fold
 from nanovllm_jax.inspection.walk import aval_bytes, visit_all
-from nanovllm_jax.step.step import StepConfig
+from nanovllm_jax.step.catalogue import Catalogue
 
 COLLECTIVES = {
     "psum",
@@ -73,17 +75,17 @@ def kernel_of(scope: str) -> str | None:
     return next((part for part in scope.split("/") if part in KERNELS), None)
 
 
-def kernel_rows(
-    found: Counted,
-    config: StepConfig,
-    load: Load | None,
-    *,
-    itemsize: int,
-    cache_itemsize: int,
-    shards: int,
-    gpu: Gpu | None,
-) -> list[KernelRow]:
-    """The rows of the kernel table, the longest limit first."""
+def kernel_rows(found: Counted, catalogue: Catalogue, load: Load | None, gpu: Gpu | None) -> list[KernelRow]:
+    """The rows of the kernel table, the longest limit first.
+
+    Args:
+        found: by `count`.
+        catalogue: whose program it is.
+        load: what the step computes; None for programs without our kernels.
+        gpu: whose peaks set the limits; None leaves them out.
+    """
+    config, shards = catalogue.config, catalogue.mesh.devices.size if catalogue.config.axis_name else 1
+    dtype, cache = catalogue.params["embed"].dtype, jax.tree.leaves(catalogue.caches)[0].dtype
     rows: list[tuple[str, str, str, int, Work, str]] = []
     for (scope, shapes), (times, flops, moved) in found.products.items():
         rows.append((shapes, "product", scope, int(times), Work(flops, moved), "shapes"))
@@ -94,8 +96,8 @@ def kernel_rows(
             kernel,
             config.model,
             load,
-            itemsize=itemsize,
-            cache_itemsize=cache_itemsize,
+            itemsize=dtype.itemsize,
+            cache_itemsize=cache.itemsize,
             block_size=config.shape.block_size,
             shards=shards,
         )

@@ -49,6 +49,13 @@ def prefill_load(num_tokens: int, context: int) -> Load:
     return Load(num_sequences, num_tokens / num_sequences, num_tokens / num_sequences)
 
 
+def load_of(kind: str, size: int, context: int) -> Load | None:
+    """What a full bucket of a program computes; None for programs that run no kernel on tokens."""
+    if kind == "decode":
+        return decode_load(size, context)
+    return prefill_load(size, context) if kind == "prefill" else None
+
+
 def visible_pairs(load: Load, sliding_window: int | None) -> float:
     """Pairs of a query and a key that it sees, over all sequences."""
     q_len, context = load.q_len, load.context

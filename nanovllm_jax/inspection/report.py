@@ -64,6 +64,7 @@ class KernelRow:
     source: str  # where flops and bytes come from: "formula", "shapes" or "XLA"
     limit_s: float | None  # the least time, at the target's peaks
     share: float | None  # of the sum of the program's limits
+    measured_s: float | None = None  # a step, from a profile
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,26 @@ class Program:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """One row of the bucket table: a program that was compiled, or that could be."""
+
+    name: str
+    kind: str
+    size: int
+    input: str  # dtype and shape of what the host sends down
+    flops: float
+    bytes: float
+    limit_s: float | None
+    measured_s: float | None  # sum over its kernels, from a profile
+    trace_s: float | None  # as logged; None if it is not compiled
+    lower_s: float | None
+    compile_s: float | None
+    cache_hit: bool | None
+    memory: Memory | None
+    state: str  # "in place", "copied", "donated" (not compiled yet), "none"
+
+
+@dataclass(frozen=True)
 class Finding:
     """Something that deserves attention."""
 
@@ -147,6 +168,66 @@ class Compilation:
 
 
 @dataclass(frozen=True)
+class StepRow:
+    """One step of a profiled run, in seconds since the run's first step was dispatched."""
+
+    name: str  # decode[256]
+    dispatch_start_s: float
+    dispatch_s: float  # that the host took
+    start_s: float | None  # of the first kernel; None if the trace has none of this step
+    end_s: float | None
+    busy_s: float
+    host_gap_s: float  # the device was idle that long before it
+    tokens: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """All profiled steps of one name; seconds are means a step."""
+
+    name: str
+    steps: int
+    tokens: int  # of all of them
+    step_s: float | None  # from one dispatch to the next, by the host's clock; None for a single step
+    kernels_s: float  # sum over kernels
+    gaps_s: float  # between kernels of the step
+    host_gap_s: float  # between the step before and this one
+
+
+@dataclass(frozen=True)
+class MeasuredKernel:
+    """All runs of one kernel in the steps of one name."""
+
+    step: str
+    program: str  # plain[256]; "" if the trace does not tell
+    name: str
+    kind: str  # product, kernel, fusion, transfer
+    scope: str  # folded over the layers
+    count: int
+    steps: int  # in which it ran
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profiled run: what the device did, and when it waited."""
+
+    device: str
+    folder: str
+    span_s: float  # from the first kernel to the last one's end
+    busy_s: float
+    gaps_s: float  # between kernels, inside steps
+    host_gap_s: float  # between one step's last kernel and the next one's first
+    host_gap_frac: float  # of the span
+    tokens: int
+    kinds: list[StepKind]
+    kernels: list[MeasuredKernel]  # the longest first
+    steps: list[StepRow]
+    notes: list[str]  # how events were attributed, and what could not be known
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything; `repr` is a summary, in notebooks a coloured one."""
 
@@ -155,6 +236,8 @@ class Report:
     memory: MemoryPlan
     findings: list[Finding]
     compilations: list[Compilation] = field(default_factory=list)
+    buckets: list[Bucket] = field(default_factory=list)
+    profile: Profile | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __repr__(self) -> str:
@@ -163,9 +246,19 @@ class Report:
         return as_text(self)
 
     def _repr_html_(self) -> str:
-        from nanovllm_jax.inspection.summary import as_html
+        from nanovllm_jax.inspection.page import framed
 
-        return as_html(self)
+        return framed(self)
+
+    def html(self, before: Report | None = None) -> str:
+        """The report as one HTML page that needs nothing else.
+
+        Args:
+            before: an older report, whose differences the page then lists.
+        """
+        from nanovllm_jax.inspection.page import page
+
+        return page(self, before)
 
     def json(self, *, indent: int | None = None) -> str:
         """The report as JSON; `report.schema.json` beside this file describes it."""

@@ -78,6 +78,10 @@ class Programs:
             self._finish(self._lower(key))
         return self._compiled[key]
 
+    def compiled(self) -> dict[ProgramKey, jax.stages.Compiled]:
+        """What is compiled so far."""
+        return dict(self._compiled)
+
     def compile_all(self) -> None:
         """Compile every program: lowered one after the other (Python), compiled side by side (XLA)."""
         missing = [key for key in self.catalogue.all_keys() if key not in self._compiled]

@@ -1,0 +1,198 @@
+"""Finds out of which step, program and named scope each event of a trace is.
+
+A step is found by the launch that the host made inside the step's mark; where launches come from another thread or
+are not recorded, by the order of modules on the device; at last by time. A scope is found by the event's instruction
+in the compiled program's text. Kernels inside a CUDA graph may come without one: fusions are then known by their
+kernel's name, and what stands between two of them (cuBLAS, Triton) is taken in the order of the program.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nanovllm_jax.inspection.hlo_text import instruction_scopes, instructions, module_name
+from nanovllm_jax.inspection.scopes import fold, scope_of_op
+from nanovllm_jax.inspection.xplane import DeviceEvent, Trace
+from nanovllm_jax.step.catalogue import ProgramKey
+
+PRODUCT = re.compile(r"nvjet|gemm|cutlass|cublas|xmma|splitk|gemv|\bdot\b|__cublas", re.IGNORECASE)
+_STEPS = ("decode", "prefill")
+
+
+@dataclass(frozen=True)
+class ProgramText:
+    """A compiled program as its text names it."""
+
+    key: ProgramKey
+    module: str
+    scopes: dict[str, str]  # instruction: scope
+    order: list[tuple[str, str, str]]  # as scheduled: kernel's name, custom call's target or opcode, scope
+    places: dict[str, int]  # kernel's name: its place in `order`
+    names: set[str]  # of all instructions and kernels
+
+    @staticmethod
+    def parse(key: ProgramKey, text: str) -> ProgramText:
+        """From the optimised HLO."""
+        order = [(kernel_name(one.name), one.opcode, one.scope) for one in instructions(text)]
+        places = {name: place for place, (name, _, _) in enumerate(order)}
+        scopes = instruction_scopes(text)
+        return ProgramText(key, module_name(text), scopes, order, places, scopes.keys() | places.keys())
+
+    @property
+    def name(self) -> str:
+        """As reports call it."""
+        return f"{self.key.kind}[{self.key.size}]" if self.key.size else self.key.kind
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an event comes from; empty where nothing tells."""
+
+    program: str
+    scope: str
+
+
+def kernel_name(instruction: str) -> str:
+    """What XLA calls the kernel of an instruction."""
+    return re.sub(r"[^0-9A-Za-z_]", "_", instruction)
+
+
+def steps_of_events(trace: Trace, programs: Sequence[ProgramText]) -> tuple[list[int | None], str]:
+    """For each event the index of its step's mark (None: before the first), and how that was found."""
+    starts = [mark.start for mark in trace.marks]
+
+    def last_before(time: float) -> int | None:
+        return bisect_right(starts, time) - 1 if starts and time >= starts[0] else None
+
+    threads = {mark.thread for mark in trace.marks}
+    launched = [event for event in trace.events if event.launched is not None]
+    if launched and all(event.launched_by in threads for event in launched):
+        found = [last_before(event.start if event.launched is None else event.launched) for event in trace.events]
+        return found, "Each kernel belongs to the step whose dispatch launched it."
+    by_module = _by_modules(trace, {one.module for one in programs if one.key.kind in _STEPS}, programs)
+    if by_module is not None:
+        return by_module, "Steps were told apart by the order of modules on the device."
+    found = [last_before(event.start if event.launched is None else event.launched) for event in trace.events]
+    return found, (
+        "Steps were told apart by time alone, since the trace has neither launches of the dispatching thread nor "
+        "modules: a kernel near a step's border may be counted with its neighbour."
+    )
+
+
+def _by_modules(trace: Trace, steps: set[str], programs: Sequence[ProgramText]) -> list[int | None] | None:
+    """One run of a decode or prefill module a mark; updates before it and the sampler after it are of its step."""
+    before = {one.module for one in programs if one.key.kind.startswith("update")}
+    runs: dict[tuple[str, int], list[int]] = {}
+    previous, serial, first_op = "", 0, ""
+    for index, event in enumerate(trace.events):
+        if event.is_transfer or not event.module:
+            continue
+        if event.run is None:
+            # Without a number, a run ends with another module, or when its first instruction comes again.
+            if event.module != previous or (event.op and event.op == first_op):
+                serial, previous, first_op = serial + 1, event.module, event.op
+            runs.setdefault((event.module, serial), []).append(index)
+        else:
+            runs.setdefault((event.module, event.run), []).append(index)
+    if sum(module in steps for module, _ in runs) != len(trace.marks) or not trace.marks:
+        return None
+    found: list[int | None] = [None] * len(trace.events)
+    step, waiting = -1, []
+    for (module, _), indices in runs.items():
+        if module in before:
+            waiting += indices
+            continue
+        if module in steps:
+            step, indices, waiting = step + 1, [*waiting, *indices], []
+        for index in indices:
+            found[index] = step if step >= 0 else None
+    return found
+
+
+def origins(events: Sequence[DeviceEvent], programs: Sequence[ProgramText]) -> tuple[list[Origin], int]:
+    """The origin of each event of one step, and how many were placed by order alone.
+
+    Args:
+        events: of the step, by time.
+        programs: those that the step may have run, the likeliest first.
+    """
+    found: list[Origin | None] = []
+    anchors: list[tuple[int, int] | None] = []  # (program, place) of events that name their instruction
+    for event in events:
+        origin, anchor = _by_name(event, programs)
+        found.append(origin)
+        anchors.append(anchor)
+    placed = 0
+    index = 0
+    while index < len(events):
+        if found[index] is not None or events[index].is_transfer:
+            index += 1
+            continue
+        end = index
+        while end < len(events) and found[end] is None:
+            end += 1
+        before = next((anchor for anchor in reversed(anchors[:index]) if anchor), None)
+        after = next((anchor for anchor in anchors[end:] if anchor), None)
+        group = [position for position in range(index, end) if not events[position].is_transfer]
+        for position, origin in zip(group, _between([events[p] for p in group], before, after, programs), strict=True):
+            found[position] = origin
+            placed += bool(origin.scope)
+        index = end
+    return [origin or Origin("", "") for origin in found], placed
+
+
+def _by_name(event: DeviceEvent, programs: Sequence[ProgramText]) -> tuple[Origin | None, tuple[int, int] | None]:
+    names = {event.op, event.name} - {""}
+    for number, program in enumerate(programs):
+        if event.module and program.module != event.module:
+            continue
+        for name in names:
+            place = program.places.get(kernel_name(name))
+            if place is not None:
+                return Origin(program.name, fold(program.order[place][2])), (number, place)
+            if name in program.scopes:
+                return Origin(program.name, fold(program.scopes[name])), None
+    if event.op_name:
+        name = next((one.name for one in programs if one.module == event.module), "")
+        return Origin(name, fold(scope_of_op(event.op_name))), None
+    return None, None
+
+
+def _between(
+    events: Sequence[DeviceEvent],
+    before: tuple[int, int] | None,
+    after: tuple[int, int] | None,
+    programs: Sequence[ProgramText],
+) -> list[Origin]:
+    """Kernels without a name of ours, matched with the custom calls between two known places of the program."""
+    calls: list[tuple[str, str, str]] = []
+    first, start = before or (after[0] if after else 0, -1)
+    last, end = after or (first, len(programs[first].order) if programs else 0)
+    if not programs:
+        return [Origin("", "")] * len(events)
+    if first == last:
+        calls += _calls(programs[first], range(start + 1, end))
+    else:
+        calls += _calls(programs[first], range(start + 1, len(programs[first].order)))
+        calls += _calls(programs[last], range(end))
+    found: list[Origin] = [Origin("", "")] * len(events)
+    for is_product in (True, False):
+        kernels = [i for i, event in enumerate(events) if bool(PRODUCT.search(event.name)) == is_product]
+        targets = [call for call in calls if bool(PRODUCT.search(call[1])) == is_product]
+        for number, position in enumerate(kernels):
+            if targets:  # one call may be several kernels
+                program, _, scope = targets[number * len(targets) // len(kernels)]
+                found[position] = Origin(program, fold(scope))
+    return found
+
+
+def _calls(program: ProgramText, places: Iterable[int]) -> list[tuple[str, str, str]]:
+    chosen = (program.order[place] for place in places)
+    return [(program.name, target, scope) for _, target, scope in chosen if _is_call(target)]
+
+
+def _is_call(target: str) -> bool:
+    return target.startswith("__") or "triton" in target or "$" in target or PRODUCT.search(target) is not None
