@@ -31,15 +31,13 @@ class ProgramText:
     scopes: dict[str, str]  # instruction: scope
     order: list[tuple[str, str, str]]  # as scheduled: kernel's name, custom call's target or opcode, scope
     places: dict[str, int]  # kernel's name: its place in `order`
-    names: set[str]  # of all instructions and kernels
 
     @staticmethod
     def parse(key: ProgramKey, text: str) -> ProgramText:
         """From the optimised HLO."""
         order = [(kernel_name(one.name), one.opcode, one.scope) for one in instructions(text)]
         places = {name: place for place, (name, _, _) in enumerate(order)}
-        scopes = instruction_scopes(text)
-        return ProgramText(key, module_name(text), scopes, order, places, scopes.keys() | places.keys())
+        return ProgramText(key, module_name(text), instruction_scopes(text), order, places)
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -43,6 +44,7 @@ from nanovllm_jax.step.state import device_bytes
 from nanovllm_kernels import lowering_for
 
 DEFAULT_CONTEXT = 1024
+_PLACE = re.compile(r" loc\([^()]*(?:\([^()]*\))?[^()]*\)$")  # of Triton's source
 _PACKAGES = ("nanovllm-jax", "jax", "jaxlib", "jax-triton", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _FLAGS = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_PLATFORMS")
 
@@ -244,7 +246,7 @@ def _texts(traced: Any, module: str, hlo: str | None, with_triton: Any | None) -
             lines: list[Line] = []
             for kernel in kernels:
                 head = f"// {kernel.name}: {kernel.num_warps} warps, {kernel.shared_bytes} bytes of shared memory"
-                body = [line for line in getattr(kernel, name).splitlines() if not _is_debug(line)]
+                body = [_PLACE.sub("", line) for line in getattr(kernel, name).splitlines() if not _is_debug(line)]
                 lines += [(head, ""), *((line, "") for line in body)]
             texts["triton" if name == "ttir" else "ptx"] = text((lines, len(lines)))
     return texts, list(numbers)

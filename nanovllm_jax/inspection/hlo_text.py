@@ -91,11 +91,12 @@ def module_name(text: str) -> str:
 
 
 def instruction_scopes(text: str) -> dict[str, str]:
-    """The scope of every instruction of every computation, by the instruction's name."""
+    """The scope of every instruction of every computation, by the instruction's name; "" of what XLA added."""
     found = {}
     for line in text.splitlines():
-        if (match := _INSTRUCTION.match(line)) and (op_name := _OP_NAME.search(line)):
-            found[match[1]] = scope_of_op(op_name[1])
+        if match := _INSTRUCTION.match(line):
+            op_name = _OP_NAME.search(line)
+            found[match[1]] = scope_of_op(op_name[1]) if op_name else ""
     return found
 
 

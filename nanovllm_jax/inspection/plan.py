@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +72,12 @@ def choose_keys(catalogue: Catalogue, phase: str | None, rows: int | None, token
     if phase == "decode":
         return [decode, sample]
     return [prefill, sample] if phase in ("prefill", "mixed") else [decode, prefill, sample]
+
+
+def bucket_keys(catalogue: Catalogue, keys: Sequence[ProgramKey]) -> list[ProgramKey]:
+    """Every bucket of the kinds that `keys` have, the largest first."""
+    kinds = {key.kind for key in keys}
+    return [key for key in catalogue.all_keys() if key.kind in kinds]
 
 
 def _bucket(name: str, wanted: int | None, sizes: Any) -> int:

@@ -18,7 +18,7 @@ import jax
 from nanovllm_jax.engine.engine import Engine
 from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.errors import ConfigError
-from nanovllm_jax.inspection.attribution import PRODUCT, Origin, ProgramText, origins, steps_of_events
+from nanovllm_jax.inspection.attribution import PRODUCT, Origin, ProgramText, kernel_name, origins, steps_of_events
 from nanovllm_jax.inspection.costs import kernel_of
 from nanovllm_jax.inspection.report import MeasuredKernel, Profile, StepKind, StepRow
 from nanovllm_jax.inspection.xplane import DeviceEvent, StepMark, Trace, read_trace
@@ -220,7 +220,7 @@ def _kernels(
         found, by_order = origins(own, _likely(programs, mark, own))
         placed += by_order
         for event, origin in zip(own, found, strict=True):
-            unplaced += not origin.scope and not origin.program and not event.is_transfer
+            unplaced += not origin.program and not event.is_transfer
             one = sums.setdefault((mark.name, origin.program, _base_name(event.name), origin.scope), _Sum())
             one.kind = _kind(event, origin)
             one.count, one.total = one.count + 1, one.total + event.end - event.start
@@ -236,12 +236,15 @@ def _kernels(
 def _likely(programs: Sequence[ProgramText], mark: StepMark, events: Sequence[DeviceEvent]) -> list[ProgramText]:
     """The programs of a step, in the order in which it runs them; of several that share a module the one that fits."""
     kind = "decode" if mark.name.startswith("decode") else "prefill"
-    names = {name for event in events for name in (event.op, event.name)}
+    ran: dict[str, set[str]] = {}
+    for event in events:
+        ran.setdefault(event.module, set()).update((kernel_name(event.op), kernel_name(event.name)))
 
     def rank(program: ProgramText) -> tuple[int, int]:
-        """How many of the step's events the program knows; then the smallest bucket that holds the sequences."""
-        size = program.key.size
-        return -len(names & program.names), size if size >= mark.sequences else size + max(mark.size, 1_000_000)
+        """Instructions that did not run less those that did; then the smallest bucket that holds the sequences."""
+        names, size = ran.get(program.module, set()) | ran.get("", set()), program.key.size
+        known = len(program.places.keys() & names)
+        return len(program.places) - 2 * known, size if size >= mark.sequences else size + 1_000_000
 
     chosen: dict[str, ProgramText] = {}
     for program in sorted(programs, key=rank):
@@ -270,10 +273,11 @@ def _kinds(steps: Sequence[StepRow], kernels: Sequence[MeasuredKernel]) -> list[
     found = []
     for name in dict.fromkeys(step.name for step in steps):
         own = [step for step in steps if step.name == name]
+        # A dispatch waits for the step before the last one, so that only a third one in a row is paced by its own kind.
         periods = [
             following.dispatch_start_s - step.dispatch_start_s
-            for step, following in itertools.pairwise(steps)
-            if step.name == following.name == name
+            for before, step, following in zip(steps, steps[1:], steps[2:], strict=False)
+            if before.name == step.name == following.name == name
         ]
         work = sum(row.total_s for row in kernels if row.step == name and row.kind != "transfer")
         found.append(
@@ -305,5 +309,5 @@ def _notes(trace: Trace, placed: int, unplaced: int) -> list[str]:
             "scopes follow from their order in the compiled program."
         )
     if unplaced:
-        notes.append(f"{unplaced} of {len(trace.events)} kernels have no scope: neither name nor order tells it.")
+        notes.append(f"{unplaced} of {len(trace.events)} kernels are of no known program: neither name nor order tells it.")
     return notes
