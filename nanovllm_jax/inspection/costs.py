@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from nanovllm_jax.inspection.gpus import Gpu
-from nanovllm_jax.inspection.kernel_costs import KERNELS, Load, Work, kernel_work
+from nanovllm_jax.inspection.kernel_costs import BY_LOAD, BY_OPERANDS, Load, Site, Work
 from nanovllm_jax.inspection.report import KernelRow
 from nanovllm_jax.inspection.scopes import fold
-from nanovllm_jax.inspection.walk import aval_bytes, visit_all
+from nanovllm_jax.inspection.walk import Visit, aval_bytes, visit_all
 from nanovllm_jax.step.catalogue import Catalogue
 
 COLLECTIVES = {
@@ -37,6 +37,7 @@ class Counted:
     products: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # (scope, shapes): count, flops, bytes
     kernels: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kernel, scope): layers
     triton: Counter[str] = field(default_factory=Counter)  # scope: launches
+    shaped: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)  # (kernel, scope, shapes): likewise
     collectives: Counter[str] = field(default_factory=Counter)
 
 
@@ -52,27 +53,49 @@ def count(jaxpr: Any) -> Counted:
             )
         if visit.primitive == _TRITON:
             found.triton[fold(visit.scope)] += visit.times
+            _count_shaped(found, visit)
         elif visit.primitive in COLLECTIVES:
             found.collectives[visit.primitive] += visit.times
         elif visit.primitive == "dot_general" and not kernel:
-            left, right = (var.aval for var in visit.eqn.invars)
-            out = visit.eqn.outvars[0].aval
-            (contracted, _), _ = visit.eqn.params["dimension_numbers"]
-            flops = 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
-            moved = aval_bytes(left) + aval_bytes(right) + aval_bytes(out)
-            shapes = f"{left.str_short(True)} x {right.str_short(True)}"
-            row = found.products.setdefault((fold(visit.scope), shapes), [0, 0.0, 0.0])
-            row[0] += visit.times
-            row[1] += flops * visit.times
-            row[2] += moved * visit.times
+            _count_product(found, visit)
     for key, layers in seen_layers.items():
         found.kernels[key] = len(layers)
     return found
 
 
+def _count_product(found: Counted, visit: Visit) -> None:
+    left, right = (var.aval for var in visit.eqn.invars)
+    out = visit.eqn.outvars[0].aval
+    (contracted, _), _ = visit.eqn.params["dimension_numbers"]
+    flops = 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
+    shapes = f"{left.str_short(True)} x {right.str_short(True)}"
+    work = Work(flops, aval_bytes(left) + aval_bytes(right) + aval_bytes(out))
+    _add(found.products, (fold(visit.scope), shapes), work, visit.times)
+
+
+def _count_shaped(found: Counted, visit: Visit) -> None:
+    kernel = next((part for part in visit.scope.split("/") if part in BY_OPERANDS), None)
+    if kernel is not None:
+        operands, results = ([var.aval for var in many] for many in (visit.eqn.invars, visit.eqn.outvars))
+        shapes = " x ".join(one.str_short(True) for one in operands)
+        _add(found.shaped, (kernel, fold(visit.scope), shapes), BY_OPERANDS[kernel](operands, results), visit.times)
+
+
+def _add(rows: dict[Any, list[float]], key: tuple[str, ...], work: Work, times: int) -> None:
+    row = rows.setdefault(key, [0, 0.0, 0.0])
+    row[0] += times
+    row[1] += work.flops * times
+    row[2] += work.bytes * times
+
+
 def kernel_of(scope: str) -> str | None:
-    """The kernel that a scope lies in, if any."""
-    return next((part for part in scope.split("/") if part in KERNELS), None)
+    """The kernel that a scope lies in, if any, of those whose work depends on the load."""
+    return next((part for part in scope.split("/") if part in BY_LOAD), None)
+
+
+def has_formula(scope: str) -> bool:
+    """Whether a Triton call in this scope has known costs."""
+    return any(part in BY_LOAD or part in BY_OPERANDS for part in scope.split("/"))
 
 
 def kernel_rows(found: Counted, catalogue: Catalogue, load: Load | None, gpu: Gpu | None) -> list[KernelRow]:
@@ -89,18 +112,13 @@ def kernel_rows(found: Counted, catalogue: Catalogue, load: Load | None, gpu: Gp
     rows: list[tuple[str, str, str, int, Work, str]] = []
     for (scope, shapes), (times, flops, moved) in found.products.items():
         rows.append((shapes, "product", scope, int(times), Work(flops, moved), "shapes"))
+    for (kernel, scope, _), (times, flops, moved) in found.shaped.items():
+        rows.append((kernel, "triton", scope, int(times), Work(flops, moved), "formula"))
     for (kernel, scope), layers in found.kernels.items():
         if load is None:
             continue
-        work = kernel_work(
-            kernel,
-            config.model,
-            load,
-            itemsize=dtype.itemsize,
-            cache_itemsize=cache.itemsize,
-            block_size=config.shape.block_size,
-            shards=shards,
-        )
+        site = Site(config.model, load, dtype.itemsize, cache.itemsize, config.shape.block_size, shards)
+        work = BY_LOAD[kernel](site)
         kind = "triton" if any(kernel_of(at) == kernel for at in found.triton) else "xla"
         rows.append((kernel, kind, scope, layers, Work(work.flops * layers, work.bytes * layers), "formula"))
     limits = [gpu.limit_s(row[4].flops, row[4].bytes) if gpu else None for row in rows]

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from nanovllm_jax.inspection.costs import Counted, kernel_of
+from nanovllm_jax.inspection.costs import Counted, has_formula, kernel_of
 from nanovllm_jax.inspection.hlo_text import Instruction
 from nanovllm_jax.inspection.report import Argument, Finding
 from nanovllm_jax.inspection.scopes import fold
@@ -79,8 +79,12 @@ def compiled_findings(program: str, found: list[Instruction]) -> list[Finding]:
 def kernel_findings(
     program: str, counted: Counted, backend: str, *, on_gpu: bool, shards: int, layers: int
 ) -> list[Finding]:
-    """Kernels that run as their XLA version on a GPU, and more collectives than the layers need."""
+    """Kernels that run as their XLA version on a GPU, that have no costs, and more collectives than the layers need."""
     results = []
+    for scope in counted.triton:
+        if not has_formula(scope):
+            message = f"the Triton call in {scope or 'the program'} has no formula in inspection/kernel_costs.py: "
+            results.append(Finding("no formula", program, message + "its flops and bytes are missing from the totals."))
     native = {kernel_of(scope) for scope in counted.triton}
     for kernel, scope in counted.kernels:
         if on_gpu and kernel not in native:

@@ -1,17 +1,35 @@
 """What each kernel must compute and move, in closed form, since XLA sees nothing inside a custom call.
 
 The formulas count each operand once: a key or value that several tiles read comes from the GPU's L2 cache after the
-first time. They hold for the XLA version too, whose loops XLA counts as running once.
+first time. A kernel is known by the `jax.named_scope` around its call, which has the operation's name. To add one,
+write its formula and enter it at the end of this file:
+
+- in `BY_LOAD`, if its work depends on what the step holds (lengths of sequences, blocks of the cache) and not on its
+  operands' shapes alone. The formula then counts for the XLA version too, whose loops XLA counts as running once:
+
+      def _cache_write(site: Site) -> Work:
+          return Work(0, 2 * site.T * site.K * site.D * (site.itemsize + site.cache_itemsize) + site.T * _INT32)
+
+- in `BY_OPERANDS`, if the shapes of its Triton call say all: products, norms, anything that reads and writes each
+  operand once. Its XLA version needs no formula, being counted as the products that it consists of:
+
+      def _skinny_matmul(operands: Sequence[Shaped], results: Sequence[Shaped]) -> Work:
+          (rows, depth), columns = operands[0].shape, operands[1].shape[-1]
+          return Work(2 * rows * depth * columns, array_bytes(operands) + array_bytes(results))
+
+A Triton call with no formula is reported as a finding.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from nanovllm_jax.config import ModelConfig
 
 _INT32 = 4
-KERNELS = ("cache_write", "paged_decode", "ragged_prefill")
 
 
 @dataclass(frozen=True)
@@ -75,30 +93,76 @@ def keys_read(load: Load, sliding_window: int | None) -> float:
     return load.num_sequences * seen
 
 
-def kernel_work(
-    kernel: str, model: ModelConfig, load: Load, *, itemsize: int, cache_itemsize: int, block_size: int, shards: int = 1
-) -> Work:
-    """Work of one layer's call on one device.
+@dataclass(frozen=True)
+class Site:
+    """Where a kernel is called: one layer on one device.
 
-    Args:
-        kernel: one of `KERNELS`.
-        model: its H, K and D; heads are split over `shards`.
+    Attributes:
+        model: its shape; heads are split over `shards`.
         load: what the step computes.
         itemsize: bytes an element of q, k and v.
         cache_itemsize: bytes an element of the cache.
         block_size: tokens a block.
         shards: devices that share the heads.
-
-    Raises:
-        KeyError: for another kernel.
     """
-    H, K, D, T = model.num_heads / shards, model.num_kv_heads / shards, model.head_dim, load.num_tokens
-    if kernel == "cache_write":
-        return Work(0, 2 * T * K * D * (itemsize + cache_itemsize) + T * _INT32)
-    if kernel not in KERNELS:
-        raise KeyError(kernel)
-    keys = keys_read(load, model.sliding_window)
-    tables = keys / block_size * _INT32 + 2 * load.num_sequences * _INT32
-    queries_and_output = 2 * T * H * D * itemsize
-    flops = 4 * H * D * visible_pairs(load, model.sliding_window)
-    return Work(flops, queries_and_output + 2 * keys * K * D * cache_itemsize + tables)
+
+    model: ModelConfig
+    load: Load
+    itemsize: int
+    cache_itemsize: int
+    block_size: int
+    shards: int = 1
+
+    @property
+    def T(self) -> float:
+        """New tokens."""
+        return self.load.num_tokens
+
+    @property
+    def H(self) -> float:
+        """Query heads of this device."""
+        return self.model.num_heads / self.shards
+
+    @property
+    def K(self) -> float:
+        """KV heads of this device."""
+        return self.model.num_kv_heads / self.shards
+
+    @property
+    def D(self) -> int:
+        """Head dimension."""
+        return self.model.head_dim
+
+
+class Shaped(Protocol):
+    """An operand or result: its shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def array_bytes(arrays: Sequence[Shaped]) -> float:
+    """Bytes of all arrays, each once."""
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
+
+def _cache_write(site: Site) -> Work:
+    return Work(0, 2 * site.T * site.K * site.D * (site.itemsize + site.cache_itemsize) + site.T * _INT32)
+
+
+def _paged_attention(site: Site) -> Work:
+    """Two products a visible pair of query and key; q, output, the keys and values that are seen, and the tables."""
+    load, window = site.load, site.model.sliding_window
+    keys = keys_read(load, window)
+    tables = keys / site.block_size * _INT32 + 2 * load.num_sequences * _INT32
+    queries_and_output = 2 * site.T * site.H * site.D * site.itemsize
+    flops = 4 * site.H * site.D * visible_pairs(load, window)
+    return Work(flops, queries_and_output + 2 * keys * site.K * site.D * site.cache_itemsize + tables)
+
+
+BY_LOAD: dict[str, Callable[[Site], Work]] = {
+    "cache_write": _cache_write,
+    "paged_decode": _paged_attention,
+    "ragged_prefill": _paged_attention,
+}
+BY_OPERANDS: dict[str, Callable[[Sequence[Shaped], Sequence[Shaped]], Work]] = {}

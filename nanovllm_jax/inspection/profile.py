@@ -19,7 +19,7 @@ from nanovllm_jax.engine.engine import Engine
 from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.inspection.attribution import PRODUCT, Origin, ProgramText, kernel_name, origins, steps_of_events
-from nanovllm_jax.inspection.costs import kernel_of
+from nanovllm_jax.inspection.costs import has_formula
 from nanovllm_jax.inspection.report import MeasuredKernel, Profile, StepKind, StepRow
 from nanovllm_jax.inspection.xplane import DeviceEvent, StepMark, Trace, read_trace
 from nanovllm_jax.step.buckets import bucket_for
@@ -264,7 +264,7 @@ def _base_name(name: str) -> str:
 def _kind(event: DeviceEvent, origin: Origin) -> str:
     if event.is_transfer:
         return "transfer"
-    if kernel_of(origin.scope):
+    if has_formula(origin.scope):
         return "kernel"
     return "product" if PRODUCT.search(event.name) or "->" in origin.scope.rpartition("/")[2] else "fusion"
 
@@ -309,5 +309,7 @@ def _notes(trace: Trace, placed: int, unplaced: int) -> list[str]:
             "scopes follow from their order in the compiled program."
         )
     if unplaced:
-        notes.append(f"{unplaced} of {len(trace.events)} kernels are of no known program: neither name nor order tells it.")
+        notes.append(
+            f"{unplaced} of {len(trace.events)} kernels are of no known program: neither name nor order tells it."
+        )
     return notes

@@ -92,7 +92,7 @@ def test_json_follows_its_schema_and_comes_back(on_cpu, for_h200, tmp_path):
 def test_report_of_another_version_is_refused(tmp_path):
     file = tmp_path / "report.json"
     file.write_text('{"schema_version": 0}')
-    with pytest.raises(ConfigError, match="schema version 0; this release reads 1"):
+    with pytest.raises(ConfigError, match="schema version 0; this release reads 2"):
         Report.load(file)
 
 

@@ -10,6 +10,7 @@ import html
 import json
 from importlib import resources
 
+from nanovllm_jax.inspection.kernel_costs import BY_LOAD, BY_OPERANDS
 from nanovllm_jax.inspection.report import Report
 
 _SCRIPTS = ("base.js", "overview.js", "kernels.js", "roofline.js", "timeline.js", "texts.js", "main.js")
@@ -24,6 +25,7 @@ def page(report: Report, before: Report | None = None) -> str:
     """
     data = {
         "report": dataclasses.asdict(report),
+        "kernels": [*BY_LOAD, *BY_OPERANDS],
         "differences": None if before is None else [dataclasses.asdict(one) for one in report.diff(before)],
         "before": None if before is None else dataclasses.asdict(before.card),
     }

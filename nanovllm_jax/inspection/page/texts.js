@@ -125,7 +125,7 @@ function tinted(line) {
 }
 
 function family(scope) {
-  if (/cache_write|paged_decode|ragged_prefill|rope_cache_write|skinny_matmul|add_rms_norm|silu_mul/.test(scope)) return "s-kernel";
+  if (scope.split("/").some((part) => DATA.kernels.includes(part))) return "s-kernel";
   if (/attention/.test(scope)) return "s-attention";
   if (/mlp/.test(scope)) return "s-mlp";
   return /lm_head|sample/.test(scope) ? "s-head" : "";
