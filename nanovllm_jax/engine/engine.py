@@ -197,6 +197,11 @@ class Engine:
             self._in_flight = dispatched
             return outputs
 
+    def wait(self) -> None:
+        """Until the device has done what was dispatched; its tokens stay for the next `step`."""
+        if self._in_flight is not None:
+            self._in_flight.tokens.block_until_ready()
+
     def drain(self) -> None:
         """Read what is in flight; nothing of aborted requests is left on the device."""
         if self._failure is None and not self._closed:

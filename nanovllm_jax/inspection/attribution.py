@@ -8,9 +8,10 @@ kernel's name, and what stands between two of them (cuBLAS, Triton) is taken in 
 
 from __future__ import annotations
 
+import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nanovllm_jax.inspection.hlo_text import instruction_scopes, instructions, module_name
@@ -20,6 +21,7 @@ from nanovllm_jax.step.catalogue import ProgramKey
 
 PRODUCT = re.compile(r"nvjet|gemm|cutlass|cublas|xmma|splitk|gemv|\bdot\b|__cublas", re.IGNORECASE)
 _STEPS = ("decode", "prefill")
+_MOST = 0.9  # of the kernels, whose launch is known
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,32 @@ def steps_of_events(trace: Trace, programs: Sequence[ProgramText]) -> tuple[list
     def last_before(time: float) -> int | None:
         return bisect_right(starts, time) - 1 if starts and time >= starts[0] else None
 
+    kernels = [event for event in trace.events if not event.is_transfer]
     threads = {mark.thread for mark in trace.marks}
-    launched = [event for event in trace.events if event.launched is not None]
-    if launched and all(event.launched_by in threads for event in launched):
-        found = [last_before(event.start if event.launched is None else event.launched) for event in trace.events]
-        return found, "Each kernel belongs to the step whose dispatch launched it."
+    by_launch = _filled([None if e.launched is None else last_before(e.launched) for e in trace.events])
+    if _share(kernels, lambda event: event.launched_by in threads) > _MOST:
+        return by_launch, "Each kernel belongs to the step whose dispatch launched it."
     by_module = _by_modules(trace, {one.module for one in programs if one.key.kind in _STEPS}, programs)
     if by_module is not None:
         return by_module, "Steps were told apart by the order of modules on the device."
-    found = [last_before(event.start if event.launched is None else event.launched) for event in trace.events]
-    return found, (
-        "Steps were told apart by time alone, since the trace has neither launches of the dispatching thread nor "
-        "modules: a kernel near a step's border may be counted with its neighbour."
+    if _share(kernels, lambda event: event.launched is not None) > _MOST:
+        return by_launch, (
+            "Each kernel belongs to the last step dispatched before its launch: launches came from another thread "
+            "than the dispatches, so that a late one may be counted with the step after its own."
+        )
+    return [last_before(event.start) for event in trace.events], (
+        "Steps were told apart by time alone, since the trace has neither launches nor modules: a kernel near a "
+        "step's border may be counted with its neighbour."
     )
+
+
+def _share(events: Sequence[DeviceEvent], holds: Callable[[DeviceEvent], bool]) -> float:
+    return sum(map(holds, events)) / len(events) if events else 0.0
+
+
+def _filled(steps: list[int | None]) -> list[int | None]:
+    """An event of which nothing is known goes with the one before it on the device."""
+    return list(itertools.accumulate(steps, lambda before, own: before if own is None else own))
 
 
 def _by_modules(trace: Trace, steps: set[str], programs: Sequence[ProgramText]) -> list[int | None] | None:
@@ -95,7 +110,8 @@ def _by_modules(trace: Trace, steps: set[str], programs: Sequence[ProgramText]) 
             runs.setdefault((event.module, serial), []).append(index)
         else:
             runs.setdefault((event.module, event.run), []).append(index)
-    if sum(module in steps for module, _ in runs) != len(trace.marks) or not trace.marks:
+    unknown = any(not event.module and not event.is_transfer for event in trace.events)
+    if unknown or not trace.marks or sum(module in steps for module, _ in runs) != len(trace.marks):
         return None
     found: list[int | None] = [None] * len(trace.events)
     step, waiting = -1, []
@@ -107,7 +123,7 @@ def _by_modules(trace: Trace, steps: set[str], programs: Sequence[ProgramText]) 
             step, indices, waiting = step + 1, [*waiting, *indices], []
         for index in indices:
             found[index] = step if step >= 0 else None
-    return found
+    return _filled(found)
 
 
 def origins(events: Sequence[DeviceEvent], programs: Sequence[ProgramText]) -> tuple[list[Origin], int]:
@@ -193,4 +209,4 @@ def _calls(program: ProgramText, places: Iterable[int]) -> list[tuple[str, str, 
 
 
 def _is_call(target: str) -> bool:
-    return target.startswith("__") or "triton" in target or "$" in target or PRODUCT.search(target) is not None
+    return target.startswith("__") or "$" in target or re.search(r"triton|mosaic", target) is not None

@@ -44,6 +44,7 @@ from nanovllm_jax.step.state import device_bytes
 from nanovllm_kernels import lowering_for
 
 DEFAULT_CONTEXT = 1024
+_MAKERS = ("triton", "mosaic", "cublas", "cudnn", "nccl", "fusion")
 _PLACE = re.compile(r" loc\([^()]*(?:\([^()]*\))?[^()]*\)$")  # of Triton's source
 _PACKAGES = ("nanovllm-jax", "jax", "jaxlib", "jax-triton", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _FLAGS = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_PLATFORMS")
@@ -145,7 +146,7 @@ class _Collector:
         ran = instructions(hlo) if hlo else []
         self._note(name, traced, arguments, counted, ran)
         flops, flops_source = _flops(lowered, rows, counted)
-        texts, scopes = _texts(traced, module, hlo, lowered if counted.triton else None)
+        texts, scopes = _texts(traced, module, hlo, lowered if "triton" in counted.native.values() else None)
         return Program(
             name=name,
             kind=key.kind,
@@ -188,7 +189,7 @@ class _Collector:
 def _flops(lowered: Any, rows: list[KernelRow], counted: Counted) -> tuple[float, str]:
     """XLA's count where it sees everything but custom calls; ours where our kernels are loops to it."""
     kernels = sum(row.flops or 0 for row in rows if row.source == "formula")
-    loops = {kernel for kernel, _ in counted.kernels} - {kernel_of(scope) for scope in counted.triton}
+    loops = {kernel for kernel, _ in counted.kernels} - {kernel_of(scope) for scope in counted.native}
     analysis = lowered.cost_analysis()
     if loops or not analysis or "flops" not in analysis:
         return sum(row.flops or 0 for row in rows), "shapes of products, formulas of kernels"
@@ -218,15 +219,20 @@ def _promised(module: str) -> set[int]:
 
 
 def _instruction_rows(ran: list[Instruction]) -> list[KernelRow]:
-    """Instructions of equal kind, scope and size as one row, the largest first."""
+    """Instructions of equal kind and scope as one row, the largest first."""
     groups: dict[tuple[str, str], list[int]] = {}
     for one in ran:
         groups.setdefault((one.opcode, fold(one.scope)), []).append(one.result_bytes + one.operand_bytes)
     rows = [
-        KernelRow(opcode, opcode, scope, len(sizes), None, sum(sizes), "XLA", None, None)
+        KernelRow(opcode, _maker(opcode), scope, len(sizes), None, sum(sizes), "XLA", None, None)
         for (opcode, scope), sizes in groups.items()
     ]
     return sorted(rows, key=lambda row: -(row.bytes or 0))
+
+
+def _maker(opcode: str) -> str:
+    """Whose kernel an instruction or a custom call runs."""
+    return next((name for name in _MAKERS if name in opcode.lower()), "xla instruction")
 
 
 def _texts(traced: Any, module: str, hlo: str | None, with_triton: Any | None) -> tuple[dict[str, Text], list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from nanovllm_jax.inspection.gpus import Gpu
-from nanovllm_jax.inspection.kernel_costs import BY_LOAD, BY_OPERANDS, Load, Site, Work
+from nanovllm_jax.inspection.kernel_costs import BY_LOAD, BY_OPERANDS, Call, Load, Site, Work
 from nanovllm_jax.inspection.report import KernelRow
 from nanovllm_jax.inspection.scopes import fold
 from nanovllm_jax.inspection.walk import Visit, aval_bytes, visit_all
@@ -27,7 +27,8 @@ COLLECTIVES = {
     "ppermute",
     "reduce_scatter",
 }
-_TRITON = "triton_kernel_call"
+# What calls a kernel of our own, and in which language it is written.
+NATIVE = {"triton_kernel_call": "triton", "pallas_call": "mosaic", "mpmd_map": "mosaic", "core_map": "mosaic"}
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Counted:
 
     products: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # (scope, shapes): count, flops, bytes
     kernels: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kernel, scope): layers
-    triton: Counter[str] = field(default_factory=Counter)  # scope: launches
-    shaped: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)  # (kernel, scope, shapes): likewise
+    native: dict[str, str] = field(default_factory=dict)  # scope of a call: language
+    shaped: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # (operation, scope): as products
     collectives: Counter[str] = field(default_factory=Counter)
 
 
@@ -51,9 +52,9 @@ def count(jaxpr: Any) -> Counted:
             seen_layers.setdefault((kernel, fold(visit.scope).partition(kernel)[0] + kernel), set()).add(
                 visit.scope.partition(kernel)[0]
             )
-        if visit.primitive == _TRITON:
-            found.triton[fold(visit.scope)] += visit.times
-            _count_shaped(found, visit)
+        if visit.primitive in NATIVE:
+            found.native[fold(visit.scope)] = NATIVE[visit.primitive]
+            _count_call(found, visit)
         elif visit.primitive in COLLECTIVES:
             found.collectives[visit.primitive] += visit.times
         elif visit.primitive == "dot_general" and not kernel:
@@ -73,12 +74,14 @@ def _count_product(found: Counted, visit: Visit) -> None:
     _add(found.products, (fold(visit.scope), shapes), work, visit.times)
 
 
-def _count_shaped(found: Counted, visit: Visit) -> None:
-    kernel = next((part for part in visit.scope.split("/") if part in BY_OPERANDS), None)
-    if kernel is not None:
-        operands, results = ([var.aval for var in many] for many in (visit.eqn.invars, visit.eqn.outvars))
-        shapes = " x ".join(one.str_short(True) for one in operands)
-        _add(found.shaped, (kernel, fold(visit.scope), shapes), BY_OPERANDS[kernel](operands, results), visit.times)
+def _count_call(found: Counted, visit: Visit) -> None:
+    operation = next((part for part in visit.scope.split("/") if part in BY_OPERANDS), None)
+    if operation is None:
+        return
+    sides = (visit.eqn.invars, visit.eqn.outvars)
+    operands, results = ([getattr(var.aval, "inner_aval", var.aval) for var in side] for side in sides)
+    call = Call(getattr(visit.eqn.params.get("fn"), "__name__", ""), operands, results)
+    _add(found.shaped, (operation, fold(visit.scope)), BY_OPERANDS[operation](call), visit.times)
 
 
 def _add(rows: dict[Any, list[float]], key: tuple[str, ...], work: Work, times: int) -> None:
@@ -94,7 +97,7 @@ def kernel_of(scope: str) -> str | None:
 
 
 def has_formula(scope: str) -> bool:
-    """Whether a Triton call in this scope has known costs."""
+    """Whether a kernel that is called in this scope has known costs."""
     return any(part in BY_LOAD or part in BY_OPERANDS for part in scope.split("/"))
 
 
@@ -112,14 +115,14 @@ def kernel_rows(found: Counted, catalogue: Catalogue, load: Load | None, gpu: Gp
     rows: list[tuple[str, str, str, int, Work, str]] = []
     for (scope, shapes), (times, flops, moved) in found.products.items():
         rows.append((shapes, "product", scope, int(times), Work(flops, moved), "shapes"))
-    for (kernel, scope, _), (times, flops, moved) in found.shaped.items():
-        rows.append((kernel, "triton", scope, int(times), Work(flops, moved), "formula"))
+    for (operation, scope), (times, flops, moved) in found.shaped.items():
+        rows.append((operation, found.native[scope], scope, int(times), Work(flops, moved), "formula"))
     for (kernel, scope), layers in found.kernels.items():
         if load is None:
             continue
         site = Site(config.model, load, dtype.itemsize, cache.itemsize, config.shape.block_size, shards)
         work = BY_LOAD[kernel](site)
-        kind = "triton" if any(kernel_of(at) == kernel for at in found.triton) else "xla"
+        kind = next((language for at, language in found.native.items() if kernel_of(at) == kernel), "xla")
         rows.append((kernel, kind, scope, layers, Work(work.flops * layers, work.bytes * layers), "formula"))
     limits = [gpu.limit_s(row[4].flops, row[4].bytes) if gpu else None for row in rows]
     whole = sum(limit for limit in limits if limit is not None)

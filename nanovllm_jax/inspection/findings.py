@@ -81,14 +81,16 @@ def kernel_findings(
 ) -> list[Finding]:
     """Kernels that run as their XLA version on a GPU, that have no costs, and more collectives than the layers need."""
     results = []
-    for scope in counted.triton:
+    for scope, language in counted.native.items():
         if not has_formula(scope):
-            message = f"the Triton call in {scope or 'the program'} has no formula in inspection/kernel_costs.py: "
+            message = (
+                f"the {language} kernel in {scope or 'the program'} has no formula in inspection/kernel_costs.py: "
+            )
             results.append(Finding("no formula", program, message + "its flops and bytes are missing from the totals."))
-    native = {kernel_of(scope) for scope in counted.triton}
+    native = {kernel_of(scope) for scope in counted.native}
     for kernel, scope in counted.kernels:
         if on_gpu and kernel not in native:
-            why = "attention_backend is 'xla'" if backend == "xla" else "the Triton version was not called"
+            why = "attention_backend is 'xla'" if backend == "xla" else "no kernel of our own was called"
             results.append(Finding("fallback", program, f"{kernel} in {scope} runs as XLA loops: {why}."))
     # Two sums a layer, one for the embedding; a sampler merges a handful of numbers a row.
     planned = 2 * layers + 16 if shards > 1 else 0

@@ -10,14 +10,17 @@ write its formula and enter it at the end of this file:
       def _cache_write(site: Site) -> Work:
           return Work(0, 2 * site.T * site.K * site.D * (site.itemsize + site.cache_itemsize) + site.T * _INT32)
 
-- in `BY_OPERANDS`, if the shapes of its Triton call say all: products, norms, anything that reads and writes each
-  operand once. Its XLA version needs no formula, being counted as the products that it consists of:
+- in `BY_OPERANDS`, if the shapes of its calls say all: products, norms, anything that reads and writes each operand
+  once. Its XLA version needs no formula, being counted as the products that it consists of. An operation that makes
+  several calls tells them apart by `call.kernel`:
 
-      def _skinny_matmul(operands: Sequence[Shaped], results: Sequence[Shaped]) -> Work:
-          (rows, depth), columns = operands[0].shape, operands[1].shape[-1]
-          return Work(2 * rows * depth * columns, array_bytes(operands) + array_bytes(results))
+      def _skinny_matmul(call: Call) -> Work:
+          if call.kernel != "product_kernel":  # adds up what the product's splits left
+              return Work(0, call.bytes)
+          (rows, depth), columns = call.operands[0].shape, call.operands[1].shape[-1]
+          return Work(2 * rows * depth * columns, call.bytes)
 
-A Triton call with no formula is reported as a finding.
+A call of a Triton or Mosaic kernel that has no formula is reported as a finding.
 """
 
 from __future__ import annotations
@@ -141,9 +144,24 @@ class Shaped(Protocol):
     dtype: Any
 
 
-def array_bytes(arrays: Sequence[Shaped]) -> float:
-    """Bytes of all arrays, each once."""
-    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+@dataclass(frozen=True)
+class Call:
+    """One call of a kernel.
+
+    Attributes:
+        kernel: name of the device function.
+        operands: in the order of the call.
+        results: likewise.
+    """
+
+    kernel: str
+    operands: Sequence[Shaped]
+    results: Sequence[Shaped]
+
+    @property
+    def bytes(self) -> float:
+        """Of all operands and results, each once."""
+        return sum(math.prod(one.shape) * one.dtype.itemsize for one in (*self.operands, *self.results))
 
 
 def _cache_write(site: Site) -> Work:
@@ -165,4 +183,4 @@ BY_LOAD: dict[str, Callable[[Site], Work]] = {
     "paged_decode": _paged_attention,
     "ragged_prefill": _paged_attention,
 }
-BY_OPERANDS: dict[str, Callable[[Sequence[Shaped], Sequence[Shaped]], Work]] = {}
+BY_OPERANDS: dict[str, Callable[[Call], Work]] = {}

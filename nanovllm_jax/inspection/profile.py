@@ -75,10 +75,12 @@ def profile_engine(engine: Engine, folder: str | Path) -> Iterator[Profiling]:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     catalogue = engine.runner.programs.catalogue
+    engine.wait()  # a step from before the block must not run into it
     engine.annotate_step = _annotator(catalogue)
     try:
         with jax.profiler.trace(str(folder), profiler_options=options):
             yield profiling
+            engine.wait()
     finally:
         engine.annotate_step = None
     trace = read_trace(folder)

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from inspection_reports import inspected
 
+from nanovllm_jax.inspection import costs
 from nanovllm_jax.inspection.findings import compiled_findings, traced_findings
 from nanovllm_jax.inspection.hlo_text import instructions
+from nanovllm_jax.inspection.kernel_costs import Work
 
 
 def found(function, *arguments, dtype=jnp.bfloat16):
@@ -56,3 +58,19 @@ def test_kernels_that_fall_back_on_a_gpu_are_found():
     report = inspected("tiny", attention_backend="xla")
     assert {one.kind for one in report.findings} == {"fallback"}
     assert any("paged_decode" in one.message and "attention_backend is 'xla'" in one.message for one in report.findings)
+
+
+def test_a_kernel_without_a_formula_is_found(monkeypatch):
+    monkeypatch.setattr(costs, "BY_LOAD", {"paged_decode": costs.BY_LOAD["paged_decode"]})
+    report = inspected("tiny")
+    assert {one.kind for one in report.findings} == {"no formula"}
+    assert any("triton kernel in layer*/attention/cache_write" in one.message for one in report.findings)
+
+
+def test_costs_by_operands_count_each_call(monkeypatch):
+    monkeypatch.setattr(costs, "BY_LOAD", {})
+    monkeypatch.setattr(costs, "BY_OPERANDS", {"cache_write": lambda call: Work(len(call.operands), call.bytes)})
+    row = next(row for row in inspected("tiny").programs[0].kernels if row.name == "cache_write")
+    assert (row.kind, row.count, row.source) == ("triton", 3, "formula")
+    assert row.flops == 3 * 5  # k, v, both caches and the slots
+    assert row.bytes > 0

@@ -1,5 +1,6 @@
 """A report of the step: what it holds, how it is written, and what differs between two."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -87,6 +88,14 @@ def test_json_follows_its_schema_and_comes_back(on_cpu, for_h200, tmp_path):
         file.write_text(report.json())
         assert Report.load(file) == report
         assert Report.load(file).diff(report) == []
+
+
+def test_schema_describes_every_field():
+    schema = json.loads((Path(nanovllm_jax.inspection.__file__).parent / "report.schema.json").read_text())
+    described = {"Report": schema, **schema["$defs"]}
+    for name, definition in described.items():
+        fields = [field.name for field in dataclasses.fields(getattr(nanovllm_jax.inspection.report, name))]
+        assert fields == list(definition["properties"]) == definition["required"]
 
 
 def test_report_of_another_version_is_refused(tmp_path):

@@ -50,6 +50,7 @@ function instructionTable(program) {
   $("#kernels .lead").textContent = `What XLA made of ${program.name}: operands and results of its instructions, of equal kind and scope together. A fusion that reads a few rows of a large operand counts it whole.`;
   sortable($("#kernels table"), [
     { name: "instruction", text: true, value: (row) => row.name },
+    { name: "kind", text: true, value: (row) => row.kind, show: tag },
     { name: "scope", text: true, value: (row) => row.scope, show: scopeCell },
     { name: "count", value: (row) => row.count, show: count },
     { name: "bytes", value: (row) => row.bytes, show: bytes },
