@@ -11,7 +11,7 @@ from nanovllm_jax.inspection.costs import count, kernel_rows
 from nanovllm_jax.inspection.gpus import Gpu
 from nanovllm_jax.inspection.kernel_costs import load_of
 from nanovllm_jax.inspection.measured import program_seconds
-from nanovllm_jax.inspection.report import Bucket, Compilation, Memory, Profile
+from nanovllm_jax.inspection.report import Bucket, Compilation, Memory, Profile, Program
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.state import device_bytes
 
@@ -25,15 +25,14 @@ def bucket_rows(
     context: int,
     compilations: Sequence[Compilation],
     profile: Profile | None,
+    inspected: Sequence[Program],
 ) -> list[Bucket]:
-    """A row for each key, traced for its costs (nothing is lowered or compiled here)."""
+    """A row for each key, with the costs of `inspected` programs or traced for them; nothing is compiled here."""
+    costs = {one.name: (one.flops, one.bytes) for one in inspected}
     log = {one.program: one for one in compilations}
     rows = []
     for key in keys:
-        found = kernel_rows(
-            count(catalogue.trace(key).jaxpr.jaxpr), catalogue, load_of(key.kind, key.size, context), peaks
-        )
-        flops, moved = sum(row.flops or 0 for row in found), sum(row.bytes or 0 for row in found)
+        flops, moved = costs.get(program_name(key)) or _traced_costs(catalogue, key, context)
         memory, logged = memory_of(compiled.get(key)), log.get(program_name(key))
         rows.append(
             Bucket(
@@ -54,6 +53,12 @@ def bucket_rows(
             )
         )
     return rows
+
+
+def _traced_costs(catalogue: Catalogue, key: ProgramKey, context: int) -> tuple[float, float]:
+    counted = count(catalogue.trace(key).jaxpr.jaxpr)
+    rows = kernel_rows(counted, catalogue, load_of(key.kind, key.size, context), None)
+    return sum(row.flops or 0 for row in rows), sum(row.bytes or 0 for row in rows)
 
 
 def program_name(key: ProgramKey) -> str:

@@ -90,6 +90,7 @@ def collect(
             context=context,
             compilations=compilations,
             profile=profile,
+            inspected=found,
         )
     on_gpu = gpu is not None or device.platform != "cpu"
     temporaries = [program.memory.temporaries for program in found if program.memory]

@@ -29,13 +29,11 @@ function rooflineChart(points, peak, bandwidth) {
   const X = (value) => left + ((decade(value) - low) / (high - low)) * (width - left - right);
   const Y = (value) => height - bottom - ((decade(value) - floor) / (ceiling - floor)) * (height - top - bottom);
   const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Roofline" });
-  for (let at = Math.ceil(low); at <= high; at++) {
-    chart.append(svg("line", { class: "grid", x1: X(10 ** at), x2: X(10 ** at), y1: top, y2: height - bottom }),
-      text(X(10 ** at), height - bottom + 16, digits(10 ** at), "middle"));
+  for (const at of ticks(low, high)) {
+    chart.append(svg("line", { class: "grid", x1: X(at), x2: X(at), y1: top, y2: height - bottom }), text(X(at), height - bottom + 16, digits(at), "middle"));
   }
-  for (let at = Math.ceil(floor); at <= ceiling; at++) {
-    chart.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: Y(10 ** at), y2: Y(10 ** at) }),
-      text(left - 8, Y(10 ** at) + 4, rate(10 ** at), "end"));
+  for (const at of ticks(floor, ceiling)) {
+    chart.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: Y(at), y2: Y(at) }), text(left - 8, Y(at) + 4, rate(at), "end"));
   }
   const knee = peak / bandwidth;
   const start = Math.max(10 ** low, 10 ** floor / bandwidth);
@@ -48,6 +46,14 @@ function rooflineChart(points, peak, bandwidth) {
   const taken = points.map(({ row, x, roof, reached }) => circleBox(X(x), Y(reached ?? roof), radiusOf(row)));
   for (const point of [...points].sort((a, b) => (b.row.share ?? 0) - (a.row.share ?? 0))) drawPoint(chart, point, X, Y, taken, width);
   return chart;
+}
+
+// Powers of ten, and 2 and 5 times them where there are few, between two exponents.
+function ticks(low, high) {
+  const steps = high - low < 2.2 ? [1, 2, 5] : [1];
+  const found = [];
+  for (let at = Math.floor(low); at <= high; at++) found.push(...steps.map((step) => step * 10 ** at));
+  return found.filter((value) => Math.log10(value) >= low && Math.log10(value) <= high);
 }
 
 const radiusOf = (row) => 4 + 9 * Math.sqrt(row.share ?? 0);
