@@ -192,15 +192,22 @@ def _between(
     else:
         calls += _calls(programs[first], range(start + 1, len(programs[first].order)))
         calls += _calls(programs[last], range(end))
-    found: list[Origin] = [Origin("", "")] * len(events)
+    found: list[Origin] = [Origin(programs[first].name if is_copy(event) else "", "") for event in events]
     for is_product in (True, False):
-        kernels = [i for i, event in enumerate(events) if bool(PRODUCT.search(event.name)) == is_product]
+        kernels = [
+            i for i, event in enumerate(events) if bool(PRODUCT.search(event.name)) == is_product and not is_copy(event)
+        ]
         targets = [call for call in calls if bool(PRODUCT.search(call[1])) == is_product]
         for number, position in enumerate(kernels):
             if targets:  # one call may be several kernels
                 program, _, scope = targets[number * len(targets) // len(kernels)]
                 found[position] = Origin(program, fold(scope))
     return found
+
+
+def is_copy(event: DeviceEvent) -> bool:
+    """Whether an event moves or fills memory, without a kernel of the program."""
+    return event.name.lower().startswith(("memcpy", "memset"))
 
 
 def _calls(program: ProgramText, places: Iterable[int]) -> list[tuple[str, str, str]]:

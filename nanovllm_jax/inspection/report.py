@@ -202,7 +202,7 @@ class MeasuredKernel:
     step: str
     program: str  # plain[256]; "" if the trace does not tell
     name: str
-    kind: str  # product, kernel, fusion, transfer
+    kind: str  # product, kernel, fusion, copy (on the device), transfer (from or to the host)
     scope: str  # folded over the layers
     count: int
     steps: int  # in which it ran

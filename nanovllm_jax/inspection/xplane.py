@@ -19,6 +19,7 @@ from nanovllm_jax.errors import ConfigError
 STEP = re.compile(r"^(decode|prefill|mixed)\[(\d+)\]$")
 _HOST = "/host:"
 _GPU = re.compile(r"^/device:GPU:(\d+)$")
+_PROGRAM_ID = re.compile(r"\(\d+\)$")
 _TRANSFER = re.compile(r"memcpy.*(h2d|d2h|htod|dtoh)", re.IGNORECASE)
 
 
@@ -66,6 +67,7 @@ class Trace:
     device: str
     is_gpu: bool
     num_devices: int
+    num_graph_launches: int
 
 
 def read_trace(folder: str | Path) -> Trace:
@@ -87,7 +89,7 @@ def trace_of(data: Any) -> Trace:
         planes = list(data.planes)
         gpus = sorted((int(found[1]), plane) for plane in planes if (found := _GPU.match(plane.name)))
         host = [plane for plane in planes if plane.name.startswith(_HOST)]
-        marks, launches = _read_host(host)
+        marks, launches, num_graphs = _read_host(host)
         if gpus:
             ordinal, plane = gpus[0]
             events = _gpu_events(plane, launches)
@@ -100,12 +102,13 @@ def trace_of(data: Any) -> Trace:
         name,
         bool(gpus),
         max(len(gpus), 1),
+        num_graphs,
     )
 
 
-def _read_host(planes: list[Any]) -> tuple[list[StepMark], dict[int, tuple[float, str]]]:
-    """The steps' marks, and when and by which thread each launch with a correlation id was made."""
-    marks, launches = [], {}
+def _read_host(planes: list[Any]) -> tuple[list[StepMark], dict[int, tuple[float, str]], int]:
+    """The steps' marks, when and by which thread each launch was made (by correlation id), how many were of graphs."""
+    marks, launches, num_graphs = [], {}, 0
     for plane in planes:
         for index, line in enumerate(plane.lines):
             thread = f"{line.name}#{index}"
@@ -115,10 +118,11 @@ def _read_host(planes: list[Any]) -> tuple[list[StepMark], dict[int, tuple[float
                     numbers = (int(stats.get(key, 0)) for key in ("step_num", "tokens", "sequences"))
                     marks.append(StepMark(event.name, event.start_ns / 1e9, event.end_ns / 1e9, thread, *numbers))
                 elif event.name.startswith("cu"):  # CUDA's driver and runtime functions
+                    num_graphs += "GraphLaunch" in event.name
                     number = dict(event.stats).get("correlation_id")
                     if number is not None:
                         launches[int(number)] = (event.start_ns / 1e9, thread)
-    return marks, launches
+    return marks, launches, num_graphs
 
 
 def _gpu_events(plane: Any, launches: dict[int, tuple[float, str]]) -> list[DeviceEvent]:
@@ -158,7 +162,7 @@ def _event(event: Any, stats: dict[str, Any], launched: float | None, thread: st
         name=event.name,
         start=event.start_ns / 1e9,
         end=event.end_ns / 1e9,
-        module=str(stats.get("hlo_module", "")),
+        module=_PROGRAM_ID.sub("", str(stats.get("hlo_module", ""))),
         op=str(stats.get("hlo_op", "")),
         op_name=op_name.rstrip(":"),
         run=None if run is None else int(run),

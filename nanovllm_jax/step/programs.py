@@ -69,7 +69,9 @@ class Programs:
         self.catalogue = catalogue
         self.compile_log: list[CompileRecord] = []
         on_gpu = catalogue.mesh.devices.flat[0].platform == "gpu"
-        self._options = {"xla_gpu_enable_command_buffer": ""} if on_gpu and not command_buffers else None
+        # Under a profiler XLA would otherwise launch kernel by kernel, and the trace show a step bound by the host.
+        recorded = {"xla_enable_command_buffers_during_profiling": True}
+        self._options = (recorded if command_buffers else {"xla_gpu_enable_command_buffer": ""}) if on_gpu else None
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
 
     def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:

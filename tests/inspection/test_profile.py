@@ -6,8 +6,9 @@ from xspace import Space
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.inspection.attribution import ProgramText
-from nanovllm_jax.inspection.profile import measured_sizes, summarise
+from nanovllm_jax.inspection.profile import measured_sizes
 from nanovllm_jax.inspection.profile_summary import accounted
+from nanovllm_jax.inspection.step_times import summarise
 from nanovllm_jax.inspection.xplane import read_trace, trace_of
 from nanovllm_jax.step.catalogue import ProgramKey
 
@@ -49,6 +50,7 @@ def pipelined():
         space.step("decode[4]", number, marked, 12)
         graph_step(space, number, start, marked + 5)
     space.kernel("MemcpyH2D", 112, 4, stream=14)
+    space.kernel("MemcpyD2D", 153, 2, 2)  # in the gap between two kernels of the third step
     return space
 
 
@@ -62,6 +64,7 @@ def test_kernels_of_a_cuda_graph_get_their_step_program_and_scope_by_launch_name
         ("loop_fusion", "decode[4]", "layer*/mlp"): 3,
         ("input_reduce_fusion", "plain[4]", "sample"): 3,
         ("MemcpyH2D", "", ""): 1,
+        ("MemcpyD2D", "decode[4]", ""): 1,
     }
     kinds = {row.name: row.kind for row in profile.kernels}
     assert (kinds["nvjet_tst_64x8_NNT"], kinds["decode_kernel"], kinds["MemcpyH2D"]) == (
@@ -70,20 +73,20 @@ def test_kernels_of_a_cuda_graph_get_their_step_program_and_scope_by_launch_name
         "transfer",
     )
     assert profile.notes[0].startswith("Each kernel belongs to the step whose dispatch launched it")
-    assert "6 of 16 kernels came without an instruction's name" in profile.notes[1]
+    assert "6 of 17 kernels came without an instruction's name" in profile.notes[1]
 
 
 def test_gaps_are_between_kernels_of_a_step_and_between_steps():
     profile = summarise(trace_of(pipelined().data()), PROGRAMS, "here")
-    assert profile.gaps_s == pytest.approx(3 * 5e-6)
+    assert profile.gaps_s == pytest.approx(5e-6 + 5e-6 + 3e-6)
     assert [step.host_gap_s for step in profile.steps] == pytest.approx([0, 0, 20e-6])
     assert profile.span_s == pytest.approx(170e-6)
     assert profile.host_gap_frac == pytest.approx(20 / 170)
-    assert profile.busy_s == pytest.approx(3 * 45e-6)
+    assert profile.busy_s == pytest.approx(3 * 45e-6 + 2e-6)
     (kind,) = profile.kinds
     assert (kind.steps, kind.tokens) == (3, 12)
     assert kind.step_s == pytest.approx(55e-6)
-    assert accounted(kind) == pytest.approx((45 + 5 + 20 / 3) / 55)
+    assert accounted(kind) == pytest.approx((50 + 20 / 3) / 55)
 
 
 def test_steps_launched_by_another_thread_are_told_apart_by_their_modules():
@@ -103,6 +106,7 @@ def test_a_trace_without_launches_or_modules_says_that_only_time_tells_steps_apa
     space.kernel("unheard_of", 1, 3)
     profile = summarise(trace_of(space.data()), [], "here")
     assert "by time alone" in profile.notes[0]
+    assert "No CUDA graph was launched" in profile.notes[1]
     assert "1 of 1 kernels are of no known program" in profile.notes[-1]
     assert profile.kernels[0].scope == ""
 

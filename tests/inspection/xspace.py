@@ -12,8 +12,8 @@ class Space:
     def event(self, plane, line, name, start, duration, **stats):
         self.planes.setdefault(plane, {}).setdefault(line, []).append((name, start, duration, stats))
 
-    def launch(self, number, start, *, thread="python"):
-        self.event("/host:CPU", thread, "cuLaunchKernelEx", start, 2, correlation_id=number)
+    def launch(self, number, start, *, thread="python", function="cuGraphLaunch"):
+        self.event("/host:CPU", thread, function, start, 2, correlation_id=number)
 
     def step(self, name, number, start, duration, tokens=4, sequences=4):
         stats = {"step_num": number, "tokens": tokens, "sequences": sequences}

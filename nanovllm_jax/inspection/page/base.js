@@ -98,7 +98,7 @@ function bar(share, kind) {
   return h("span", { class: "share" }, h("i", { class: kind, style: `width:${(part * 100).toFixed(2)}%` }), percent(share));
 }
 
-const KINDS = { product: "product", cublas: "product", cudnn: "product", triton: "kernel", mosaic: "kernel", xla: "kernel", kernel: "kernel", "xla instruction": "transfer", transfer: "transfer", gap: "gap" };
+const KINDS = { product: "product", cublas: "product", cudnn: "product", triton: "kernel", mosaic: "kernel", xla: "kernel", kernel: "kernel", "xla instruction": "transfer", copy: "transfer", transfer: "transfer", gap: "gap" };
 const kindClass = (kind) => KINDS[kind] ?? "fusion";
 const tag = (kind) => h("span", { class: `tag ${kindClass(kind)}` }, kind);
 
