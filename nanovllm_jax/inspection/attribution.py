@@ -20,7 +20,7 @@ from nanovllm_jax.inspection.xplane import DeviceEvent, Trace
 from nanovllm_jax.step.catalogue import ProgramKey
 
 PRODUCT = re.compile(r"nvjet|gemm|cutlass|cublas|xmma|splitk|gemv|\bdot\b|__cublas", re.IGNORECASE)
-_STEPS = ("decode", "prefill")
+STEP_KINDS = ("decode", "prefill")
 _MOST = 0.9  # of the kernels, whose launch is known
 
 
@@ -72,7 +72,7 @@ def steps_of_events(trace: Trace, programs: Sequence[ProgramText]) -> tuple[list
     by_launch = _filled([None if e.launched is None else last_before(e.launched) for e in trace.events])
     if _share(kernels, lambda event: event.launched_by in threads) > _MOST:
         return by_launch, "Each kernel belongs to the step whose dispatch launched it."
-    by_module = _by_modules(trace, {one.module for one in programs if one.key.kind in _STEPS}, programs)
+    by_module = _by_modules(trace, {one.module for one in programs if one.key.kind.startswith(STEP_KINDS)}, programs)
     if by_module is not None:
         return by_module, "Steps were told apart by the order of modules on the device."
     if _share(kernels, lambda event: event.launched is not None) > _MOST:

@@ -11,7 +11,8 @@ from nanovllm_jax.inspection.costs import count, kernel_rows
 from nanovllm_jax.inspection.gpus import Gpu
 from nanovllm_jax.inspection.kernel_costs import load_of
 from nanovllm_jax.inspection.measured import program_seconds
-from nanovllm_jax.inspection.report import Bucket, Compilation, Memory, Profile, Program
+from nanovllm_jax.inspection.profile_data import Profile
+from nanovllm_jax.inspection.report import Bucket, Compilation, Memory, Program
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.state import device_bytes
 

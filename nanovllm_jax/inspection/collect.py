@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
-import os
-import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from nanovllm_jax.inspection import findings as look
 from nanovllm_jax.inspection.buckets import bucket_rows, memory_of, program_name
+from nanovllm_jax.inspection.card import make_card
 from nanovllm_jax.inspection.compilations import ARGUMENT_NAMES, explain_compilations
 from nanovllm_jax.inspection.costs import Counted, count, kernel_of, kernel_rows
 from nanovllm_jax.inspection.gpus import Gpu, gpu_of_device
-from nanovllm_jax.inspection.hlo_text import Instruction, aliased_parameters, hlo_lines, instructions
-from nanovllm_jax.inspection.jaxpr_text import Line, jaxpr_lines
+from nanovllm_jax.inspection.hlo_text import Instruction, aliased_parameters, instructions
 from nanovllm_jax.inspection.kernel_costs import load_of
 from nanovllm_jax.inspection.measured import with_measured
 from nanovllm_jax.inspection.report import (
     Argument,
-    Card,
     Compilation,
     Finding,
     KernelRow,
@@ -33,11 +27,9 @@ from nanovllm_jax.inspection.report import (
     Profile,
     Program,
     Report,
-    Text,
-)  # fmt: skip
+)
 from nanovllm_jax.inspection.scopes import fold
-from nanovllm_jax.inspection.stablehlo_text import stablehlo_lines
-from nanovllm_jax.inspection.triton_calls import triton_kernels
+from nanovllm_jax.inspection.texts import texts_of
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.programs import Programs
 from nanovllm_jax.step.state import device_bytes
@@ -45,9 +37,6 @@ from nanovllm_kernels import lowering_for
 
 DEFAULT_CONTEXT = 1024
 _MAKERS = ("triton", "mosaic", "cublas", "cudnn", "nccl", "fusion")
-_PLACE = re.compile(r" loc\([^()]*(?:\([^()]*\))?[^()]*\)$")  # of Triton's source
-_PACKAGES = ("nanovllm-jax", "jax", "jaxlib", "jax-triton", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin")
-_FLAGS = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_PLATFORMS")
 
 
 def collect(
@@ -105,7 +94,7 @@ def collect(
         total=total,
     )
     target = f"{gpu.name} (sm_{gpu.compute_capability}), lowered without one" if gpu else device.device_kind
-    card = _card(catalogue, model, target, peaks, context, on_gpu)
+    card = make_card(catalogue, model, target, peaks, context, on_gpu)
     return Report(card, found, memory, look_into.findings, list(compilations), table, profile)
 
 
@@ -147,7 +136,7 @@ class _Collector:
         ran = instructions(hlo) if hlo else []
         self._note(name, traced, arguments, counted, ran)
         flops, flops_source = _flops(lowered, rows, counted)
-        texts, scopes = _texts(traced, module, hlo, lowered if "triton" in counted.native.values() else None)
+        texts, scopes = texts_of(traced, module, hlo, lowered if "triton" in counted.native.values() else None)
         return Program(
             name=name,
             kind=key.kind,
@@ -234,66 +223,3 @@ def _instruction_rows(ran: list[Instruction]) -> list[KernelRow]:
 def _maker(opcode: str) -> str:
     """Whose kernel an instruction or a custom call runs."""
     return next((name for name in _MAKERS if name in opcode.lower()), "xla instruction")
-
-
-def _texts(traced: Any, module: str, hlo: str | None, with_triton: Any | None) -> tuple[dict[str, Text], list[str]]:
-    """Every text of a program, and the scopes that their lines name by index."""
-    numbers: dict[str, int] = {"": 0}
-
-    def text(found: tuple[list[Line], int]) -> Text:
-        lines, full = found
-        return Text([line for line, _ in lines], [numbers.setdefault(s, len(numbers)) for _, s in lines], full)
-
-    texts = {"jaxpr": text(jaxpr_lines(traced.jaxpr.jaxpr)), "stablehlo": text(stablehlo_lines(module))}
-    if hlo:
-        texts["hlo"] = text(hlo_lines(hlo))
-    if with_triton is not None:
-        kernels = triton_kernels(with_triton)
-        for name in ("ttir", "ptx"):
-            lines: list[Line] = []
-            for kernel in kernels:
-                head = f"// {kernel.name}: {kernel.num_warps} warps, {kernel.shared_bytes} bytes of shared memory"
-                body = [_PLACE.sub("", line) for line in getattr(kernel, name).splitlines() if not _is_debug(line)]
-                lines += [(head, ""), *((line, "") for line in body)]
-            texts["triton" if name == "ttir" else "ptx"] = text((lines, len(lines)))
-    return texts, list(numbers)
-
-
-def _is_debug(line: str) -> bool:
-    return line.startswith("#loc") or line.lstrip().startswith((".loc", ".file", ".b8", ".b32", ".b64"))
-
-
-def _card(catalogue: Catalogue, model: str, target: str, peaks: Gpu | None, context: int, on_gpu: bool) -> Card:
-    config, shape = catalogue.config.model, catalogue.config.shape
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return Card(
-        model=model,
-        family=config.family,
-        shape={name: getattr(config, name) for name in names},
-        engine={
-            "num_blocks": shape.num_blocks,
-            "block_size": shape.block_size,
-            "max_num_seqs": shape.max_num_seqs,
-            "max_model_len": shape.max_model_len,
-            "attention_backend": catalogue.config.backend,
-            "tensor_parallel_size": catalogue.mesh.devices.size,
-            "decode_sizes": " ".join(map(str, catalogue.decode_sizes)),
-            "prefill_sizes": " ".join(map(str, catalogue.prefill_sizes)),
-        },
-        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(catalogue.params)),
-        dtype=jnp.dtype(catalogue.params["embed"].dtype).name,
-        cache_dtype=jnp.dtype(jax.tree.leaves(catalogue.caches)[0].dtype).name,
-        target=target,
-        devices=catalogue.mesh.devices.size,
-        flops_per_s=peaks.flops_per_s if peaks else None,
-        bytes_per_s=peaks.bytes_per_s if peaks else None,
-        context=context,
-        versions=versions,
-        flags={name: os.environ[name] for name in _FLAGS if name in os.environ},
-    )

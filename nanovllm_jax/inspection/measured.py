@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nanovllm_jax.inspection.report import KernelRow, MeasuredKernel, Profile
+from nanovllm_jax.inspection.profile_data import MeasuredKernel, Profile
+from nanovllm_jax.inspection.report import KernelRow
 
 
 def program_seconds(profile: Profile | None, program: str) -> float | None:

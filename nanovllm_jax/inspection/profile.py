@@ -17,7 +17,7 @@ from nanovllm_jax.engine.engine import Engine
 from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.inspection.attribution import ProgramText
-from nanovllm_jax.inspection.report import Profile
+from nanovllm_jax.inspection.profile_data import Profile
 from nanovllm_jax.inspection.step_times import summarise
 from nanovllm_jax.inspection.xplane import Trace, read_trace
 from nanovllm_jax.step.buckets import bucket_for

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nanovllm_jax.inspection.report import MeasuredKernel, Profile, StepKind
+from nanovllm_jax.inspection.profile_data import MeasuredKernel, Profile, StepKind
 
 _KERNELS_SHOWN = 16
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.inspection.attribution import (
     PRODUCT,
+    STEP_KINDS,
     Origin,
     ProgramText,
     is_copy,
@@ -17,7 +18,7 @@ from nanovllm_jax.inspection.attribution import (
     steps_of_events,
 )
 from nanovllm_jax.inspection.costs import has_formula
-from nanovllm_jax.inspection.report import MeasuredKernel, Profile, StepKind, StepRow
+from nanovllm_jax.inspection.profile_data import MeasuredKernel, Profile, StepKind, StepRow
 from nanovllm_jax.inspection.xplane import DeviceEvent, StepMark, Trace
 
 _NUMBER_AT_END = re.compile(r"([._]\d+)+$")
@@ -149,10 +150,10 @@ def _likely(programs: Sequence[ProgramText], mark: StepMark, events: Sequence[De
 
     chosen: dict[str, ProgramText] = {}
     for program in sorted(programs, key=rank):
-        if program.key.kind not in ("decode", "prefill"):
+        if not program.key.kind.startswith(STEP_KINDS) or (
+            program.key.kind.startswith(kind) and program.key.size == mark.size
+        ):
             chosen.setdefault(program.module, program)
-        elif program.key == (kind, mark.size):
-            chosen[program.module] = program
     order = ("update_rows", "update_extras", kind, "prompt_logprobs")
     return sorted(chosen.values(), key=lambda one: order.index(one.key.kind) if one.key.kind in order else len(order))
 

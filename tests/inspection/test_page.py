@@ -7,7 +7,8 @@ import pytest
 from browser import Watched, chromium  # noqa: F401 (a fixture)
 from inspection_reports import inspected
 
-from nanovllm_jax.inspection.report import Compilation, MeasuredKernel, Profile, StepKind, StepRow
+from nanovllm_jax.inspection.profile_data import MeasuredKernel, Profile, StepKind, StepRow
+from nanovllm_jax.inspection.report import Compilation
 from nanovllm_jax.step.catalogue import ProgramKey
 from nanovllm_jax.step.programs import Programs
 

@@ -10,7 +10,8 @@ from inspection_reports import inspected, replaced
 
 import nanovllm_jax.inspection
 from nanovllm_jax.errors import ConfigError
-from nanovllm_jax.inspection import Report
+from nanovllm_jax.inspection import Report, profile_data
+from nanovllm_jax.inspection import report as report_data
 
 STATE = ("caches", "rows")
 
@@ -94,7 +95,8 @@ def test_schema_describes_every_field():
     schema = json.loads((Path(nanovllm_jax.inspection.__file__).parent / "report.schema.json").read_text())
     described = {"Report": schema, **schema["$defs"]}
     for name, definition in described.items():
-        fields = [field.name for field in dataclasses.fields(getattr(nanovllm_jax.inspection.report, name))]
+        kind = getattr(report_data, name, None) or getattr(profile_data, name)
+        fields = [field.name for field in dataclasses.fields(kind)]
         assert fields == list(definition["properties"]) == definition["required"]
 
 

@@ -30,7 +30,7 @@ def page(report: Report, before: Report | None = None) -> str:
         "before": None if before is None else dataclasses.asdict(before.card),
     }
     # A report may quote anything, so that no text of it may end the element that holds it.
-    embedded = json.dumps(data, separators=(",", ":"), default=str).replace("<", "\\u003c")
+    embedded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "title": html.escape(f"{report.card.model}, what the jit made"),
         "style": _read("page.css"),
