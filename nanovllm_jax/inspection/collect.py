@@ -179,7 +179,7 @@ class _Collector:
 def _flops(lowered: Any, rows: list[KernelRow], counted: Counted) -> tuple[float, str]:
     """XLA's count where it sees everything but custom calls; ours where our kernels are loops to it."""
     kernels = sum(row.flops or 0 for row in rows if row.source == "formula")
-    loops = {kernel for kernel, _ in counted.kernels} - {kernel_of(scope) for scope in counted.native}
+    loops = {kernel for kernel, _ in counted.kernels} - {kernel_of(scope) for scope, _ in counted.native}
     analysis = lowered.cost_analysis()
     if loops or not analysis or "flops" not in analysis:
         return sum(row.flops or 0 for row in rows), "shapes of products, formulas of kernels"

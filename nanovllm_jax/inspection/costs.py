@@ -37,8 +37,8 @@ class Counted:
 
     products: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # (scope, shapes): count, flops, bytes
     kernels: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kernel, scope): layers
-    native: dict[str, str] = field(default_factory=dict)  # scope of a call: language
-    shaped: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # (operation, scope): as products
+    native: dict[tuple[str, str], str] = field(default_factory=dict)  # (scope, device function): language
+    shaped: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)  # (name, scope, language): likewise
     collectives: Counter[str] = field(default_factory=Counter)
 
 
@@ -53,7 +53,6 @@ def count(jaxpr: Any) -> Counted:
                 visit.scope.partition(kernel)[0]
             )
         if visit.primitive in NATIVE:
-            found.native[fold(visit.scope)] = NATIVE[visit.primitive]
             _count_call(found, visit)
         elif visit.primitive in COLLECTIVES:
             found.collectives[visit.primitive] += visit.times
@@ -75,13 +74,16 @@ def _count_product(found: Counted, visit: Visit) -> None:
 
 
 def _count_call(found: Counted, visit: Visit) -> None:
-    operation = next((part for part in visit.scope.split("/") if part in BY_OPERANDS), None)
-    if operation is None:
-        return
-    sides = (visit.eqn.invars, visit.eqn.outvars)
-    operands, results = ([getattr(var.aval, "inner_aval", var.aval) for var in side] for side in sides)
-    call = Call(getattr(visit.eqn.params.get("fn"), "__name__", ""), operands, results)
-    _add(found.shaped, (operation, fold(visit.scope)), BY_OPERANDS[operation](call), visit.times)
+    kernel = getattr(visit.eqn.params.get("fn"), "__name__", "")
+    scope, language = fold(visit.scope), NATIVE[visit.primitive]
+    found.native[scope, kernel] = language
+    operation = next((part for part in (*scope.split("/"), kernel) if part in BY_OPERANDS), None)
+    if operation is not None:
+        sides = (visit.eqn.invars, visit.eqn.outvars)
+        operands, results = ([getattr(var.aval, "inner_aval", var.aval) for var in side] for side in sides)
+        name = f"{operation} {' x '.join(one.str_short(True) for one in operands[:2])}"
+        work = BY_OPERANDS[operation](Call(kernel, operands, results))
+        _add(found.shaped, (name, scope, language), work, visit.times)
 
 
 def _add(rows: dict[Any, list[float]], key: tuple[str, ...], work: Work, times: int) -> None:
@@ -96,9 +98,9 @@ def kernel_of(scope: str) -> str | None:
     return next((part for part in scope.split("/") if part in BY_LOAD), None)
 
 
-def has_formula(scope: str) -> bool:
-    """Whether a kernel that is called in this scope has known costs."""
-    return any(part in BY_LOAD or part in BY_OPERANDS for part in scope.split("/"))
+def has_formula(scope: str, kernel: str) -> bool:
+    """Whether a device function that is called in this scope has known costs."""
+    return any(part in BY_LOAD or part in BY_OPERANDS for part in (*scope.split("/"), kernel))
 
 
 def kernel_rows(found: Counted, catalogue: Catalogue, load: Load | None, gpu: Gpu | None) -> list[KernelRow]:
@@ -115,14 +117,14 @@ def kernel_rows(found: Counted, catalogue: Catalogue, load: Load | None, gpu: Gp
     rows: list[tuple[str, str, str, int, Work, str]] = []
     for (scope, shapes), (times, flops, moved) in found.products.items():
         rows.append((shapes, "product", scope, int(times), Work(flops, moved), "shapes"))
-    for (operation, scope), (times, flops, moved) in found.shaped.items():
-        rows.append((operation, found.native[scope], scope, int(times), Work(flops, moved), "formula"))
+    for (name, scope, language), (times, flops, moved) in found.shaped.items():
+        rows.append((name, language, scope, int(times), Work(flops, moved), "formula"))
     for (kernel, scope), layers in found.kernels.items():
         if load is None:
             continue
         site = Site(config.model, load, dtype.itemsize, cache.itemsize, config.shape.block_size, shards)
         work = BY_LOAD[kernel](site)
-        kind = next((language for at, language in found.native.items() if kernel_of(at) == kernel), "xla")
+        kind = next((language for (at, _), language in found.native.items() if kernel_of(at) == kernel), "xla")
         rows.append((kernel, kind, scope, layers, Work(work.flops * layers, work.bytes * layers), "formula"))
     limits = [gpu.limit_s(row[4].flops, row[4].bytes) if gpu else None for row in rows]
     whole = sum(limit for limit in limits if limit is not None)

@@ -81,13 +81,12 @@ def kernel_findings(
 ) -> list[Finding]:
     """Kernels that run as their XLA version on a GPU, that have no costs, and more collectives than the layers need."""
     results = []
-    for scope, language in counted.native.items():
-        if not has_formula(scope):
-            message = (
-                f"the {language} kernel in {scope or 'the program'} has no formula in inspection/kernel_costs.py: "
-            )
-            results.append(Finding("no formula", program, message + "its flops and bytes are missing from the totals."))
-    native = {kernel_of(scope) for scope in counted.native}
+    for (scope, kernel), language in counted.native.items():
+        if not has_formula(scope, kernel):
+            message = f"the {language} kernel {kernel} in {scope or 'the program'} has no formula in "
+            message += "inspection/kernel_costs.py: its flops and bytes are missing from the totals."
+            results.append(Finding("no formula", program, message))
+    native = {kernel_of(scope) for scope, _ in counted.native}
     for kernel, scope in counted.kernels:
         if on_gpu and kernel not in native:
             why = "attention_backend is 'xla'" if backend == "xla" else "no kernel of our own was called"

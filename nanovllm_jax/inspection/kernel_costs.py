@@ -1,8 +1,8 @@
 """What each kernel must compute and move, in closed form, since XLA sees nothing inside a custom call.
 
 The formulas count each operand once: a key or value that several tiles read comes from the GPU's L2 cache after the
-first time. A kernel is known by the `jax.named_scope` around its call, which has the operation's name. To add one,
-write its formula and enter it at the end of this file:
+first time. A kernel is known by the `jax.named_scope` around its call, which has the operation's name, or by its device
+function's name. To add one, write its formula and enter it at the end of this file:
 
 - in `BY_LOAD`, if its work depends on what the step holds (lengths of sequences, blocks of the cache) and not on its
   operands' shapes alone. The formula then counts for the XLA version too, whose loops XLA counts as running once:
@@ -11,14 +11,16 @@ write its formula and enter it at the end of this file:
           return Work(0, 2 * site.T * site.K * site.D * (site.itemsize + site.cache_itemsize) + site.T * _INT32)
 
 - in `BY_OPERANDS`, if the shapes of its calls say all: products, norms, anything that reads and writes each operand
-  once. Its XLA version needs no formula, being counted as the products that it consists of. An operation that makes
-  several calls tells them apart by `call.kernel`:
+  once. Its XLA version needs no formula, being counted as the products that it consists of. For `w` of [K, N] or, if
+  gated, [K, 2, N]:
 
-      def _skinny_matmul(call: Call) -> Work:
-          if call.kernel != "product_kernel":  # adds up what the product's splits left
-              return Work(0, call.bytes)
-          (rows, depth), columns = call.operands[0].shape, call.operands[1].shape[-1]
-          return Work(2 * rows * depth * columns, call.bytes)
+      def _fused_product(call: Call) -> Work:
+          x, w = call.operands[:2]
+          written = x.shape[0] * w.shape[-1] * x.dtype.itemsize
+          return Work(2 * x.shape[0] * math.prod(w.shape), array_bytes(x) + array_bytes(w) + written)
+
+  Calls in one scope make one row if their first two operands have the same shapes; give each its own scope to have
+  it measured apart.
 
 A call of a Triton or Mosaic kernel that has no formula is reported as a finding.
 """
@@ -161,7 +163,12 @@ class Call:
     @property
     def bytes(self) -> float:
         """Of all operands and results, each once."""
-        return sum(math.prod(one.shape) * one.dtype.itemsize for one in (*self.operands, *self.results))
+        return sum(map(array_bytes, (*self.operands, *self.results)))
+
+
+def array_bytes(array: Shaped) -> float:
+    """Bytes of one array."""
+    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def _cache_write(site: Site) -> Work:

@@ -168,7 +168,7 @@ def _kind(event: DeviceEvent, origin: Origin) -> str:
         return "transfer"
     if is_copy(event):
         return "copy"
-    if has_formula(origin.scope):
+    if has_formula(origin.scope, event.name):
         return "kernel"
     return "product" if PRODUCT.search(event.name) or "->" in origin.scope.rpartition("/")[2] else "fusion"
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from inspection_reports import inspected
 
 from nanovllm_jax.inspection import costs
@@ -64,13 +65,18 @@ def test_a_kernel_without_a_formula_is_found(monkeypatch):
     monkeypatch.setattr(costs, "BY_LOAD", {"paged_decode": costs.BY_LOAD["paged_decode"]})
     report = inspected("tiny")
     assert {one.kind for one in report.findings} == {"no formula"}
-    assert any("triton kernel in layer*/attention/cache_write" in one.message for one in report.findings)
+    assert any(
+        "triton kernel cache_write_kernel in layer*/attention/cache_write" in one.message for one in report.findings
+    )
 
 
-def test_costs_by_operands_count_each_call(monkeypatch):
+@pytest.mark.parametrize("key", ["cache_write", "cache_write_kernel"])
+def test_costs_by_operands_count_each_call_by_its_scope_or_its_function(monkeypatch, key):
     monkeypatch.setattr(costs, "BY_LOAD", {})
-    monkeypatch.setattr(costs, "BY_OPERANDS", {"cache_write": lambda call: Work(len(call.operands), call.bytes)})
-    row = next(row for row in inspected("tiny").programs[0].kernels if row.name == "cache_write")
+    monkeypatch.setattr(costs, "BY_OPERANDS", {key: lambda call: Work(len(call.operands), call.bytes)})
+    report = inspected("tiny")
+    row = next(row for row in report.programs[0].kernels if row.name.startswith(key))
     assert (row.kind, row.count, row.source) == ("triton", 3, "formula")
     assert row.flops == 3 * 5  # k, v, both caches and the slots
     assert row.bytes > 0
+    assert not any("cache_write" in one.message for one in report.findings)
