@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -25,6 +26,7 @@ from nanovllm_jax.errors import RequestError
 from nanovllm_jax.inspection.collect import collect
 from nanovllm_jax.inspection.compilations import explain_compilations
 from nanovllm_jax.inspection.plan import choose_keys
+from nanovllm_jax.inspection.profile import Profiling, measured_sizes, profile_engine
 from nanovllm_jax.inspection.report import Compilation, Report
 from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
@@ -271,16 +273,22 @@ class LLM:
         """What the model's generation_config.json recommends; else vLLM's defaults."""
         return self._defaults.sampling_params()
 
-    def inspect(self, *, context: int = 1024) -> Report:
+    def inspect(self, *, context: int = 1024, profile: Profiling | None = None) -> Report:
         """What the step compiled to: programs, kernels, flops, bytes, memory, and what deserves attention.
 
-        Looks into the largest decode and prefill buckets and the plain sampler.
+        Looks into the largest decode and prefill buckets and the plain sampler; with a profile, into the buckets
+        that it measured most.
 
         Args:
             context: tokens that each sequence has, for the costs of attention.
+            profile: from `profile()`; measured times then stand beside the computed limits.
+
+        Raises:
+            ConfigError: if the profile is not finished.
         """
         programs = self._engine.runner.programs
-        keys = choose_keys(programs.catalogue, None, None, None)
+        summary = profile.summary if profile else None
+        keys = choose_keys(programs.catalogue, None, *measured_sizes(summary))
         return collect(
             programs.catalogue,
             keys,
@@ -288,7 +296,23 @@ class LLM:
             programs=programs,
             context=context,
             compilations=self.compile_log,
+            buckets=[*programs.compiled(), *(key for key in keys if key not in programs.compiled())],
+            profile=summary,
         )
+
+    def profile(self, folder: str | Path) -> AbstractContextManager[Profiling]:
+        """Trace what runs inside the block: `with llm.profile("trace") as profile: llm.generate(...)`.
+
+        The folder opens in XProf and Perfetto; `profile.summary` has each kernel's time, the device's busy time and
+        the gaps in which it waited for the host, and `inspect(profile=profile)` puts them into a report.
+
+        Args:
+            folder: where the trace goes; made if it is not there.
+
+        Raises:
+            ConfigError: after the block, if no step ran in it.
+        """
+        return profile_engine(self._engine, folder)
 
     @property
     def compile_log(self) -> list[Compilation]:

@@ -29,6 +29,9 @@ def inspect(
         Literal["jaxpr", "stablehlo", "hlo", "triton", "ptx"] | None,
         typer.Option(show_default="none", help="Print the programs in this language instead of the summary."),
     ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", dir_okay=False, help="Write the report as a page of its own here.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the report here.")] = None,
     diff: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Compare with a report that --json wrote.")
@@ -55,8 +58,8 @@ def inspect(
 
     \b
       nanovllm-jax inspect --no-weights
-      nanovllm-jax inspect Qwen/Qwen3-0.6B --no-weights --gpu h200 --json today.json
-      nanovllm-jax inspect Qwen/Qwen3-0.6B --no-weights --gpu h200 --diff yesterday.json
+      nanovllm-jax inspect Qwen/Qwen3-0.6B --no-weights --gpu h200 --json today.json --html today.html
+      nanovllm-jax inspect Qwen/Qwen3-0.6B --no-weights --gpu h200 --diff yesterday.json --html diff.html
       nanovllm-jax inspect Qwen/Qwen3-0.6B --no-weights --gpu a100 --phase decode --rows 8 --ir ptx
     """  # noqa: D301
     set_up_logging(verbose)
@@ -72,7 +75,7 @@ def inspect(
         from nanovllm_jax.config import EngineConfig
         from nanovllm_jax.inspection import Report, collect
         from nanovllm_jax.inspection.gpus import find_gpu
-        from nanovllm_jax.inspection.plan import choose_keys, plan_catalogue
+        from nanovllm_jax.inspection.plan import bucket_keys, choose_keys, plan_catalogue
         from nanovllm_jax.step.programs import Programs, use_persistent_cache
 
         before = Report.load(diff) if diff else None
@@ -90,14 +93,16 @@ def inspect(
         programs = None if target else Programs(catalogue, command_buffers=True)
         keys = choose_keys(catalogue, phase, rows, tokens)
         name = model or "the built-in model"
-        report = collect(catalogue, keys, model=name, programs=programs, gpu=target, context=context)
+        buckets = bucket_keys(catalogue, keys) if rows is None and tokens is None else keys
+        report = collect(catalogue, keys, model=name, programs=programs, gpu=target, context=context, buckets=buckets)
     if ir is not None:
         _print_text(report, ir)
     else:
         _print_summary(report, before)
-    if json_file is not None:
-        json_file.write_text(report.json(), encoding="utf-8")
-        note(f"wrote {json_file}")
+    for file, write_it in ((html_file, lambda: report.html(before)), (json_file, report.json)):
+        if file is not None:
+            file.write_text(write_it(), encoding="utf-8")
+            note(f"wrote {file}")
 
 
 def _model_config(model: str | None, no_weights: bool) -> Any:

@@ -9,24 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.engine import Engine
-from nanovllm_jax.engine.sampling_plan import MAX_ADJUSTMENTS
+from nanovllm_jax.engine.plan import cache_dtype, describe_programs, smallest_shape, weight_dtype
 from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
-from nanovllm_jax.errors import ConfigError, DeviceError
+from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
-from nanovllm_jax.parallel.mesh import MODEL_AXIS, make_mesh, param_shardings, split_heads
-from nanovllm_jax.step.buckets import decode_buckets, prefill_buckets
-from nanovllm_jax.step.catalogue import Catalogue
-from nanovllm_jax.step.memory import BLOCK_MULTIPLE, blocks_that_fit, claim_device_memory, temporary_bytes
+from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, split_heads
+from nanovllm_jax.step.memory import blocks_that_fit, claim_device_memory, temporary_bytes
 from nanovllm_jax.step.programs import Programs, use_persistent_cache
 from nanovllm_jax.step.runner import Runner
 from nanovllm_jax.step.state import StateShape, abstract_extras, abstract_rows, block_bytes, device_bytes
-from nanovllm_jax.step.step import StepConfig
 from nanovllm_jax.weights import (
     GenerationDefaults,
     ModelSource,
@@ -68,11 +64,10 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
     model_config = split_heads(whole, config.tensor_parallel_size)
     device = mesh.devices.flat[0]
-    dtype = _weight_dtype(config.dtype, model_config, device)
+    dtype = weight_dtype(config.dtype, model_config, on_gpu=device.platform != "cpu")
     params = _load(source, model_config, dtype, mesh, config)
 
-    cache_dtype = jnp.dtype(dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype)
-    programs, shape = _plan(model_config, config, params, cache_dtype, mesh, device)
+    programs, shape = _plan(model_config, config, params, cache_dtype(config, dtype), mesh, device)
     runner = Runner(programs, params)
     if not config.enforce_eager:
         _warm_up(runner)
@@ -113,33 +108,16 @@ def _load(source: ModelSource, model: ModelConfig, dtype: Any, mesh: Mesh, confi
 
 
 def _plan(
-    model: ModelConfig, config: EngineConfig, params: Params, cache_dtype: Any, mesh: Mesh, device: Any
+    model: ModelConfig, config: EngineConfig, params: Params, kv_dtype: Any, mesh: Mesh, device: Any
 ) -> tuple[Programs, StateShape]:
     """Choose the number of cache blocks and describe the programs for it."""
-    max_model_len = config.max_model_len or model.max_position_embeddings
-    if max_model_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len is {max_model_len}; {model.family} was trained for {model.max_position_embeddings} "
-            "positions: lower max_model_len."
-        )
     on_gpu = device.platform != "cpu"
-    one_block = block_bytes(model, config.block_size, cache_dtype) // config.tensor_parallel_size
-    shape = StateShape(BLOCK_MULTIPLE, config.block_size, config.max_num_seqs, max_model_len, MAX_ADJUSTMENTS)
-    platform_backend = "triton" if on_gpu else "xla"
-    backend = platform_backend if config.attention_backend == "auto" else config.attention_backend
+    one_block = block_bytes(model, config.block_size, kv_dtype) // config.tensor_parallel_size
+    shape = smallest_shape(model, config)
+    max_model_len = shape.max_model_len
 
     def programs(shape: StateShape) -> Programs:
-        # A step never holds more tokens than all rows at their longest.
-        tokens = min(config.max_num_batched_tokens, shape.max_num_seqs * shape.max_model_len)
-        catalogue = Catalogue(
-            StepConfig(model, shape, backend, MODEL_AXIS if config.tensor_parallel_size > 1 else None),
-            params,
-            cache_dtype,
-            mesh,
-            decode_sizes=decode_buckets(config.max_num_seqs, fine=on_gpu),
-            prefill_sizes=prefill_buckets(tokens, fine=on_gpu),
-            num_logprobs=config.max_logprobs,
-        )
+        catalogue = describe_programs(model, config, shape, params, kv_dtype, mesh, on_gpu=on_gpu)
         return Programs(catalogue, command_buffers=not config.enforce_eager)
 
     if config.num_gpu_blocks_override is not None:
@@ -174,7 +152,7 @@ def _plan(
         capacity,
         num_blocks,
         num_blocks * one_block / 1e9,
-        cache_dtype,
+        kv_dtype,
         capacity / max_model_len,
         max_model_len,
     )
@@ -187,15 +165,6 @@ def _warm_up(runner: Runner) -> None:
     log = runner.programs.compile_log
     hits, seconds = sum(record.cache_hit for record in log), time.perf_counter() - start
     logger.info("compiled %d programs in %.1f s, %d of them from the cache", len(log), seconds, hits)
-
-
-def _weight_dtype(asked: str, model: ModelConfig, device: Any) -> jnp.dtype:
-    """What "auto" means: float32 on the CPU, where it is fastest; else the checkpoint's, but not float32."""
-    if asked != "auto":
-        return jnp.dtype(asked)
-    if device.platform == "cpu":
-        return jnp.dtype("float32")
-    return jnp.dtype("bfloat16" if model.dtype == "float32" else model.dtype)
 
 
 def _end_ids(tokenizer: Any | None, defaults: GenerationDefaults) -> frozenset[int]:

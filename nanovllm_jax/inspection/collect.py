@@ -2,56 +2,41 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from nanovllm_jax.inspection import findings as look
+from nanovllm_jax.inspection.buckets import bucket_rows, memory_of, program_name
+from nanovllm_jax.inspection.card import make_card
+from nanovllm_jax.inspection.compilations import ARGUMENT_NAMES, explain_compilations
 from nanovllm_jax.inspection.costs import Counted, count, kernel_of, kernel_rows
 from nanovllm_jax.inspection.gpus import Gpu, gpu_of_device
-from nanovllm_jax.inspection.hlo_text import Instruction, aliased_parameters, hlo_lines, instructions
-from nanovllm_jax.inspection.jaxpr_text import Line, jaxpr_lines
-from nanovllm_jax.inspection.kernel_costs import Load, decode_load, prefill_load
+from nanovllm_jax.inspection.hlo_text import Instruction, aliased_parameters, instructions
+from nanovllm_jax.inspection.kernel_costs import load_of
+from nanovllm_jax.inspection.measured import with_measured
 from nanovllm_jax.inspection.report import (
     Argument,
-    Card,
     Compilation,
     Finding,
     KernelRow,
-    Memory,
     MemoryPlan,
+    Profile,
     Program,
     Report,
-    Text,
-)  # fmt: skip
+)
 from nanovllm_jax.inspection.scopes import fold
-from nanovllm_jax.inspection.stablehlo_text import stablehlo_lines
-from nanovllm_jax.inspection.triton_calls import triton_kernels
+from nanovllm_jax.inspection.texts import texts_of
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.programs import Programs
 from nanovllm_jax.step.state import device_bytes
 from nanovllm_kernels import lowering_for
 
 DEFAULT_CONTEXT = 1024
-_PACKAGES = ("nanovllm-jax", "jax", "jaxlib", "jax-triton", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin")
-_FLAGS = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_PLATFORMS")
-ARGUMENT_NAMES = {
-    "decode": ("params", "caches", "rows", "delta"),
-    "prefill": ("params", "caches", "rows", "delta"),
-    "plain": ("head", "rows", "hidden", "sampled_rows"),
-    "filtered": ("head", "rows", "hidden", "sampled_rows"),
-    "full": ("head", "rows", "extras", "hidden", "sampled_rows"),
-    "prompt_logprobs": ("head", "hidden", "targets"),
-    "update_rows": ("rows", "packed"),
-    "update_extras": ("extras", "packed"),
-}
+_MAKERS = ("triton", "mosaic", "cublas", "cudnn", "nccl", "fusion")
 
 
 def collect(
@@ -62,7 +47,9 @@ def collect(
     programs: Programs | None = None,
     gpu: Gpu | None = None,
     context: int = DEFAULT_CONTEXT,
-    compilations: Sequence[Compilation] = (),
+    compilations: Sequence[Compilation] | None = None,
+    buckets: Sequence[ProgramKey] = (),
+    profile: Profile | None = None,
 ) -> Report:
     """Look into programs.
 
@@ -73,12 +60,27 @@ def collect(
         programs: compiles them for the device at hand and keeps them; None only lowers.
         gpu: the GPU to lower for, which need not be there; None for the device at hand.
         context: tokens that each sequence has, for the costs of attention.
-        compilations: the compile log.
+        compilations: the compile log; None takes that of `programs`.
+        buckets: programs for the bucket table.
+        profile: whose measured times go beside the limits.
     """
     device = catalogue.mesh.devices.flat[0]
     peaks = gpu or (gpu_of_device(device.device_kind) if device.platform != "cpu" else None)
-    look_into = _Collector(catalogue, programs if gpu is None else None, gpu, peaks, context)
+    look_into = _Collector(catalogue, programs if gpu is None else None, gpu, peaks, context, profile)
     found = [look_into.program(key) for key in keys]
+    if compilations is None:
+        compilations = explain_compilations(catalogue, programs.compile_log) if programs else []
+    with lowering_for(gpu.compute_capability) if gpu else nullcontext():
+        table = bucket_rows(
+            catalogue,
+            buckets,
+            programs.compiled() if programs else {},
+            peaks=peaks,
+            context=context,
+            compilations=compilations,
+            profile=profile,
+            inspected=found,
+        )
     on_gpu = gpu is not None or device.platform != "cpu"
     temporaries = [program.memory.temporaries for program in found if program.memory]
     stats = None if gpu else device.memory_stats()
@@ -92,22 +94,28 @@ def collect(
         total=total,
     )
     target = f"{gpu.name} (sm_{gpu.compute_capability}), lowered without one" if gpu else device.device_kind
-    card = _card(catalogue, model, target, peaks, context, on_gpu)
-    return Report(card, found, memory, look_into.findings, list(compilations))
+    card = make_card(catalogue, model, target, peaks, context, on_gpu)
+    return Report(card, found, memory, look_into.findings, list(compilations), table, profile)
 
 
 class _Collector:
     def __init__(
-        self, catalogue: Catalogue, programs: Programs | None, gpu: Gpu | None, peaks: Gpu | None, context: int
+        self,
+        catalogue: Catalogue,
+        programs: Programs | None,
+        gpu: Gpu | None,
+        peaks: Gpu | None,
+        context: int,
+        profile: Profile | None,
     ) -> None:
         self._catalogue, self._programs, self._gpu, self._peaks = catalogue, programs, gpu, peaks
-        self._context = context
+        self._context, self._profile = context, profile
         self._on_gpu = gpu is not None or catalogue.mesh.devices.flat[0].platform != "cpu"
         self._shards = catalogue.mesh.devices.size if catalogue.config.axis_name else 1
         self.findings: list[Finding] = []
 
     def program(self, key: ProgramKey) -> Program:
-        name = f"{key.kind}[{key.size}]" if key.size else key.kind
+        name = program_name(key)
         started = time.perf_counter()
         with lowering_for(self._gpu.compute_capability) if self._gpu else nullcontext():
             traced = self._catalogue.trace(key)
@@ -122,21 +130,13 @@ class _Collector:
         module = lowered.as_text(debug_info=True)
 
         counted = count(traced.jaxpr.jaxpr)
-        dtype, cache = self._catalogue.params["embed"].dtype, jax.tree.leaves(self._catalogue.caches)[0].dtype
-        rows = kernel_rows(
-            counted,
-            self._catalogue.config,
-            _load(key, self._context),
-            itemsize=dtype.itemsize,
-            cache_itemsize=cache.itemsize,
-            shards=self._shards,
-            gpu=self._peaks,
-        )
+        load = load_of(key.kind, key.size, self._context)
+        rows = with_measured(kernel_rows(counted, self._catalogue, load, self._peaks), self._profile, name)
         arguments = _arguments(key, self._catalogue, lowered, module, hlo)
         ran = instructions(hlo) if hlo else []
-        self._note(name, traced, arguments, counted, ran, dtype)
+        self._note(name, traced, arguments, counted, ran)
         flops, flops_source = _flops(lowered, rows, counted)
-        texts, scopes = _texts(traced, module, hlo, lowered if counted.triton else None)
+        texts, scopes = texts_of(traced, module, hlo, lowered if "triton" in counted.native.values() else None)
         return Program(
             name=name,
             kind=key.kind,
@@ -151,7 +151,7 @@ class _Collector:
             kernels=rows,
             instructions=_instruction_rows(ran),
             collectives=dict(counted.collectives),
-            memory=_memory(compiled),
+            memory=memory_of(compiled),
             needs=None if compiled else "a GPU" if self._gpu else "compiling",
             texts=texts,
             trace_s=trace_s,
@@ -160,9 +160,9 @@ class _Collector:
         )
 
     def _note(
-        self, name: str, traced: Any, arguments: list[Argument], counted: Counted, ran: list[Instruction], dtype: Any
+        self, name: str, traced: Any, arguments: list[Argument], counted: Counted, ran: list[Instruction]
     ) -> None:
-        config = self._catalogue.config
+        config, dtype = self._catalogue.config, self._catalogue.params["embed"].dtype
         self.findings += look.donation_findings(name, arguments)
         self.findings += look.traced_findings(name, traced.jaxpr.jaxpr, dtype)
         self.findings += look.compiled_findings(name, ran)
@@ -176,16 +176,10 @@ class _Collector:
         )
 
 
-def _load(key: ProgramKey, context: int) -> Load | None:
-    if key.kind == "decode":
-        return decode_load(key.size, context)
-    return prefill_load(key.size, context) if key.kind == "prefill" else None
-
-
 def _flops(lowered: Any, rows: list[KernelRow], counted: Counted) -> tuple[float, str]:
     """XLA's count where it sees everything but custom calls; ours where our kernels are loops to it."""
     kernels = sum(row.flops or 0 for row in rows if row.source == "formula")
-    loops = {kernel for kernel, _ in counted.kernels} - {kernel_of(scope) for scope in counted.triton}
+    loops = {kernel for kernel, _ in counted.kernels} - {kernel_of(scope) for scope, _ in counted.native}
     analysis = lowered.cost_analysis()
     if loops or not analysis or "flops" not in analysis:
         return sum(row.flops or 0 for row in rows), "shapes of products, formulas of kernels"
@@ -214,85 +208,18 @@ def _promised(module: str) -> set[int]:
     return {index for index, part in enumerate(parts) if "tf.aliasing_output" in part or "jax.buffer_donor" in part}
 
 
-def _memory(compiled: Any) -> Memory | None:
-    analysis = compiled.memory_analysis() if compiled else None
-    if analysis is None:
-        return None
-    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
-    reused, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
-    return Memory(arguments, outputs, reused, temporaries, arguments + outputs - reused + temporaries)
-
-
 def _instruction_rows(ran: list[Instruction]) -> list[KernelRow]:
-    """Instructions of equal kind, scope and size as one row, the largest first."""
+    """Instructions of equal kind and scope as one row, the largest first."""
     groups: dict[tuple[str, str], list[int]] = {}
     for one in ran:
         groups.setdefault((one.opcode, fold(one.scope)), []).append(one.result_bytes + one.operand_bytes)
     rows = [
-        KernelRow(opcode, opcode, scope, len(sizes), None, sum(sizes), "XLA", None, None)
+        KernelRow(opcode, _maker(opcode), scope, len(sizes), None, sum(sizes), "XLA", None, None)
         for (opcode, scope), sizes in groups.items()
     ]
     return sorted(rows, key=lambda row: -(row.bytes or 0))
 
 
-def _texts(traced: Any, module: str, hlo: str | None, with_triton: Any | None) -> tuple[dict[str, Text], list[str]]:
-    """Every text of a program, and the scopes that their lines name by index."""
-    numbers: dict[str, int] = {"": 0}
-
-    def text(found: tuple[list[Line], int]) -> Text:
-        lines, full = found
-        return Text([line for line, _ in lines], [numbers.setdefault(s, len(numbers)) for _, s in lines], full)
-
-    texts = {"jaxpr": text(jaxpr_lines(traced.jaxpr.jaxpr)), "stablehlo": text(stablehlo_lines(module))}
-    if hlo:
-        texts["hlo"] = text(hlo_lines(hlo))
-    if with_triton is not None:
-        kernels = triton_kernels(with_triton)
-        for name in ("ttir", "ptx"):
-            lines: list[Line] = []
-            for kernel in kernels:
-                head = f"// {kernel.name}: {kernel.num_warps} warps, {kernel.shared_bytes} bytes of shared memory"
-                body = [line for line in getattr(kernel, name).splitlines() if not _is_debug(line)]
-                lines += [(head, ""), *((line, "") for line in body)]
-            texts["triton" if name == "ttir" else "ptx"] = text((lines, len(lines)))
-    return texts, list(numbers)
-
-
-def _is_debug(line: str) -> bool:
-    return line.startswith("#loc") or line.lstrip().startswith((".loc", ".file", ".b8", ".b32", ".b64"))
-
-
-def _card(catalogue: Catalogue, model: str, target: str, peaks: Gpu | None, context: int, on_gpu: bool) -> Card:
-    config, shape = catalogue.config.model, catalogue.config.shape
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return Card(
-        model=model,
-        family=config.family,
-        shape={name: getattr(config, name) for name in names},
-        engine={
-            "num_blocks": shape.num_blocks,
-            "block_size": shape.block_size,
-            "max_num_seqs": shape.max_num_seqs,
-            "max_model_len": shape.max_model_len,
-            "attention_backend": catalogue.config.backend,
-            "tensor_parallel_size": catalogue.mesh.devices.size,
-            "decode_sizes": " ".join(map(str, catalogue.decode_sizes)),
-            "prefill_sizes": " ".join(map(str, catalogue.prefill_sizes)),
-        },
-        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(catalogue.params)),
-        dtype=jnp.dtype(catalogue.params["embed"].dtype).name,
-        cache_dtype=jnp.dtype(jax.tree.leaves(catalogue.caches)[0].dtype).name,
-        target=target,
-        devices=catalogue.mesh.devices.size,
-        flops_per_s=peaks.flops_per_s if peaks else None,
-        bytes_per_s=peaks.bytes_per_s if peaks else None,
-        context=context,
-        versions=versions,
-        flags={name: os.environ[name] for name in _FLAGS if name in os.environ},
-    )
+def _maker(opcode: str) -> str:
+    """Whose kernel an instruction or a custom call runs."""
+    return next((name for name in _MAKERS if name in opcode.lower()), "xla instruction")

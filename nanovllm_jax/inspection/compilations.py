@@ -7,21 +7,43 @@ from typing import Any
 
 import jax
 
-from nanovllm_jax.inspection.collect import ARGUMENT_NAMES
 from nanovllm_jax.inspection.report import Compilation
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.programs import CompileRecord
+
+ARGUMENT_NAMES = {
+    "decode": ("params", "caches", "rows", "delta"),
+    "prefill": ("params", "caches", "rows", "delta"),
+    "plain": ("head", "rows", "hidden", "sampled_rows"),
+    "filtered": ("head", "rows", "hidden", "sampled_rows"),
+    "full": ("head", "rows", "extras", "hidden", "sampled_rows"),
+    "prompt_logprobs": ("head", "hidden", "targets"),
+    "update_rows": ("rows", "packed"),
+    "update_extras": ("extras", "packed"),
+}
 
 
 def explain_compilations(catalogue: Catalogue, log: Sequence[CompileRecord]) -> list[Compilation]:
     """The compile log with reasons, in the order of the log."""
     last: dict[str, ProgramKey] = {}
     found = []
+    first = min((record.started for record in log), default=0.0)
     for record in log:
         key = record.key
         reason = compilation_reason(catalogue, key, last.get(key.kind))
         name = f"{key.kind}[{key.size}]" if key.size else key.kind
-        found.append(Compilation(name, record.lower_s, record.compile_s, record.cache_hit, reason))
+        found.append(
+            Compilation(
+                program=name,
+                start_s=record.started - first,
+                trace_s=record.trace_s,
+                lower_s=record.lower_s,
+                compile_start_s=record.compile_started - first,
+                compile_s=record.compile_s,
+                cache_hit=record.cache_hit,
+                reason=reason,
+            )
+        )
         last[key.kind] = key
     return found
 

@@ -7,12 +7,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from nanovllm_jax.inspection.gpus import Gpu
-from nanovllm_jax.inspection.kernel_costs import KERNELS, Load, Work, kernel_work
+from nanovllm_jax.inspection.kernel_costs import BY_LOAD, BY_OPERANDS, Call, Load, Site, Work
 from nanovllm_jax.inspection.report import KernelRow
 from nanovllm_jax.inspection.scopes import fold
 from nanovllm_jax.inspection.walk import Visit, aval_bytes, visit_all
-from nanovllm_jax.step.step import StepConfig
+from nanovllm_jax.step.catalogue import Catalogue
 
 COLLECTIVES = {
     "psum",
@@ -25,17 +27,18 @@ COLLECTIVES = {
     "ppermute",
     "reduce_scatter",
 }
-_TRITON = "triton_kernel_call"
+# What calls a kernel of our own, and in which language it is written.
+NATIVE = {"triton_kernel_call": "triton", "pallas_call": "mosaic", "mpmd_map": "mosaic", "core_map": "mosaic"}
 
 
 @dataclass
 class Counted:
     """What a walk over a jaxpr found."""
 
-    # (scope, shapes, kind "product" or "triton"): count, flops, bytes
-    products: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
+    products: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # (scope, shapes): count, flops, bytes
     kernels: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kernel, scope): layers
-    triton: Counter[str] = field(default_factory=Counter)  # scope: launches
+    native: dict[tuple[str, str], str] = field(default_factory=dict)  # (scope, device function): language
+    shaped: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)  # (name, scope, language): likewise
     collectives: Counter[str] = field(default_factory=Counter)
 
 
@@ -49,73 +52,79 @@ def count(jaxpr: Any) -> Counted:
             seen_layers.setdefault((kernel, fold(visit.scope).partition(kernel)[0] + kernel), set()).add(
                 visit.scope.partition(kernel)[0]
             )
-        if visit.primitive == _TRITON:
-            found.triton[fold(visit.scope)] += visit.times
-            if visit.eqn.params["fn"].__name__ == "product_kernel":
-                _add_product(found, visit, *_fused_product(visit))
+        if visit.primitive in NATIVE:
+            _count_call(found, visit)
         elif visit.primitive in COLLECTIVES:
             found.collectives[visit.primitive] += visit.times
         elif visit.primitive == "dot_general" and not kernel:
-            left, right = (var.aval for var in visit.eqn.invars)
-            (contracted, _), _ = visit.eqn.params["dimension_numbers"]
-            outputs = visit.eqn.outvars[0].aval
-            flops = 2 * outputs.size * math.prod(left.shape[axis] for axis in contracted)
-            _add_product(found, visit, left, right, flops, aval_bytes(outputs))
+            _count_product(found, visit)
     for key, layers in seen_layers.items():
         found.kernels[key] = len(layers)
     return found
 
 
-def _fused_product(visit: Visit) -> tuple[Any, Any, float, int]:
-    """Both operands of `skinny_matmul`'s kernel, its flops, and the bytes of the [M, N] that it writes."""
-    left, right = (var.aval for var in visit.eqn.invars[:2])
-    outputs = right.size // left.shape[1] // (2 if right.ndim == 3 else 1)
-    return left, right, 2 * left.shape[0] * right.size, left.shape[0] * outputs * left.dtype.itemsize
-
-
-def _add_product(found: Counted, visit: Visit, left: Any, right: Any, flops: float, written: int) -> None:
+def _count_product(found: Counted, visit: Visit) -> None:
+    left, right = (var.aval for var in visit.eqn.invars)
+    out = visit.eqn.outvars[0].aval
+    (contracted, _), _ = visit.eqn.params["dimension_numbers"]
+    flops = 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
     shapes = f"{left.str_short(True)} x {right.str_short(True)}"
-    kind = "triton" if visit.primitive == _TRITON else "product"
-    row = found.products.setdefault((fold(visit.scope), shapes, kind), [0, 0.0, 0.0])
-    row[0] += visit.times
-    row[1] += flops * visit.times
-    row[2] += (aval_bytes(left) + aval_bytes(right) + written) * visit.times
+    work = Work(flops, aval_bytes(left) + aval_bytes(right) + aval_bytes(out))
+    _add(found.products, (fold(visit.scope), shapes), work, visit.times)
+
+
+def _count_call(found: Counted, visit: Visit) -> None:
+    kernel = getattr(visit.eqn.params.get("fn"), "__name__", "")
+    scope, language = fold(visit.scope), NATIVE[visit.primitive]
+    found.native[scope, kernel] = language
+    operation = next((part for part in (*scope.split("/"), kernel) if part in BY_OPERANDS), None)
+    if operation is not None:
+        sides = (visit.eqn.invars, visit.eqn.outvars)
+        operands, results = ([getattr(var.aval, "inner_aval", var.aval) for var in side] for side in sides)
+        name = f"{operation} {' x '.join(one.str_short(True) for one in operands[:2])}"
+        work = BY_OPERANDS[operation](Call(kernel, operands, results))
+        _add(found.shaped, (name, scope, language), work, visit.times)
+
+
+def _add(rows: dict[Any, list[float]], key: tuple[str, ...], work: Work, times: int) -> None:
+    row = rows.setdefault(key, [0, 0.0, 0.0])
+    row[0] += times
+    row[1] += work.flops * times
+    row[2] += work.bytes * times
 
 
 def kernel_of(scope: str) -> str | None:
-    """The kernel that a scope lies in, if any."""
-    return next((part for part in scope.split("/") if part in KERNELS), None)
+    """The kernel that a scope lies in, if any, of those whose work depends on the load."""
+    return next((part for part in scope.split("/") if part in BY_LOAD), None)
 
 
-def kernel_rows(
-    found: Counted,
-    config: StepConfig,
-    load: Load | None,
-    *,
-    itemsize: int,
-    cache_itemsize: int,
-    shards: int,
-    gpu: Gpu | None,
-) -> list[KernelRow]:
-    """The rows of the kernel table, the longest limit first."""
+def has_formula(scope: str, kernel: str) -> bool:
+    """Whether a device function that is called in this scope has known costs."""
+    return any(part in BY_LOAD or part in BY_OPERANDS for part in (*scope.split("/"), kernel))
+
+
+def kernel_rows(found: Counted, catalogue: Catalogue, load: Load | None, gpu: Gpu | None) -> list[KernelRow]:
+    """The rows of the kernel table, the longest limit first.
+
+    Args:
+        found: by `count`.
+        catalogue: whose program it is.
+        load: what the step computes; None for programs without our kernels.
+        gpu: whose peaks set the limits; None leaves them out.
+    """
+    config, shards = catalogue.config, catalogue.mesh.devices.size if catalogue.config.axis_name else 1
+    dtype, cache = catalogue.params["embed"].dtype, jax.tree.leaves(catalogue.caches)[0].dtype
     rows: list[tuple[str, str, str, int, Work, str]] = []
-    for (scope, shapes, kind), (times, flops, moved) in found.products.items():
-        # XLA counts its own products; of those in our kernels it knows nothing.
-        source = "shapes" if kind == "product" else "formula"
-        rows.append((shapes, kind, scope, int(times), Work(flops, moved), source))
+    for (scope, shapes), (times, flops, moved) in found.products.items():
+        rows.append((shapes, "product", scope, int(times), Work(flops, moved), "shapes"))
+    for (name, scope, language), (times, flops, moved) in found.shaped.items():
+        rows.append((name, language, scope, int(times), Work(flops, moved), "formula"))
     for (kernel, scope), layers in found.kernels.items():
         if load is None:
             continue
-        work = kernel_work(
-            kernel,
-            config.model,
-            load,
-            itemsize=itemsize,
-            cache_itemsize=cache_itemsize,
-            block_size=config.shape.block_size,
-            shards=shards,
-        )
-        kind = "triton" if any(kernel_of(at) == kernel for at in found.triton) else "xla"
+        site = Site(config.model, load, dtype.itemsize, cache.itemsize, config.shape.block_size, shards)
+        work = BY_LOAD[kernel](site)
+        kind = next((language for (at, _), language in found.native.items() if kernel_of(at) == kernel), "xla")
         rows.append((kernel, kind, scope, layers, Work(work.flops * layers, work.bytes * layers), "formula"))
     limits = [gpu.limit_s(row[4].flops, row[4].bytes) if gpu else None for row in rows]
     whole = sum(limit for limit in limits if limit is not None)

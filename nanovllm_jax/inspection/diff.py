@@ -9,11 +9,11 @@ from typing import Any
 from nanovllm_jax.inspection.report import Difference, Report, Text
 
 # They change from run to run, or are large and compared by what makes them so.
-_SKIPPED = {"trace_s", "lower_s", "compile_s", "compilations", "scopes", "share"}
+_SKIPPED = {"trace_s", "lower_s", "compile_s", "cache_hit", "measured_s", "compilations", "profile", "scopes", "share"}
 
 
 def differences(before: Report, after: Report) -> list[Difference]:
-    """Every value that differs, in the order of the report; seconds are left out."""
+    """Every value that differs, in the order of the report; what is measured is left out."""
     return list(_compare("", before, after))
 
 
@@ -50,7 +50,7 @@ def _by_name(items: list[Any]) -> dict[str, Any] | None:
     found: dict[str, Any] = {}
     for item in items:
         parts = [getattr(item, name) for name in ("program", "kind", "scope", "name") if hasattr(item, name)]
-        name = "/".join(map(str, parts)) if not hasattr(item, "texts") else item.name
+        name = item.name if hasattr(item, "size") else "/".join(map(str, parts))
         while name in found:
             name += "'"
         found[name] = item

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from nanovllm_jax.inspection.costs import Counted, kernel_of
+from nanovllm_jax.inspection.costs import Counted, has_formula, kernel_of
 from nanovllm_jax.inspection.hlo_text import Instruction
 from nanovllm_jax.inspection.report import Argument, Finding
 from nanovllm_jax.inspection.scopes import fold
@@ -79,12 +79,17 @@ def compiled_findings(program: str, found: list[Instruction]) -> list[Finding]:
 def kernel_findings(
     program: str, counted: Counted, backend: str, *, on_gpu: bool, shards: int, layers: int
 ) -> list[Finding]:
-    """Kernels that run as their XLA version on a GPU, and more collectives than the layers need."""
+    """Kernels that run as their XLA version on a GPU, that have no costs, and more collectives than the layers need."""
     results = []
-    native = {kernel_of(scope) for scope in counted.triton}
+    for (scope, kernel), language in counted.native.items():
+        if not has_formula(scope, kernel):
+            message = f"the {language} kernel {kernel} in {scope or 'the program'} has no formula in "
+            message += "inspection/kernel_costs.py: its flops and bytes are missing from the totals."
+            results.append(Finding("no formula", program, message))
+    native = {kernel_of(scope) for scope, _ in counted.native}
     for kernel, scope in counted.kernels:
         if on_gpu and kernel not in native:
-            why = "attention_backend is 'xla'" if backend == "xla" else "the Triton version was not called"
+            why = "attention_backend is 'xla'" if backend == "xla" else "no kernel of our own was called"
             results.append(Finding("fallback", program, f"{kernel} in {scope} runs as XLA loops: {why}."))
     # Two sums a layer, one for the embedding; a sampler merges a handful of numbers a row.
     planned = 2 * layers + 16 if shards > 1 else 0

@@ -85,6 +85,21 @@ def instructions(text: str) -> list[Instruction]:
     return found
 
 
+def module_name(text: str) -> str:
+    """The module's name, which a profile gives to what it runs."""
+    return text.partition("\n")[0].removeprefix("HloModule ").partition(",")[0]
+
+
+def instruction_scopes(text: str) -> dict[str, str]:
+    """The scope of every instruction of every computation, by the instruction's name; "" of what XLA added."""
+    found = {}
+    for line in text.splitlines():
+        if match := _INSTRUCTION.match(line):
+            op_name = _OP_NAME.search(line)
+            found[match[1]] = scope_of_op(op_name[1]) if op_name else ""
+    return found
+
+
 def aliased_parameters(text: str) -> set[int]:
     """Parameters whose buffer a result takes over, from the module's header."""
     header = text.partition("\n")[0]

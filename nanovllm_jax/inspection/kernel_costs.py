@@ -1,17 +1,30 @@
 """What each kernel must compute and move, in closed form, since XLA sees nothing inside a custom call.
 
 The formulas count each operand once: a key or value that several tiles read comes from the GPU's L2 cache after the
-first time. They hold for the XLA version too, whose loops XLA counts as running once.
+first time. A kernel is known by the `jax.named_scope` around its call, which has the operation's name, or by its device
+function's name. To add one, write its formula and enter it at the end of this file:
+
+- in `BY_LOAD`, if its work depends on what the step holds (lengths of sequences, blocks of the cache) and not on its
+  operands' shapes alone, as `_rope_cache_write`. The formula then counts for the XLA version too, whose loops XLA counts
+  as running once.
+- in `BY_OPERANDS`, if the shapes of its calls say all: products, norms, anything that reads and writes each operand
+  once, as `_skinny_matmul`. Its XLA version needs no formula, being counted as the products that it consists of. Calls in
+  one scope make one row if their first two operands have the same shapes; give each its own scope to have it measured
+  apart.
+
+A call of a Triton or Mosaic kernel that has no formula is reported as a finding.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from nanovllm_jax.config import ModelConfig
 
 _INT32 = _FLOAT32 = 4
-KERNELS = ("rope_cache_write", "paged_decode", "ragged_prefill")
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,13 @@ def prefill_load(num_tokens: int, context: int) -> Load:
     return Load(num_sequences, num_tokens / num_sequences, num_tokens / num_sequences)
 
 
+def load_of(kind: str, size: int, context: int) -> Load | None:
+    """What a full bucket of a program computes; None for programs that run no kernel on tokens."""
+    if kind == "decode":
+        return decode_load(size, context)
+    return prefill_load(size, context) if kind == "prefill" else None
+
+
 def visible_pairs(load: Load, sliding_window: int | None) -> float:
     """Pairs of a query and a key that it sees, over all sequences."""
     q_len, context = load.q_len, load.context
@@ -68,32 +88,117 @@ def keys_read(load: Load, sliding_window: int | None) -> float:
     return load.num_sequences * seen
 
 
-def kernel_work(
-    kernel: str, model: ModelConfig, load: Load, *, itemsize: int, cache_itemsize: int, block_size: int, shards: int = 1
-) -> Work:
-    """Work of one layer's call on one device.
+@dataclass(frozen=True)
+class Site:
+    """Where a kernel is called: one layer on one device.
 
-    Args:
-        kernel: one of `KERNELS`.
-        model: its H, K and D; heads are split over `shards`.
+    Attributes:
+        model: its shape; heads are split over `shards`.
         load: what the step computes.
         itemsize: bytes an element of q, k and v.
         cache_itemsize: bytes an element of the cache.
         block_size: tokens a block.
         shards: devices that share the heads.
-
-    Raises:
-        KeyError: for another kernel.
     """
-    H, K, D, T = model.num_heads / shards, model.num_kv_heads / shards, model.head_dim, load.num_tokens
-    if kernel == "rope_cache_write":
-        return Work(
-            3 * T * (H + K) * D, T * D * (2 * (H + K) * itemsize + 2 * K * cache_itemsize + _FLOAT32) + T * _INT32
-        )
-    if kernel not in KERNELS:
-        raise KeyError(kernel)
-    keys = keys_read(load, model.sliding_window)
-    tables = keys / block_size * _INT32 + 2 * load.num_sequences * _INT32
-    queries_and_output = 2 * T * H * D * itemsize
-    flops = 4 * H * D * visible_pairs(load, model.sliding_window)
-    return Work(flops, queries_and_output + 2 * keys * K * D * cache_itemsize + tables)
+
+    model: ModelConfig
+    load: Load
+    itemsize: int
+    cache_itemsize: int
+    block_size: int
+    shards: int = 1
+
+    @property
+    def T(self) -> float:
+        """New tokens."""
+        return self.load.num_tokens
+
+    @property
+    def H(self) -> float:
+        """Query heads of this device."""
+        return self.model.num_heads / self.shards
+
+    @property
+    def K(self) -> float:
+        """KV heads of this device."""
+        return self.model.num_kv_heads / self.shards
+
+    @property
+    def D(self) -> int:
+        """Head dimension."""
+        return self.model.head_dim
+
+
+class Shaped(Protocol):
+    """An operand or result: its shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a kernel.
+
+    Attributes:
+        kernel: name of the device function.
+        operands: in the order of the call.
+        results: likewise.
+    """
+
+    kernel: str
+    operands: Sequence[Shaped]
+    results: Sequence[Shaped]
+
+    @property
+    def bytes(self) -> float:
+        """Of all operands and results, each once."""
+        return sum(map(array_bytes, (*self.operands, *self.results)))
+
+
+def array_bytes(array: Shaped) -> float:
+    """Bytes of one array."""
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+def _rope_cache_write(site: Site) -> Work:
+    """Projections read, queries written, keys and values cached; cosine and sine are float32."""
+    heads = site.H + site.K
+    moved = 2 * heads * site.itemsize + 2 * site.K * site.cache_itemsize + _FLOAT32
+    return Work(3 * site.T * heads * site.D, site.T * site.D * moved + site.T * _INT32)
+
+
+def _paged_attention(site: Site) -> Work:
+    """Two products a visible pair of query and key; q, output, the keys and values that are seen, and the tables."""
+    load, window = site.load, site.model.sliding_window
+    keys = keys_read(load, window)
+    tables = keys / site.block_size * _INT32 + 2 * load.num_sequences * _INT32
+    queries_and_output = 2 * site.T * site.H * site.D * site.itemsize
+    flops = 4 * site.H * site.D * visible_pairs(load, window)
+    return Work(flops, queries_and_output + 2 * keys * site.K * site.D * site.cache_itemsize + tables)
+
+
+def _skinny_matmul(call: Call) -> Work:
+    """Activations [M, K] and a weight read, [M, N] written; gate and up columns give one column each."""
+    x, weight = call.operands[:2]
+    rows, width = x.shape
+    outputs = math.prod(weight.shape) // width // (2 if len(weight.shape) == 3 else 1)
+    moved = array_bytes(x) + array_bytes(weight) + rows * outputs * x.dtype.itemsize
+    return Work(2 * rows * math.prod(weight.shape), moved)
+
+
+def _sample(call: Call) -> Work:
+    """The pass over the logits; what follows it reads a few groups or partial results a row."""
+    if call.kernel not in ("plain_kernel", "scan_kernel"):
+        return Work(0, 0)
+    logits = call.operands[0]
+    operations = 40 if call.kernel == "plain_kernel" else 10  # an element: the noise, or the groups' maxima
+    return Work(operations * math.prod(logits.shape), array_bytes(logits))
+
+
+BY_LOAD: dict[str, Callable[[Site], Work]] = {
+    "rope_cache_write": _rope_cache_write,
+    "paged_decode": _paged_attention,
+    "ragged_prefill": _paged_attention,
+}
+BY_OPERANDS: dict[str, Callable[[Call], Work]] = {"product_kernel": _skinny_matmul, "sample": _sample}

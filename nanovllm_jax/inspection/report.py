@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.inspection.profile_data import Profile
 
 # Raised whenever a field changes its meaning or goes away; new fields may come at any time.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class KernelRow:
     source: str  # where flops and bytes come from: "formula", "shapes" or "XLA"
     limit_s: float | None  # the least time, at the target's peaks
     share: float | None  # of the sum of the program's limits
+    measured_s: float | None = None  # a step, from a profile
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,26 @@ class Program:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """One row of the bucket table: a program that was compiled, or that could be."""
+
+    name: str
+    kind: str
+    size: int
+    input: str  # dtype and shape of what the host sends down
+    flops: float
+    bytes: float
+    limit_s: float | None
+    measured_s: float | None  # sum over its kernels, from a profile
+    trace_s: float | None  # as logged; None if it is not compiled
+    lower_s: float | None
+    compile_s: float | None
+    cache_hit: bool | None
+    memory: Memory | None
+    state: str  # "in place", "copied", "donated" (not compiled yet), "none"
+
+
+@dataclass(frozen=True)
 class Finding:
     """Something that deserves attention."""
 
@@ -137,7 +159,10 @@ class Compilation:
     """One entry of the compile log."""
 
     program: str
-    lower_s: float  # tracing included
+    start_s: float  # of tracing, since the first compilation
+    trace_s: float
+    lower_s: float
+    compile_start_s: float
     compile_s: float
     cache_hit: bool
     reason: str
@@ -152,6 +177,8 @@ class Report:
     memory: MemoryPlan
     findings: list[Finding]
     compilations: list[Compilation] = field(default_factory=list)
+    buckets: list[Bucket] = field(default_factory=list)
+    profile: Profile | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __repr__(self) -> str:
@@ -160,9 +187,19 @@ class Report:
         return as_text(self)
 
     def _repr_html_(self) -> str:
-        from nanovllm_jax.inspection.summary import as_html
+        from nanovllm_jax.inspection.page import framed
 
-        return as_html(self)
+        return framed(self)
+
+    def html(self, before: Report | None = None) -> str:
+        """The report as one HTML page that needs nothing else.
+
+        Args:
+            before: an older report, whose differences the page then lists.
+        """
+        from nanovllm_jax.inspection.page import page
+
+        return page(self, before)
 
     def json(self, *, indent: int | None = None) -> str:
         """The report as JSON; `report.schema.json` beside this file describes it."""

@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nanovllm_jax.inspection.profile_summary import duration, profile_tables
 from nanovllm_jax.inspection.report import Difference, Program, Report
 
 _KERNELS_SHOWN = 12
@@ -16,16 +17,14 @@ _KERNELS_SHOWN = 12
 
 def as_text(report: Report) -> str:
     """The summary as plain text."""
+    return render(summary(report))
+
+
+def render(what: RenderableType) -> str:
+    """Rich's renderables as plain text."""
     stream = io.StringIO()
-    Console(file=stream, width=120, color_system=None).print(summary(report))
+    Console(file=stream, width=120, color_system=None).print(what)
     return stream.getvalue()
-
-
-def as_html(report: Report) -> str:
-    """The summary as a fragment of HTML."""
-    console = Console(file=io.StringIO(), width=120, record=True)
-    console.print(summary(report))
-    return console.export_html(inline_styles=True, code_format='<pre style="line-height:1.2">{code}</pre>')
 
 
 def summary(report: Report) -> Group:
@@ -45,6 +44,8 @@ def summary(report: Report) -> Group:
         parts += [Text(f"  {one.program}: {one.kind}: {one.message}") for one in report.findings]
     else:
         parts.append(Text("no findings: state is updated in place, no stray float32, large copy or host transfer"))
+    if report.profile:
+        parts.append(profile_tables(report.profile))
     needs = sorted({program.needs for program in report.programs if program.needs})
     if needs:
         parts.append(Text(f"'–' needs {', '.join(needs)}", style="dim"))
@@ -112,16 +113,6 @@ def _memory(report: Report) -> Table:
     for name in ("weights", "cache", "rows", "extras", "temporaries", "total"):
         table.add_row(name, _megabytes(getattr(memory, name)))
     return table
-
-
-def duration(seconds: float | None) -> str:
-    """A duration with a unit that suits it."""
-    if seconds is None:
-        return "–"
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:,.3g} {unit}"
-    return f"{seconds * 1e9:,.0f} ns"
 
 
 def _megabytes(size: int | None) -> str:

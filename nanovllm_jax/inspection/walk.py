@@ -10,8 +10,9 @@ from jax.extend import core
 
 from nanovllm_jax.inspection.scopes import scope_of
 
-# Their jaxpr combines two scalars; it does no work of its own.
-_COMBINING = {"scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "reduce"}
+# Their jaxpr combines two scalars, or is a kernel's body; it does no work of the program's own.
+_CLOSED = {"pallas_call", "mpmd_map", "core_map"}
+_CLOSED |= {"scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "reduce"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def visit_all(jaxpr: Any, scope: str = "", times: int = 1, in_while: bool = Fals
         here = join(scope, scope_of(str(eqn.source_info.name_stack)))
         name = eqn.primitive.name
         yield Visit(eqn, here, times, in_while)
-        if name in _COMBINING:
+        if name in _CLOSED:
             continue
         repeated = times * int(eqn.params.get("length", 1)) if name == "scan" else times
         for inner in nested(eqn):

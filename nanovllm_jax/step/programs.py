@@ -10,7 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -43,10 +43,16 @@ def use_persistent_cache() -> Path:
 
 @dataclass(frozen=True)
 class CompileRecord:
-    """One compilation: what, how long (seconds), and whether the persistent cache had it."""
+    """One compilation: what, when and how long (seconds), and whether the persistent cache had it.
+
+    Tracing and lowering follow each other; compiling may start later, when a thread is free.
+    """
 
     key: ProgramKey
+    started: float  # of tracing, on time.perf_counter's clock
+    trace_s: float
     lower_s: float
+    compile_started: float
     compile_s: float
     cache_hit: bool
 
@@ -63,33 +69,50 @@ class Programs:
         self.catalogue = catalogue
         self.compile_log: list[CompileRecord] = []
         on_gpu = catalogue.mesh.devices.flat[0].platform == "gpu"
-        self._options = {"xla_gpu_enable_command_buffer": ""} if on_gpu and not command_buffers else None
+        # Under a profiler XLA would otherwise launch kernel by kernel, and the trace show a step bound by the host.
+        recorded = {"xla_enable_command_buffers_during_profiling": True}
+        self._options = (recorded if command_buffers else {"xla_gpu_enable_command_buffer": ""}) if on_gpu else None
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
 
     def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:
         """The compiled program; compiles it now if it is not yet there."""
         if key not in self._compiled:
-            lowered, seconds = self._lower(key)
-            self._finish(key, lowered, seconds)
+            self._finish(self._lower(key))
         return self._compiled[key]
+
+    def compiled(self) -> dict[ProgramKey, jax.stages.Compiled]:
+        """What is compiled so far."""
+        return dict(self._compiled)
 
     def compile_all(self) -> None:
         """Compile every program: lowered one after the other (Python), compiled side by side (XLA)."""
         missing = [key for key in self.catalogue.all_keys() if key not in self._compiled]
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            pending = [pool.submit(self._finish, key, *self._lower(key)) for key in missing]
+            pending = [pool.submit(self._finish, self._lower(key)) for key in missing]
             for future in pending:
                 future.result()
 
-    def _lower(self, key: ProgramKey) -> tuple[jax.stages.Lowered, float]:
-        start = time.perf_counter()
-        lowered = self.catalogue.trace(key).lower()
-        return lowered, time.perf_counter() - start
+    def _lower(self, key: ProgramKey) -> _Lowering:
+        started = time.perf_counter()
+        traced = self.catalogue.trace(key)
+        traced_at = time.perf_counter()
+        lowered = traced.lower()
+        return _Lowering(key, lowered, started, traced_at - started, time.perf_counter() - traced_at)
 
-    def _finish(self, key: ProgramKey, lowered: jax.stages.Lowered, lower_s: float) -> None:
-        start, hits = time.perf_counter(), _cache_hits[threading.get_ident()]
-        self._compiled[key] = lowered.compile(compiler_options=self._options)
-        hit = _cache_hits[threading.get_ident()] > hits
-        record = CompileRecord(key, lower_s, time.perf_counter() - start, hit)
+    def _finish(self, one: _Lowering) -> None:
+        started, hits = time.perf_counter(), _cache_hits[threading.get_ident()]
+        self._compiled[one.key] = one.lowered.compile(compiler_options=self._options)
+        seconds, hit = time.perf_counter() - started, _cache_hits[threading.get_ident()] > hits
+        record = CompileRecord(one.key, one.started, one.trace_s, one.lower_s, started, seconds, hit)
         self.compile_log.append(record)
         logger.debug("compiled %s", record)
+
+
+class _Lowering(NamedTuple):
+    """A program that is lowered and not yet compiled, and what that took."""
+
+    key: ProgramKey
+    lowered: jax.stages.Lowered
+    started: float
+    trace_s: float
+    lower_s: float

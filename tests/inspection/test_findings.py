@@ -2,10 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from inspection_reports import inspected
 
+from nanovllm_jax.inspection import costs
 from nanovllm_jax.inspection.findings import compiled_findings, traced_findings
 from nanovllm_jax.inspection.hlo_text import instructions
+from nanovllm_jax.inspection.kernel_costs import Work
 
 
 def found(function, *arguments, dtype=jnp.bfloat16):
@@ -56,3 +59,26 @@ def test_kernels_that_fall_back_on_a_gpu_are_found():
     report = inspected("tiny", attention_backend="xla")
     assert {one.kind for one in report.findings} == {"fallback"}
     assert any("paged_decode" in one.message and "attention_backend is 'xla'" in one.message for one in report.findings)
+
+
+def test_a_kernel_without_a_formula_is_found(monkeypatch):
+    monkeypatch.setattr(costs, "BY_LOAD", {"paged_decode": costs.BY_LOAD["paged_decode"]})
+    report = inspected("tiny")
+    assert {one.kind for one in report.findings} == {"no formula"}
+    assert any(
+        "triton kernel rope_cache_write_kernel in layer*/attention/rope_cache_write" in one.message
+        for one in report.findings
+    )
+
+
+@pytest.mark.parametrize("key", ["rope_cache_write", "rope_cache_write_kernel"])
+def test_costs_by_operands_count_each_call_by_its_scope_or_its_function(monkeypatch, key):
+    monkeypatch.setattr(costs, "BY_LOAD", {})
+    monkeypatch.setattr(costs, "BY_OPERANDS", {key: lambda call: Work(len(call.operands), call.bytes)})
+    report = inspected("tiny")
+    row = next(row for row in report.programs[0].kernels if row.name.startswith(key))
+    assert (row.kind, row.count, row.source) == ("triton", 3, "formula")
+    # qkv, cosine, sine, two norms, two scales (stood in for), slots and both caches
+    assert row.flops == 3 * 10
+    assert row.bytes > 0
+    assert not any("rope_cache_write" in one.message for one in report.findings)

@@ -15,7 +15,10 @@ def test_a_running_engine_reports_its_step_and_why_it_compiled():
         report = llm.inspect()
         assert [program.name for program in report.programs] == ["decode[4]", "prefill[64]", "plain[4]"]
         assert all(program.memory for program in report.programs)
-        assert llm.compile_log[0].reason == "first program of kind decode"
+        first = llm.compile_log[0]
+        assert first.reason == "first program of kind decode"
+        assert min(first.trace_s, first.lower_s, first.compile_s) > 0
+        assert first.compile_start_s >= first.start_s + first.trace_s + first.lower_s
         assert "decode[4]" in repr(report)
         assert "decode[4]" in report._repr_html_()
 
@@ -40,8 +43,12 @@ def test_command_writes_a_report_and_compares_it(tmp_path):
     assert done.exit_code == 0, done.output
     assert "a100 (sm_80)" in done.stdout
     assert "needs a GPU" in done.stdout
-    done = CliRunner().invoke(app, [*common, "--gpu", "a100", "--context", "256", "--diff", str(file)])
+    page = tmp_path / "report.html"
+    done = CliRunner().invoke(
+        app, [*common, "--gpu", "a100", "--context", "256", "--diff", str(file), "--html", str(page)]
+    )
     assert "card.context" in done.stdout
+    assert '"path":"card.context"' in page.read_text(encoding="utf-8")
     done = CliRunner().invoke(app, [*common, "--gpu", "a100", "--ir", "ptx"])
     assert ".target sm_80" in done.stdout
     done = CliRunner().invoke(app, [*common, "--gpu", "a100", "--ir", "hlo"])

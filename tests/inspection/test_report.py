@@ -1,5 +1,6 @@
 """A report of the step: what it holds, how it is written, and what differs between two."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from inspection_reports import inspected, replaced
 
 import nanovllm_jax.inspection
 from nanovllm_jax.errors import ConfigError
-from nanovllm_jax.inspection import Report
+from nanovllm_jax.inspection import Report, profile_data
+from nanovllm_jax.inspection import report as report_data
 
 STATE = ("caches", "rows")
 
@@ -89,10 +91,19 @@ def test_json_follows_its_schema_and_comes_back(on_cpu, for_h200, tmp_path):
         assert Report.load(file).diff(report) == []
 
 
+def test_schema_describes_every_field():
+    schema = json.loads((Path(nanovllm_jax.inspection.__file__).parent / "report.schema.json").read_text())
+    described = {"Report": schema, **schema["$defs"]}
+    for name, definition in described.items():
+        kind = getattr(report_data, name, None) or getattr(profile_data, name)
+        fields = [field.name for field in dataclasses.fields(kind)]
+        assert fields == list(definition["properties"]) == definition["required"]
+
+
 def test_report_of_another_version_is_refused(tmp_path):
     file = tmp_path / "report.json"
     file.write_text('{"schema_version": 0}')
-    with pytest.raises(ConfigError, match="schema version 0; this release reads 1"):
+    with pytest.raises(ConfigError, match="schema version 0; this release reads 2"):
         Report.load(file)
 
 
