@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from nanovllm_jax.cli import options
 from nanovllm_jax.cli.terminal import note, set_up_logging, stderr, write
 from nanovllm_jax.errors import ConfigError
 
+_LOG_WIDTH = 140  # where the terminal's is not known
 _CONFIG_FILES = ["config.json", "generation_config.json"]
 
 
@@ -137,7 +139,7 @@ def _print_summary(report: Any, before: Any) -> None:
 
     from nanovllm_jax.inspection.summary import difference_table, summary
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     console.print(summary(report))
     if before is not None:
         console.print(difference_table(report.diff(before)))
