@@ -114,6 +114,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     load_format: Literal["auto", "dummy"] = "auto"
     max_logprobs: int = 20
+    decode_steps: int | None = None
 
     def __post_init__(self) -> None:
         _require_choice("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
@@ -124,7 +125,7 @@ class EngineConfig:
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
         for name in ("tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
             _require_positive(name, getattr(self, name))
-        for name in ("max_model_len", "num_gpu_blocks_override"):
+        for name in ("max_model_len", "num_gpu_blocks_override", "decode_steps"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         if self.block_size not in (8, 16, 32, 64, 128, 256):
@@ -133,6 +134,11 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share of the device's memory "
                 "and must be above 0 and at most 1."
+            )
+        if self.decode_steps is not None and self.decode_steps > self.block_size:
+            raise ConfigError(
+                f"decode_steps is {self.decode_steps}; it must be at most block_size {self.block_size}, so that a row "
+                "opens at most one block a step."
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(

@@ -63,6 +63,9 @@ class LLM:
         num_gpu_blocks_override: cache blocks, instead of what fits.
         load_format: "dummy" takes random weights and needs only a config.
         max_logprobs: most log-probabilities a token that a request may ask for.
+        decode_steps: tokens of each row that one decode step computes before the host looks at them (None: 4 on GPUs, 1
+            elsewhere). More hides more of the host's work; a request that stops early wastes up to as many tokens, and
+            a new one waits for as many.
 
     Raises:
         ConfigError: for unsupported models and arguments out of range.
@@ -94,6 +97,7 @@ class LLM:
         num_gpu_blocks_override: int | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
         max_logprobs: int = 20,
+        decode_steps: int | None = None,
     ) -> None:
         self.config = EngineConfig(
             dtype=dtype,
@@ -114,6 +118,7 @@ class LLM:
             num_gpu_blocks_override=num_gpu_blocks_override,
             load_format=load_format,
             max_logprobs=max_logprobs,
+            decode_steps=decode_steps,
         )
         built = build_engine(
             None if model is None else str(model), tokenizer, self.config, skip_tokenizer=skip_tokenizer_init

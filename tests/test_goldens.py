@@ -39,28 +39,33 @@ class Setting:
     max_num_batched_tokens: int
     num_gpu_blocks_override: int | None
     batching: str
+    decode_steps: int = 1
 
     def __str__(self) -> str:
         budget = "unlimited" if self.max_num_batched_tokens == UNLIMITED else self.max_num_batched_tokens
         cache = "cache" if self.enable_prefix_caching else "no_cache"
         blocks = "preempting" if self.num_gpu_blocks_override else "ample"
-        return f"{cache}-{budget}-{blocks}-{self.batching}"
+        return f"{cache}-{budget}-{blocks}-{self.batching}-{self.decode_steps}"
 
 
 ALL_SETTINGS = [
     Setting(*values)
     for values in product(
-        (True, False), (BLOCK_SIZE, BLOCK_SIZE + 1, UNLIMITED), (None, FEW_BLOCKS), ("prefill_first", "mixed")
+        (True, False),
+        (BLOCK_SIZE, BLOCK_SIZE + 1, UNLIMITED),
+        (None, FEW_BLOCKS),
+        ("prefill_first", "mixed"),
+        (1, 3),
     )
 ]
 # Every pair of values occurs together.
 PAIRWISE = [
-    Setting(True, BLOCK_SIZE, None, "prefill_first"),
-    Setting(False, BLOCK_SIZE, FEW_BLOCKS, "mixed"),
-    Setting(True, BLOCK_SIZE + 1, FEW_BLOCKS, "mixed"),
-    Setting(False, BLOCK_SIZE + 1, None, "prefill_first"),
-    Setting(True, UNLIMITED, None, "mixed"),
-    Setting(False, UNLIMITED, FEW_BLOCKS, "prefill_first"),
+    Setting(True, BLOCK_SIZE, None, "prefill_first", 3),
+    Setting(False, BLOCK_SIZE, FEW_BLOCKS, "mixed", 1),
+    Setting(True, BLOCK_SIZE + 1, FEW_BLOCKS, "mixed", 3),
+    Setting(False, BLOCK_SIZE + 1, None, "prefill_first", 1),
+    Setting(True, UNLIMITED, None, "mixed", 1),
+    Setting(False, UNLIMITED, FEW_BLOCKS, "prefill_first", 3),
 ]
 # The model that goes through all of them; the others take one each, in turn.
 THOROUGH = "qwen3"
@@ -112,13 +117,14 @@ def make_llm(path: Path, setting: Setting) -> LLM:
         num_gpu_blocks_override=setting.num_gpu_blocks_override,
         enable_prefix_caching=setting.enable_prefix_caching,
         batching=setting.batching,
+        decode_steps=setting.decode_steps,
         enforce_eager=True,
     )
 
 
-def generate(llm: LLM, golden: Golden, cases: list[dict[str, Any]]) -> list[RequestOutput]:
+def generate(llm: LLM, golden: Golden, cases: list[dict[str, Any]], logprobs: int | None = 0) -> list[RequestOutput]:
     params = SamplingParams(
-        temperature=0, max_tokens=len(cases[0]["token_ids"]), ignore_eos=True, logprobs=0, detokenize=False
+        temperature=0, max_tokens=len(cases[0]["token_ids"]), ignore_eos=True, logprobs=logprobs, detokenize=False
     )
     return llm.generate([{"prompt_token_ids": golden.prompt(case)} for case in cases], params, use_tqdm=False)
 
@@ -145,6 +151,10 @@ def check_setting(path: Path, golden: Golden, setting: Setting, seed: int) -> No
         assert_golden(outputs, cases)
         preempted = any(output.metrics.num_preemptions for output in outputs)
         assert preempted == (setting.num_gpu_blocks_override is not None)
+
+        # Without log-probabilities, decode steps sample in one program, several tokens a row.
+        plain = generate(llm, golden, cases, logprobs=None)
+        assert [output.outputs[0].token_ids for output in plain] == [case["token_ids"] for case in cases]
 
         shuffled = random.Random(seed).sample(golden.cases, len(golden.cases))
         outputs = generate(llm, golden, shuffled)

@@ -81,6 +81,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
             scheduling_policy=config.scheduling_policy,
             batching=config.batching,
             enable_prefix_caching=config.enable_prefix_caching,
+            decode_steps=programs.catalogue.config.decode_steps,
         )
     )
     engine = Engine(

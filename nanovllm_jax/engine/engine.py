@@ -248,9 +248,11 @@ class Engine:
             try:
                 if request in result.prompt_logprobs and request.sample_index == 0:
                     self._collector.on_prompt_logprobs(request, sequence.start, result.prompt_logprobs[request])
-                if sequence.samples:
+                for token in result.tokens[index]:
+                    if request.is_finished:
+                        break  # it stopped; what was decoded behind is dropped
                     logprobs = result.logprobs[index] if result.logprobs else None
-                    self._take(request, result.tokens[index], logprobs, now)
+                    self._take(request, token, logprobs, now)
                     touched[request.request_id] = None
             except Exception:
                 touched.pop(request.request_id, None)

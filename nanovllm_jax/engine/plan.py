@@ -13,7 +13,7 @@ from nanovllm_jax.engine.sampling_plan import MAX_ADJUSTMENTS
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.parallel.mesh import MODEL_AXIS
-from nanovllm_jax.step.buckets import decode_buckets, prefill_buckets
+from nanovllm_jax.step.buckets import decode_buckets, prefill_buckets, sampling_buckets
 from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.memory import BLOCK_MULTIPLE
 from nanovllm_jax.step.state import StateShape
@@ -33,6 +33,11 @@ def cache_dtype(config: EngineConfig, weights: jnp.dtype) -> jnp.dtype:
     """Of K and V: "auto" means the weights', "fp8" is e4m3."""
     names = {"auto": weights, "fp8": jnp.float8_e4m3fn}
     return jnp.dtype(names.get(config.kv_cache_dtype, config.kv_cache_dtype))
+
+
+def decode_steps(config: EngineConfig, *, on_gpu: bool) -> int:
+    """Tokens a row in one decode step: several on a GPU, where starting a step costs as much as a small step takes."""
+    return config.decode_steps or (min(4, config.block_size) if on_gpu else 1)
 
 
 def smallest_shape(model: ModelConfig, config: EngineConfig) -> StateShape:
@@ -76,11 +81,18 @@ def describe_programs(
     # A step never holds more tokens than all rows at their longest.
     tokens = min(config.max_num_batched_tokens, shape.max_num_seqs * shape.max_model_len)
     return Catalogue(
-        StepConfig(model, shape, backend, MODEL_AXIS if config.tensor_parallel_size > 1 else None),
+        StepConfig(
+            model,
+            shape,
+            backend,
+            axis_name=MODEL_AXIS if config.tensor_parallel_size > 1 else None,
+            decode_steps=decode_steps(config, on_gpu=on_gpu),
+        ),
         params,
         kv_dtype,
         mesh,
         decode_sizes=decode_buckets(config.max_num_seqs, fine=on_gpu),
+        sampling_sizes=sampling_buckets(config.max_num_seqs),
         prefill_sizes=prefill_buckets(tokens, fine=on_gpu),
         num_logprobs=config.max_logprobs,
     )

@@ -23,6 +23,8 @@ class SchedulerConfig:
         batching: "prefill_first" computes prompts alone while any wait and fit; "mixed" decodes every row in
             every step and gives prompts the rest of the budget.
         enable_prefix_caching: share blocks between requests with equal prefixes.
+        decode_steps: most tokens that a decode step computes for each row, one after the other, before the host
+            looks at them; at most block_size.
 
     Raises:
         ConfigError: if a limit is not positive, or the budget does not hold one token a row.
@@ -36,6 +38,7 @@ class SchedulerConfig:
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     batching: Literal["prefill_first", "mixed"] = "prefill_first"
     enable_prefix_caching: bool = True
+    decode_steps: int = 1
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "num_blocks"):
@@ -46,6 +49,11 @@ class SchedulerConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs "
                 f"{self.max_num_seqs}; a decode step computes one token a sequence. Raise the first or lower "
                 "the second."
+            )
+        if not 1 <= self.decode_steps <= self.block_size:
+            raise ConfigError(
+                f"decode_steps is {self.decode_steps}; it must be at least 1 and at most block_size {self.block_size}, "
+                "so that a row opens at most one block a step."
             )
 
     @property
@@ -60,9 +68,9 @@ class ScheduledSequence(NamedTuple):
     Attributes:
         request: the request; its `row` and `block_ids` are those of this step until the next `schedule()`.
         start: position of the first token.
-        num_tokens: tokens to compute; 1 for a decode.
-        samples: whether the step samples the request's next token.
-        is_decode: the token is the row's last sampled one, whose id may still be on the device.
+        num_tokens: tokens to compute; of a decode in a decode step at most `decode_steps`, in a mixed step 1.
+        samples: whether the step samples: a decode one token for each that it computes, else the request's next one.
+        is_decode: the first token is the row's last sampled one, whose id may still be on the device.
         is_admitted: first step of the request in its row; the row's former state is void.
         block_ids: the request's block table, complete for this step.
     """

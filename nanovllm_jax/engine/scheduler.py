@@ -87,16 +87,18 @@ class Scheduler:
         """The next step, or None when nothing can be computed before an unread token is read (or at all)."""
         budget = self.config.max_num_batched_tokens
         if self.config.batching == "mixed":
-            decodes = self._decode_rows()
-            prompts = self._prompt_chunks(budget - len(decodes))
+            decodes = self._decode_rows(1 if self._may_compute_prompts() else self.config.decode_steps)
+            # A preemption may have made room for a prompt beside decodes of several tokens; it waits for the next step.
+            several = any(sequence.num_tokens > 1 for sequence in decodes)
+            prompts = [] if several else self._prompt_chunks(budget - len(decodes))
         else:
             prompts = self._prompt_chunks(budget)
-            decodes = [] if prompts else self._decode_rows()
+            decodes = [] if prompts else self._decode_rows(self.config.decode_steps)
         if not decodes and not prompts:
             return None
         kind = "decode" if not prompts else "prefill" if not decodes else "mixed"
-        num_tokens = len(decodes) + sum(sequence.num_tokens for sequence in prompts)
-        return Schedule(kind, decodes + prompts, num_tokens)
+        sequences = decodes + prompts
+        return Schedule(kind, sequences, sum(sequence.num_tokens for sequence in sequences))
 
     def _prompt_chunks(self, budget: int) -> list[ScheduledSequence]:
         """Chunks of started prompts, then of waiting ones by rank, while budget, rows and blocks last."""
@@ -123,22 +125,32 @@ class Scheduler:
             insort(self._decoding, request, key=_by_rank)
         return ScheduledSequence(request, start, num_tokens, samples, False, is_admitted, request.block_ids)
 
-    def _decode_rows(self) -> list[ScheduledSequence]:
-        """The next token of every row that goes on, preempting from the end when the blocks run out."""
+    def _decode_rows(self, most: int) -> list[ScheduledSequence]:
+        """Up to `most` tokens of every row that goes on, preempting from the end when the blocks run out."""
         block_size = self.config.block_size
+        if any(request.plan.variant == "full" for request in self._decoding):
+            most = 1  # the host has a part in sampling each token
         rows: list[ScheduledSequence] = []
         for request in self._decoding:  # a victim never stands before the request that needs its blocks
-            if len(request.output_token_ids) + request.num_unread >= request.max_tokens:
+            remaining = request.max_tokens - len(request.output_token_ids) - request.num_unread
+            if remaining <= 0:
                 continue  # all of its tokens are sampled; it ends when they are read
-            start = request.num_computed_tokens
-            if start == len(request.block_ids) * block_size and not self._append_block(request):
-                break
-            request.num_computed_tokens = start + 1
-            request.num_unread += 1
-            if (start + 1) % block_size == 0:
+            start, num_tokens = request.num_computed_tokens, min(most, remaining)
+            room = len(request.block_ids) * block_size - start
+            if room < num_tokens:
+                if room and self.block_manager.num_free_blocks == 0:
+                    num_tokens = room  # nobody is preempted for tokens that can wait
+                elif not self._append_block(request):
+                    break
+            request.num_computed_tokens = start + num_tokens
+            request.num_unread += num_tokens
+            if (start + num_tokens) // block_size > start // block_size:
                 self.block_manager.register_full_blocks(request)
-            rows.append(ScheduledSequence(request, start, 1, True, True, False, request.block_ids))
+            rows.append(ScheduledSequence(request, start, num_tokens, True, True, False, request.block_ids))
         return rows
+
+    def _may_compute_prompts(self) -> bool:
+        return bool(self._prefilling or (self._free_rows and self._first_waiting()))
 
     def _append_block(self, request: Request) -> bool:
         """A block for the request's next token, if need be from a preempted one; False if that is itself."""

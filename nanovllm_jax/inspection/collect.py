@@ -177,11 +177,11 @@ class _Collector:
 
 
 def _flops(lowered: Any, rows: list[KernelRow], counted: Counted) -> tuple[float, str]:
-    """XLA's count where it sees everything but custom calls; ours where our kernels are loops to it."""
+    """XLA's count where it sees everything but custom calls; ours where there are loops, which it counts once."""
     kernels = sum(row.flops or 0 for row in rows if row.source == "formula")
     loops = {kernel for kernel, _ in counted.kernels} - {kernel_of(scope) for scope, _ in counted.native}
     analysis = lowered.cost_analysis()
-    if loops or not analysis or "flops" not in analysis:
+    if loops or counted.loops or not analysis or "flops" not in analysis:
         return sum(row.flops or 0 for row in rows), "shapes of products, formulas of kernels"
     return float(analysis["flops"]) + kernels, "XLA, and formulas of custom calls" if kernels else "XLA"
 

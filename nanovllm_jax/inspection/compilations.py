@@ -13,6 +13,8 @@ from nanovllm_jax.step.programs import CompileRecord
 
 ARGUMENT_NAMES = {
     "decode": ("params", "caches", "rows", "delta"),
+    "decode_filtered": ("params", "caches", "rows", "delta"),
+    "decode_forward": ("params", "caches", "rows", "delta"),
     "prefill": ("params", "caches", "rows", "delta"),
     "plain": ("head", "rows", "hidden", "sampled_rows"),
     "filtered": ("head", "rows", "hidden", "sampled_rows"),

@@ -36,30 +36,33 @@ class Counted:
     """What a walk over a jaxpr found."""
 
     products: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # (scope, shapes): count, flops, bytes
-    kernels: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kernel, scope): layers
+    kernels: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kernel, scope): runs
     native: dict[tuple[str, str], str] = field(default_factory=dict)  # (scope, device function): language
     shaped: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)  # (name, scope, language): likewise
     collectives: Counter[str] = field(default_factory=Counter)
+    loops: bool = False  # whether a product stands in a loop of known length
 
 
 def count(jaxpr: Any) -> Counted:
     """Every matrix product, kernel and collective of a traced program."""
     found = Counted()
-    seen_layers: dict[tuple[str, str], set[str]] = {}
+    # How often the code around each kernel runs, layer by layer; inside it loops may turn more often.
+    runs: dict[tuple[str, str], dict[str, int]] = {}
     for visit in visit_all(jaxpr):
         kernel = kernel_of(visit.scope)
         if kernel:
-            seen_layers.setdefault((kernel, fold(visit.scope).partition(kernel)[0] + kernel), set()).add(
-                visit.scope.partition(kernel)[0]
-            )
+            layers = runs.setdefault((kernel, fold(visit.scope).partition(kernel)[0] + kernel), {})
+            layer = visit.scope.partition(kernel)[0]
+            layers[layer] = min(visit.times, layers.get(layer, visit.times))
         if visit.primitive in NATIVE:
             _count_call(found, visit)
         elif visit.primitive in COLLECTIVES:
             found.collectives[visit.primitive] += visit.times
         elif visit.primitive == "dot_general" and not kernel:
             _count_product(found, visit)
-    for key, layers in seen_layers.items():
-        found.kernels[key] = len(layers)
+            found.loops |= visit.times > 1
+    for key, layers in runs.items():
+        found.kernels[key] = sum(layers.values())
     return found
 
 

@@ -5,12 +5,12 @@ first time. A kernel is known by the `jax.named_scope` around its call, which ha
 function's name. To add one, write its formula and enter it at the end of this file:
 
 - in `BY_LOAD`, if its work depends on what the step holds (lengths of sequences, blocks of the cache) and not on its
-  operands' shapes alone, as `_rope_cache_write`. The formula then counts for the XLA version too, whose loops XLA counts
-  as running once.
+  operands' shapes alone, as `_rope_cache_write`. The formula then counts for the XLA version too, whose loops XLA
+  counts as running once.
 - in `BY_OPERANDS`, if the shapes of its calls say all: products, norms, anything that reads and writes each operand
-  once, as `_skinny_matmul`. Its XLA version needs no formula, being counted as the products that it consists of. Calls in
-  one scope make one row if their first two operands have the same shapes; give each its own scope to have it measured
-  apart.
+  once, as `_skinny_matmul`. Its XLA version needs no formula, being counted as the products that it consists of.
+  Calls in one scope make one row if their first two operands have the same shapes; give each its own scope to have
+  it measured apart.
 
 A call of a Triton or Mosaic kernel that has no formula is reported as a finding.
 """
@@ -64,7 +64,7 @@ def prefill_load(num_tokens: int, context: int) -> Load:
 
 def load_of(kind: str, size: int, context: int) -> Load | None:
     """What a full bucket of a program computes; None for programs that run no kernel on tokens."""
-    if kind == "decode":
+    if kind.startswith("decode"):
         return decode_load(size, context)
     return prefill_load(size, context) if kind == "prefill" else None
 

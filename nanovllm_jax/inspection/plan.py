@@ -60,7 +60,9 @@ def plan_catalogue(model: ModelConfig, config: EngineConfig, gpu: Gpu | None) ->
 
 
 def choose_keys(catalogue: Catalogue, phase: str | None, rows: int | None, tokens: int | None) -> list[ProgramKey]:
-    """The step's programs and the plain sampler, at the buckets that hold `rows` and `tokens` (None: the largest).
+    """The step's programs, at the buckets that hold `rows` and `tokens` (None: the largest).
+
+    Decode steps sample in one program; behind a prefill the plain sampler runs.
 
     Raises:
         ConfigError: if no bucket is large enough.
@@ -68,9 +70,9 @@ def choose_keys(catalogue: Catalogue, phase: str | None, rows: int | None, token
     decode = ProgramKey("decode", _bucket("rows", rows, catalogue.decode_sizes))
     # A mixed step runs the program of a prefill: decode rows are chunks of one token.
     prefill = ProgramKey("prefill", _bucket("tokens", tokens, catalogue.prefill_sizes))
-    sample = ProgramKey("plain", decode.size)
+    sample = ProgramKey("plain", _bucket("rows", rows, catalogue.sampling_sizes))
     if phase == "decode":
-        return [decode, sample]
+        return [decode]
     return [prefill, sample] if phase in ("prefill", "mixed") else [decode, prefill, sample]
 
 

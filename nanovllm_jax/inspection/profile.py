@@ -87,9 +87,12 @@ def _annotator(catalogue: Catalogue) -> Callable[[Schedule], AbstractContextMana
     numbers = itertools.count()
 
     def annotate(schedule: Schedule) -> AbstractContextManager[object]:
-        sizes = catalogue.decode_sizes if schedule.is_decode else catalogue.prefill_sizes
+        if schedule.is_decode:
+            size = bucket_for(len(schedule.sequences), catalogue.decode_sizes)
+        else:
+            size = bucket_for(schedule.num_tokens, catalogue.prefill_sizes)
         return jax.profiler.StepTraceAnnotation(
-            f"{schedule.kind}[{bucket_for(schedule.num_tokens, sizes)}]",
+            f"{schedule.kind}[{size}]",
             step_num=next(numbers),
             tokens=schedule.num_tokens,
             sequences=len(schedule.sequences),

@@ -56,8 +56,13 @@ def nested(eqn: Any) -> list[Any]:
 
 
 def join(outer: str, inner: str) -> str:
-    """Two parts of a scope, either of which may be empty."""
-    return f"{outer}/{inner}" if outer and inner else outer or inner
+    """Two parts of a scope, either of which may be empty; what both say, where they meet, is said once.
+
+    A function that is lowered once and called from several places may carry the scope that it is called in.
+    """
+    before, after = outer.split("/") if outer else [], inner.split("/") if inner else []
+    shared = next(count for count in range(len(after), -1, -1) if before[len(before) - count :] == after[:count])
+    return "/".join(before + after[shared:])
 
 
 def aval_bytes(aval: Any) -> int:

@@ -15,11 +15,16 @@ def decode_buckets(max_num_seqs: int, *, fine: bool) -> list[int]:
     the power, so that padding is at most a quarter; else powers of four, since each program costs seconds to compile.
     """
     if not fine:
-        return _powers(1, max_num_seqs, 4)
+        return sampling_buckets(max_num_seqs)
     sizes = set(_powers(1, max_num_seqs, 2))
     for power in _powers(16, max_num_seqs, 2):
         sizes.update(power + power // 4 * quarter for quarter in (1, 2, 3))
     return sorted(size for size in sizes if size <= max_num_seqs)
+
+
+def sampling_buckets(max_num_seqs: int) -> list[int]:
+    """Row counts of programs that run too rarely for padding to matter: powers of four."""
+    return _powers(1, max_num_seqs, 4)
 
 
 def prefill_buckets(max_num_tokens: int, *, fine: bool) -> list[int]:

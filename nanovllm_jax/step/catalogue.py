@@ -26,7 +26,7 @@ from nanovllm_jax.step.state import (
     abstract_extras,
     abstract_rows,
 )
-from nanovllm_jax.step.step import StepConfig, decode_forward, prefill_forward
+from nanovllm_jax.step.step import StepConfig, decode, decode_forward, prefill_forward
 
 EQUAL = PartitionSpec()  # the same on every device
 
@@ -34,7 +34,7 @@ EQUAL = PartitionSpec()  # the same on every device
 class ProgramKey(NamedTuple):
     """What a program does and the bucket it is for (rows or tokens; 0 where it has one size)."""
 
-    kind: str  # decode, prefill, plain, filtered, full, prompt_logprobs, update_rows, update_extras
+    kind: str  # decode, decode_filtered, decode_forward, prefill, plain, filtered, full, prompt_logprobs, update_...
     size: int = 0
 
 
@@ -56,7 +56,8 @@ class Catalogue:
         params: weights, or their abstract values with shardings.
         cache_dtype: of K and V.
         mesh: the devices.
-        decode_sizes: row buckets.
+        decode_sizes: row buckets of decode steps.
+        sampling_sizes: row buckets of what samples apart from the step; fewer, since those programs run less often.
         prefill_sizes: token buckets.
         num_logprobs: most log-probabilities a token that a request can ask for.
     """
@@ -69,11 +70,12 @@ class Catalogue:
         mesh: Mesh,
         *,
         decode_sizes: Sequence[int],
+        sampling_sizes: Sequence[int],
         prefill_sizes: Sequence[int],
         num_logprobs: int,
     ) -> None:
         self.config, self.mesh, self.num_logprobs = config, mesh, num_logprobs
-        self.decode_sizes, self.prefill_sizes = decode_sizes, prefill_sizes
+        self.decode_sizes, self.sampling_sizes, self.prefill_sizes = decode_sizes, sampling_sizes, prefill_sizes
         self.params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
         self.caches = abstract_caches(config.model, config.shape, cache_dtype, mesh)
         self.rows = abstract_rows(config.shape, mesh)
@@ -82,9 +84,10 @@ class Catalogue:
     def all_keys(self) -> list[ProgramKey]:
         """Every program, those that take longest to compile first."""
         keys = [ProgramKey("prefill", size) for size in reversed(self.prefill_sizes)]
-        keys += [ProgramKey("decode", size) for size in reversed(self.decode_sizes)]
-        for kind in ("full", "filtered", "plain"):
+        for kind in ("decode", "decode_filtered"):
             keys += [ProgramKey(kind, size) for size in reversed(self.decode_sizes)]
+        for kind in ("decode_forward", "full", "filtered", "plain"):
+            keys += [ProgramKey(kind, size) for size in reversed(self.sampling_sizes)]
         keys += [ProgramKey("prompt_logprobs", size) for size in reversed(self.prefill_sizes)]
         return [*keys, ProgramKey("update_rows"), ProgramKey("update_extras")]
 
@@ -104,11 +107,15 @@ class Catalogue:
         """What a key stands for."""
         config, axis_name = self.config, self.config.axis_name
         slots, width, M = config.shape.max_num_seqs, config.model.hidden_size, config.shape.max_adjustments
-        head, dtype = head_of(self.params), self.params["embed"].dtype
+        head, dtype = draw.head_of(self.params), self.params["embed"].dtype
         last = (self._array((slots, width), dtype), self._array((slots,)))
         match key.kind:
-            case "decode":
-                arguments = (self.params, self.caches, self.rows, self._array((2, key.size)))
+            case "decode" | "decode_filtered":
+                variant = "plain" if key.kind == "decode" else "filtered"
+                arguments = (self.params, self.caches, self.rows, self._array((3, key.size)))
+                return Program(partial(decode, config, variant), arguments, (1, 2), (CACHE_SPEC, EQUAL, EQUAL))
+            case "decode_forward":
+                arguments = (self.params, self.caches, self.rows, self._array((3, key.size)))
                 return Program(partial(decode_forward, config), arguments, (1, 2), (CACHE_SPEC, EQUAL, EQUAL, EQUAL))
             case "prefill":
                 layout = PrefillDelta(key.size, slots)
@@ -134,9 +141,3 @@ class Catalogue:
 
     def _array(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, EQUAL))
-
-
-def head_of(params: Params) -> Params:
-    """The part of the parameters that the logits need."""
-    name = "lm_head" if "lm_head" in params else "embed"
-    return {name: params[name]}

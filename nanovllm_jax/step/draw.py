@@ -109,6 +109,12 @@ def prompt_logprobs(
     return logprobs, ranks, top_ids, top_logprobs
 
 
+def head_of(params: Params) -> Params:
+    """The part of the parameters that the logits need."""
+    name = "lm_head" if "lm_head" in params else "embed"
+    return {name: params[name]}
+
+
 def extras_update_length(max_adjustments: int) -> int:
     """Elements of the packed array that `update_extras` takes."""
     return 2 + 3 * max_adjustments + 2 * COUNT_CHUNK

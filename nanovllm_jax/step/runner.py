@@ -21,7 +21,7 @@ from nanovllm_jax.models.params import Params
 from nanovllm_jax.step import draw
 from nanovllm_jax.step.admission import Admission, Entry, pack_updates
 from nanovllm_jax.step.buckets import bucket_for
-from nanovllm_jax.step.catalogue import ProgramKey, head_of
+from nanovllm_jax.step.catalogue import ProgramKey
 from nanovllm_jax.step.programs import Programs
 from nanovllm_jax.step.state import PrefillDelta
 
@@ -40,7 +40,7 @@ class TokenLogprobs:
 class StepResult:
     """What one step sampled, in the order of its schedule."""
 
-    tokens: list[int]  # one a sequence; -1 where the logits were not finite; meaningless where nothing was drawn
+    tokens: list[list[int]]  # drawn for each sequence, in order; -1 where the logits were not finite
     logprobs: list[TokenLogprobs] | None
     prompt_logprobs: dict[Request, list[TokenLogprobs]]
 
@@ -50,7 +50,7 @@ class InFlight:
     """A dispatched step: its schedule and the device arrays to come."""
 
     schedule: Schedule
-    tokens: jax.Array
+    tokens: jax.Array  # [B], or [steps, B]
     logprobs: tuple[jax.Array, ...] | None
     prompt_logprobs: tuple[jax.Array, ...] | None
 
@@ -74,7 +74,7 @@ class Runner:
 
     def __init__(self, programs: Programs, params: Params) -> None:
         self.programs, self._config = programs, programs.catalogue.config
-        self._params, self._head = params, head_of(params)
+        self._params, self._head = params, draw.head_of(params)
         self._caches = _zeros(programs.catalogue.caches)
         self._device_rows = _zeros(programs.catalogue.rows)
         self._extras = None
@@ -83,12 +83,15 @@ class Runner:
     def dispatch(self, schedule: Schedule) -> InFlight:
         """Enqueue one step. Order on the device is the order of these calls."""
         sequences = schedule.sequences
-        if schedule.is_decode:
-            hidden, sampled_rows = self._decode(sequences)
-            prompt = None
+        prompt = logprobs = None
+        if schedule.is_decode and self._runs_in_one_program(sequences):
+            tokens = self._decode(sequences)
         else:
-            hidden, sampled_rows, prompt = self._prefill(sequences)
-        tokens, logprobs = self._draw(sequences, hidden, sampled_rows)
+            if schedule.is_decode:
+                hidden, sampled_rows = self._decode_forward(sequences)
+            else:
+                hidden, sampled_rows, prompt = self._prefill(sequences)
+            tokens, logprobs = self._draw(sequences, hidden, sampled_rows)
         for array in (tokens, *(logprobs or ()), *(prompt or ())):
             array.copy_to_host_async()
         return InFlight(schedule, tokens, logprobs, prompt)
@@ -96,27 +99,34 @@ class Runner:
     def warm_up(self) -> None:
         """Compile every program, then run each step once on padding, so that modules load before the first request."""
         self.programs.compile_all()
-        slots = self._config.shape.max_num_seqs
-        for size in self.programs.catalogue.prefill_sizes:
-            delta = PrefillDelta(size, slots).pack([], [], [], [], [])
+        catalogue = self.programs.catalogue
+        for size in catalogue.prefill_sizes:
+            delta = PrefillDelta(size, self._config.shape.max_num_seqs).pack([], [], [], [], [])
             step = self.programs[ProgramKey("prefill", size)]
             self._caches, self._device_rows, *_ = step(self._params, self._caches, self._device_rows, delta)
-        for size in self.programs.catalogue.decode_sizes:
-            step = self.programs[ProgramKey("decode", size)]
-            delta = np.full((2, size), -1, np.int32)
+        for kind in ("decode", "decode_filtered"):
+            for size in catalogue.decode_sizes:
+                step = self.programs[ProgramKey(kind, size)]
+                self._caches, self._device_rows, _ = step(
+                    self._params, self._caches, self._device_rows, _no_decodes(size)
+                )
+        for size in catalogue.sampling_sizes:
+            step = self.programs[ProgramKey("decode_forward", size)]
             self._caches, self._device_rows, hidden, sampled_rows = step(
-                self._params, self._caches, self._device_rows, delta
+                self._params, self._caches, self._device_rows, _no_decodes(size)
             )
             for kind in ("plain", "filtered"):
-                self._device_rows, _ = self.programs[ProgramKey(kind, size)](
-                    self._head, self._device_rows, hidden, sampled_rows
-                )
+                draw_one = self.programs[ProgramKey(kind, size)]
+                self._device_rows, _ = draw_one(self._head, self._device_rows, hidden, sampled_rows)
         jax.block_until_ready(self._device_rows)
 
     def read(self, step: InFlight) -> StepResult:
         """Wait for a step and return what it sampled."""
         sequences = step.schedule.sequences
-        tokens = np.asarray(step.tokens)[: len(sequences)].tolist()
+        by_step = np.atleast_2d(np.asarray(step.tokens))
+        columns = by_step[:, : len(sequences)].T.tolist()
+        counts = (s.num_tokens if s.is_decode else int(s.samples) for s in sequences)
+        tokens = [column[:count] for column, count in zip(columns, counts, strict=True)]
         logprobs = _split_logprobs(step.logprobs, len(sequences)) if step.logprobs else None
         prompt: dict[Request, list[TokenLogprobs]] = {}
         if step.prompt_logprobs:
@@ -134,22 +144,39 @@ class Runner:
             if not leaf.is_deleted():
                 leaf.delete()
 
-    def _decode(self, sequences: Sequence[ScheduledSequence]) -> tuple[jax.Array, jax.Array]:
+    def _runs_in_one_program(self, sequences: Sequence[ScheduledSequence]) -> bool:
+        """Whether the decode program samples all that the rows ask for, and has more than one token to compute."""
+        worth_it = self._config.decode_steps == 1 or any(s.num_tokens > 1 for s in sequences)
+        return worth_it and all(s.request.plan.variant != "full" for s in sequences)
+
+    def _decode(self, sequences: Sequence[ScheduledSequence]) -> jax.Array:
         size = bucket_for(len(sequences), self.programs.catalogue.decode_sizes)
-        delta = np.full((2, size), -1, np.int32)
-        for i, sequence in enumerate(sequences):
-            request = sequence.request
-            row = self._rows[request.row]
-            delta[0, i] = request.row
-            if len(request.block_ids) > row.blocks_sent:
-                delta[1, i] = request.block_ids[-1]
-                row.blocks_sent += 1
+        filtered = any(s.request.plan.variant == "filtered" for s in sequences)
+        step = self.programs[ProgramKey("decode_filtered" if filtered else "decode", size)]
+        delta = self._decode_delta(sequences, size)
+        self._caches, self._device_rows, tokens = step(self._params, self._caches, self._device_rows, delta)
+        return tokens
+
+    def _decode_forward(self, sequences: Sequence[ScheduledSequence]) -> tuple[jax.Array, jax.Array]:
+        size = bucket_for(len(sequences), self.programs.catalogue.sampling_sizes)
         self._update_bans(sequences)
-        step = self.programs[ProgramKey("decode", size)]
+        step, delta = self.programs[ProgramKey("decode_forward", size)], self._decode_delta(sequences, size)
         self._caches, self._device_rows, hidden, sampled_rows = step(
             self._params, self._caches, self._device_rows, delta
         )
         return hidden, sampled_rows
+
+    def _decode_delta(self, sequences: Sequence[ScheduledSequence], size: int) -> np.ndarray:
+        """[3, size] int32: row slots, the blocks that they open, and how many tokens each computes."""
+        delta = _no_decodes(size)
+        for i, sequence in enumerate(sequences):
+            request = sequence.request
+            row = self._rows[request.row]
+            delta[0, i], delta[2, i] = request.row, sequence.num_tokens
+            if len(request.block_ids) > row.blocks_sent:
+                delta[1, i] = request.block_ids[-1]
+                row.blocks_sent += 1
+        return delta
 
     def _prefill(
         self, sequences: Sequence[ScheduledSequence]
@@ -189,7 +216,7 @@ class Runner:
         self, sequences: Sequence[ScheduledSequence], hidden: jax.Array, sampled_rows: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
         variants = {s.request.plan.variant for s in sequences if s.samples}
-        size = bucket_for(len(sequences), self.programs.catalogue.decode_sizes)
+        size = bucket_for(len(sequences), self.programs.catalogue.sampling_sizes)
         if "full" not in variants:
             kind = "filtered" if "filtered" in variants else "plain"
             self._device_rows, tokens = self.programs[ProgramKey(kind, size)](
@@ -258,6 +285,13 @@ class Runner:
             tokens[: len(some)] = some
             is_output[: len(some)] = np.arange(start, start + len(some)) >= request.num_prompt_tokens
             self._extras = self.programs[ProgramKey("update_extras")](self._extras, packed)
+
+
+def _no_decodes(size: int) -> np.ndarray:
+    """The delta of a decode step in which every place is padding."""
+    delta = np.full((3, size), -1, np.int32)
+    delta[2] = 0
+    return delta
 
 
 def _zeros(abstract: Any) -> Any:

@@ -1,10 +1,11 @@
-"""The step as pure functions: `forward` runs the transformer over new tokens, `sample` draws from its last states.
+"""The step as pure functions of donated device state.
 
-    params, caches, rows, delta --decode_forward | prefill_forward--> caches, rows, hidden, sampled_rows
-    head, rows, hidden, sampled_rows --sample--> rows, tokens
+    params, caches, rows, delta --decode--> caches, rows, tokens            K tokens a row, sampling included
+    params, caches, rows, delta --prefill_forward | decode_forward--> caches, rows, hidden, sampled_rows
+    head, rows, hidden, sampled_rows --draw--> rows, tokens
 
-The two are compiled apart, so that sampling variants add to the number of programs instead of multiplying it; the
-logits are written to memory in either case.
+What every step does is one program; what few need (prompts, and sampling that the host has a part in) is two, so that
+sampling variants add to the number of programs instead of multiplying it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, transformer
+from nanovllm_jax.step.draw import Variant, draw, head_of
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateShape
 from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
 
@@ -33,51 +35,90 @@ class StepConfig:
     shape: StateShape
     backend: Literal["xla", "triton"]  # of the kernels
     axis_name: str | None = None  # mesh axis over which the model is split, if it is
+    decode_steps: int = 1  # most tokens of a row in one decode step
 
 
-def decode_forward(
-    config: StepConfig, params: Params, caches: Caches, rows: Rows, delta: Int[Array, "2 B"]
-) -> tuple[Caches, Rows, Float[Array, "R E"], Int[Array, " R"]]:
-    """One token for each of B rows: writes its K and V, attends over the row's blocks.
+def decode(
+    config: StepConfig, variant: Variant, params: Params, caches: Caches, rows: Rows, delta: Int[Array, "3 B"]
+) -> tuple[Caches, Rows, Int[Array, "steps B"]]:
+    """Up to `config.decode_steps` tokens for each of B rows, one after the other; each feeds the next on the device.
+
+    The host's work for a step, and XLA's for launching it, is then shared by several tokens: starting this program costs
+    0.7 ms more than each turn of its loop, which is as much as a small step takes.
 
     Args:
         config: static.
+        variant: of the sampler, static.
         params: weights.
         caches: donated.
-        rows: donated; the step advances NUM_TOKENS and appends new blocks to the tables.
-        delta: row slots (-1 padding), and for each the block that its new token opens (-1 none).
+        rows: donated; NUM_TOKENS, LAST_TOKEN and NUM_OUTPUT advance, new blocks are appended to the tables.
+        delta: row slots (-1 padding); the block that each row's new tokens open (-1 none); tokens to compute of each.
+
+    Returns:
+        caches, rows, and the tokens; those past a row's number mean nothing.
+    """
+    num_rows, head = delta.shape[1], head_of(params)
+
+    def step(index: int | Array, carry: tuple[Caches, Rows, Array]) -> tuple[Caches, Rows, Array]:
+        caches, rows, tokens = carry
+        row = jnp.where(delta[2] > index, delta[0], -1)
+        hidden, caches, rows = _decode_once(config, params, caches, rows, row)
+        rows, drawn = draw(variant, num_rows, config.axis_name, config.backend, head, rows, hidden, row)
+        return caches, rows, tokens.at[index].set(drawn)
+
+    carry = caches, _open_blocks(config, rows, delta), jnp.zeros((config.decode_steps, num_rows), jnp.int32)
+    if config.decode_steps == 1:
+        return step(0, carry)
+    return jax.lax.fori_loop(0, config.decode_steps, step, carry)
+
+
+def decode_forward(
+    config: StepConfig, params: Params, caches: Caches, rows: Rows, delta: Int[Array, "3 B"]
+) -> tuple[Caches, Rows, Float[Array, "R E"], Int[Array, " R"]]:
+    """One token for each of B rows, without sampling the next; arguments are those of `decode`.
 
     Returns:
         caches, rows, hidden states padded to R rows, and the row of each hidden state (-1 padding).
     """
-    dummy, block_size = config.shape.max_num_seqs, config.shape.block_size
-    active = delta[0] >= 0
-    row = jnp.where(active, delta[0], dummy)
-    position = rows["ints"][row, RowInt.NUM_TOKENS]
-    token = rows["ints"][row, RowInt.LAST_TOKEN]
-
-    column = position // block_size
-    opened = jnp.where(delta[1] >= 0, column, config.shape.blocks_per_row)  # out of range: dropped
-    tables = rows["block_tables"].at[row, opened].set(delta[1], mode="drop")
-    table = tables[row]
-    block = jnp.take_along_axis(table, column[:, None], axis=1)[:, 0]
-    slots = jnp.where(active, block * block_size + position % block_size, -1)
-    context_lens = jnp.where(active, position + 1, 0)
-
-    attend = _attend(
-        config, "paged_decode", slots, partial(paged_decode, block_tables=table, context_lens=context_lens)
-    )
-    hidden, caches = transformer(
-        params, config.model, token, position, caches, attend, config.axis_name, config.backend
-    )
-    ints = rows["ints"].at[row, RowInt.NUM_TOKENS].add(active.astype(jnp.int32))
-    padding = dummy - hidden.shape[0]
+    hidden, caches, rows = _decode_once(config, params, caches, _open_blocks(config, rows, delta), delta[0])
+    padding = config.shape.max_num_seqs - hidden.shape[0]
     return (
         caches,
-        rows | {"block_tables": tables, "ints": ints},
+        rows,
         jnp.pad(hidden, ((0, padding), (0, 0))),
         jnp.pad(delta[0], (0, padding), constant_values=-1),
     )
+
+
+def _open_blocks(config: StepConfig, rows: Rows, delta: Int[Array, "3 B"]) -> Rows:
+    """Append each row's new block to its table, behind those that its tokens fill or have begun."""
+    row = jnp.where(delta[0] >= 0, delta[0], config.shape.max_num_seqs)
+    column = -(-rows["ints"][row, RowInt.NUM_TOKENS] // config.shape.block_size)
+    column = jnp.where(delta[1] >= 0, column, config.shape.blocks_per_row)  # out of range: dropped
+    return rows | {"block_tables": rows["block_tables"].at[row, column].set(delta[1], mode="drop")}
+
+
+def _decode_once(
+    config: StepConfig, params: Params, caches: Caches, rows: Rows, row: Int[Array, " B"]
+) -> tuple[Float[Array, "B E"], Caches, Rows]:
+    """Hidden states of each row's last token, whose K and V are written and which attends over the row's blocks.
+
+    A negative row is padding: it writes nothing and attends to nothing.
+    """
+    active, block_size = row >= 0, config.shape.block_size
+    slot = jnp.where(active, row, config.shape.max_num_seqs)
+    position, token = rows["ints"][slot, RowInt.NUM_TOKENS], rows["ints"][slot, RowInt.LAST_TOKEN]
+    table = rows["block_tables"][slot]
+    block = jnp.take_along_axis(table, (position // block_size)[:, None], axis=1)[:, 0]
+    slots = jnp.where(active, block * block_size + position % block_size, -1)
+    context_lens = jnp.where(active, position + 1, 0)
+    attention = partial(paged_decode, block_tables=table, context_lens=context_lens)
+    attend = _attend(config, "paged_decode", slots, attention)
+    hidden, caches = transformer(
+        params, config.model, token, position, caches, attend, config.axis_name, config.backend
+    )
+    ints = rows["ints"].at[slot, RowInt.NUM_TOKENS].add(active.astype(jnp.int32))
+    return hidden, caches, rows | {"ints": ints}
 
 
 def prefill_forward(

@@ -60,12 +60,22 @@ class Device:
         self.sequences: dict[Request, list[int]] = {}  # prompt and all sampled tokens, read or not
         self.prefix_ids: dict[tuple[object, int], int] = {}
 
-    def run(self, schedule: Schedule) -> list[int]:
-        """Executes one step: all writes, then all reads. Returns a token for each sequence."""
+    def run(self, schedule: Schedule) -> list[list[int]]:
+        """Executes one step, a pass for each token that decodes compute. Returns the tokens of each sequence."""
         self.accept(schedule)
-        for sequence in schedule.sequences:
-            self._write(sequence)
-        return [self._read_and_sample(sequence) for sequence in schedule.sequences]
+        sampled: list[list[int]] = [[] for _ in schedule.sequences]
+        for index in range(max(one.num_tokens if one.is_decode else 1 for one in schedule.sequences)):
+            # A pass writes all of its tokens before it reads any.
+            taking_part = [
+                (one._replace(start=one.start + index, num_tokens=1) if one.is_decode else one, tokens)
+                for one, tokens in zip(schedule.sequences, sampled, strict=True)
+                if index < (one.num_tokens if one.is_decode else 1)
+            ]
+            for sequence, _ in taking_part:
+                self._write(sequence)
+            for sequence, tokens in taking_part:
+                tokens += self._read_and_sample(sequence)
+        return sampled
 
     def accept(self, schedule: Schedule) -> None:
         """Takes over rows and new blocks, as a step does before it computes."""
@@ -104,7 +114,6 @@ class Device:
         request, end = sequence.request, sequence.start + sequence.num_tokens
         true_tokens = self.sequences.setdefault(request, list(request.prompt_token_ids))
         if sequence.is_decode:
-            assert sequence.num_tokens == 1
             assert end == len(true_tokens), "a decode computes the last sampled token"
         else:
             assert request.token_ids[sequence.start : end] == true_tokens[sequence.start : end]
@@ -115,16 +124,16 @@ class Device:
             assert slot not in self.slots, "a slot is written once"
             self.slots[slot] = prefix_ids[position]
 
-    def _read_and_sample(self, sequence) -> int:
+    def _read_and_sample(self, sequence) -> list[int]:
         request, end = sequence.request, sequence.start + sequence.num_tokens
         for position, prefix_id in enumerate(self._prefix_ids(request, end)):
             assert self.slots.get(self._slot(sequence, position)) == prefix_id
         if not sequence.samples:
-            return -1
+            return []
         true_tokens = self.sequences[request]
         assert end == len(true_tokens), "only the last known token is sampled from"
         true_tokens.append(next_token(true_tokens))
-        return true_tokens[-1]
+        return true_tokens[-1:]
 
 
 class HostShellMachine(RuleBasedStateMachine):
@@ -138,6 +147,7 @@ class HostShellMachine(RuleBasedStateMachine):
         batching=st.sampled_from(["prefill_first", "mixed"]),
         caching=st.sampled_from([True, True, True, False]),
         depth=st.integers(0, 2),
+        decode_steps=st.integers(1, 4),
     )
     def start(
         self,
@@ -150,6 +160,7 @@ class HostShellMachine(RuleBasedStateMachine):
         batching,
         caching,
         depth,
+        decode_steps,
     ):
         self.config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
@@ -160,11 +171,12 @@ class HostShellMachine(RuleBasedStateMachine):
             scheduling_policy=policy,
             batching=batching,
             enable_prefix_caching=caching,
+            decode_steps=min(decode_steps, block_size),
         )
         self.scheduler = Scheduler(self.config)
         self.device = Device(self.config)
         self.depth = depth  # steps dispatched beyond the one that is read
-        self.in_flight: deque[tuple[Schedule, list[int]]] = deque()
+        self.in_flight: deque[tuple[Schedule, list[list[int]]]] = deque()
         self.requests: list[Request] = []
         self.num_added = 0
 
@@ -210,7 +222,10 @@ class HostShellMachine(RuleBasedStateMachine):
             return None
         sequences = schedule.sequences
         assert schedule.num_tokens == sum(sequence.num_tokens for sequence in sequences)
-        assert 0 < schedule.num_tokens <= self.config.max_num_batched_tokens
+        in_a_pass = sum(1 if sequence.is_decode else sequence.num_tokens for sequence in sequences)
+        assert 0 < in_a_pass <= self.config.max_num_batched_tokens
+        assert all(sequence.num_tokens == 1 for sequence in sequences if sequence.is_decode) or schedule.is_decode
+        assert all(sequence.num_tokens <= self.config.decode_steps for sequence in sequences if sequence.is_decode)
         assert schedule.kind == "mixed" or len({sequence.is_decode for sequence in sequences}) == 1
         assert schedule.kind != "mixed" or self.config.batching == "mixed"
         victims = [request for request, count in preemptions.items() if request.num_preemptions > count]
@@ -222,15 +237,17 @@ class HostShellMachine(RuleBasedStateMachine):
     @rule()
     def read(self):
         schedule, tokens = self.in_flight.popleft()
-        for sequence, token in zip(schedule.sequences, tokens, strict=True):
-            request = sequence.request
-            if not sequence.samples or request.is_finished:
-                continue
-            self.scheduler.on_token(request, token)
-            stopped = token in (request.params.stop_token_ids or ())
-            if stopped or len(request.output_token_ids) >= request.max_tokens:
-                assert request.output_token_ids == reference_output(request)
-                self.finish(request)
+        for sequence, sampled in zip(schedule.sequences, tokens, strict=True):
+            for token in sampled:
+                if not sequence.request.is_finished:
+                    self.take(sequence.request, token)
+
+    def take(self, request, token):
+        self.scheduler.on_token(request, token)
+        stopped = token in (request.params.stop_token_ids or ())
+        if stopped or len(request.output_token_ids) >= request.max_tokens:
+            assert request.output_token_ids == reference_output(request)
+            self.finish(request)
 
     def finish(self, request):
         self.scheduler.finish(request)

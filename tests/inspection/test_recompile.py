@@ -70,6 +70,6 @@ def test_each_compilation_of_the_engine_says_which_argument_is_new():
     catalogue = plan_catalogue(SHAPES["tiny"], EngineConfig(max_num_seqs=16), None)
     old, new = ProgramKey("decode", 4), ProgramKey("decode", 16)
     assert compilation_reason(catalogue, old, None) == "first program of kind decode"
-    assert compilation_reason(catalogue, new, old) == "argument delta is int32[2, 16], was int32[2, 4]"
+    assert compilation_reason(catalogue, new, old) == "argument delta is int32[3, 16], was int32[3, 4]"
     static = compilation_reason(catalogue, ProgramKey("plain", 16), ProgramKey("plain", 4))
     assert static == "the static bucket is 16, was 4"

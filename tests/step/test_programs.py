@@ -30,7 +30,7 @@ QWEN3 = ModelConfig(
     tie_word_embeddings=True,
     qk_norm=True,
 )
-STEPS = [ProgramKey("decode", 16), ProgramKey("prefill", 64)]
+STEPS = [ProgramKey("decode", 16), ProgramKey("decode_forward", 16), ProgramKey("prefill", 64)]
 
 
 def catalogue(backend: str, shards: int = 1) -> Catalogue:
@@ -43,11 +43,12 @@ def catalogue(backend: str, shards: int = 1) -> Catalogue:
     )
     shape = StateShape(num_blocks=512, block_size=16, max_num_seqs=16, max_model_len=4096)
     return Catalogue(
-        StepConfig(QWEN3, shape, backend, MODEL_AXIS if shards > 1 else None),
+        StepConfig(QWEN3, shape, backend, axis_name=MODEL_AXIS if shards > 1 else None, decode_steps=4),
         params,
         jnp.bfloat16,
         mesh,
         decode_sizes=[4, 16],
+        sampling_sizes=[4, 16],
         prefill_sizes=[64, 256],
         num_logprobs=20,
     )
@@ -60,7 +61,7 @@ def lowered_for_cuda(key: ProgramKey, shards: int) -> str:
 
 @pytest.mark.parametrize("key", catalogue("triton").all_keys(), ids=str)
 def test_every_program_lowers_for_cuda(key):
-    runs_kernels = key.kind in ("decode", "prefill", "plain", "filtered", "full")
+    runs_kernels = key.kind.startswith(("decode", "prefill")) or key.kind in ("plain", "filtered", "full")
     assert ("triton" in lowered_for_cuda(key, 1)) == runs_kernels
 
 
@@ -71,7 +72,9 @@ def test_a_split_step_sums_twice_a_layer_and_once_for_the_embedding(shards):
         assert "triton" in text
         # The layer is one function that is called for each: its two sums, and the embedding's.
         assert text.count("stablehlo.all_reduce") == 3
-        assert not [name for name in ("all_gather", "all_to_all", "permute") if f"stablehlo.{name}" in text]
+        # Where the step samples, each shard's best score and its id are merged.
+        assert text.count("stablehlo.all_gather") == (2 if key.kind == "decode" else 0)
+        assert not [name for name in ("all_to_all", "permute") if f"stablehlo.{name}" in text]
 
 
 @pytest.mark.parametrize("key", STEPS, ids=str)
