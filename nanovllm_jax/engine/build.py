@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from jax.sharding import Mesh
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.engine import Engine
-from nanovllm_jax.engine.plan import cache_dtype, describe_programs, smallest_shape, weight_dtype
+from nanovllm_jax.engine.plan import abstract_weights, cache_dtype, describe_programs, smallest_shape, weight_dtype
 from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
 from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, split_heads
 from nanovllm_jax.step.memory import blocks_that_fit, claim_device_memory, temporary_bytes
-from nanovllm_jax.step.programs import Programs, use_persistent_cache
+from nanovllm_jax.step.programs import Programs, cache_folder, use_persistent_cache
 from nanovllm_jax.step.runner import Runner
 from nanovllm_jax.step.state import StateShape, abstract_extras, abstract_rows, block_bytes, device_bytes
 from nanovllm_jax.weights import (
@@ -65,10 +66,15 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     model_config = split_heads(whole, config.tensor_parallel_size)
     device = mesh.devices.flat[0]
     dtype = weight_dtype(config.dtype, model_config, on_gpu=device.platform != "cpu")
-    params = _load(source, model_config, dtype, mesh, config)
-
-    programs, shape = _plan(model_config, config, params, cache_dtype(config, dtype), mesh, device)
-    runner = Runner(programs, params)
+    weights = abstract_weights(model_config, dtype, mesh)
+    with ThreadPoolExecutor(1) as pool:  # weights load while programs compile
+        loading = pool.submit(_load, source, model_config, dtype, mesh, config)
+        programs, shape = _plan(model_config, config, weights, cache_dtype(config, dtype), mesh, device)
+        if loading.done():
+            loading.result()  # raises at once what is wrong with the weights
+        if not config.enforce_eager:
+            _compile(programs)
+        runner = Runner(programs, loading.result())
     if not config.enforce_eager:
         _warm_up(runner)
     scheduler = Scheduler(
@@ -119,7 +125,8 @@ def _plan(
 
     def programs(shape: StateShape) -> Programs:
         catalogue = describe_programs(model, config, shape, params, kv_dtype, mesh, on_gpu=on_gpu)
-        return Programs(catalogue, command_buffers=not config.enforce_eager)
+        kept_in = cache_folder() / "executables" if on_gpu else None  # XLA's own cache does as much on a CPU
+        return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in)
 
     if config.num_gpu_blocks_override is not None:
         num_blocks = config.num_gpu_blocks_override
@@ -160,12 +167,18 @@ def _plan(
     return programs(shape), shape
 
 
+def _compile(programs: Programs) -> None:
+    start = time.perf_counter()
+    programs.compile_all()
+    log = programs.compile_log
+    hits, seconds = sum(record.cache_hit for record in log), time.perf_counter() - start
+    logger.info("compiled %d programs in %.1f s, %d of them from the cache", len(log), seconds, hits)
+
+
 def _warm_up(runner: Runner) -> None:
     start = time.perf_counter()
     runner.warm_up()
-    log = runner.programs.compile_log
-    hits, seconds = sum(record.cache_hit for record in log), time.perf_counter() - start
-    logger.info("compiled %d programs in %.1f s, %d of them from the cache", len(log), seconds, hits)
+    logger.info("ran every step once in %.1f s", time.perf_counter() - start)
 
 
 def _end_ids(tokenizer: Any | None, defaults: GenerationDefaults) -> frozenset[int]:

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.sampling_plan import MAX_ADJUSTMENTS
 from nanovllm_jax.errors import ConfigError
-from nanovllm_jax.models.params import Params
-from nanovllm_jax.parallel.mesh import MODEL_AXIS
+from nanovllm_jax.models.params import Params, ParamSpec, abstract_params
+from nanovllm_jax.parallel.mesh import MODEL_AXIS, param_shardings
 from nanovllm_jax.step.buckets import decode_buckets, prefill_buckets, sampling_buckets
 from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.memory import BLOCK_MULTIPLE
@@ -33,6 +34,16 @@ def cache_dtype(config: EngineConfig, weights: jnp.dtype) -> jnp.dtype:
     """Of K and V: "auto" means the weights', "fp8" is e4m3."""
     names = {"auto": weights, "fp8": jnp.float8_e4m3fn}
     return jnp.dtype(names.get(config.kv_cache_dtype, config.kv_cache_dtype))
+
+
+def abstract_weights(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of the weights."""
+    return jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding),
+        abstract_params(model),
+        param_shardings(model, mesh),
+        is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
+    )
 
 
 def decode_steps(config: EngineConfig, *, on_gpu: bool) -> int:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax
-
 from nanovllm_jax.config import EngineConfig, ModelConfig
-from nanovllm_jax.engine.plan import cache_dtype, describe_programs, smallest_shape, weight_dtype
+from nanovllm_jax.engine.plan import abstract_weights, cache_dtype, describe_programs, smallest_shape, weight_dtype
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.inspection.gpus import Gpu
-from nanovllm_jax.models.params import ParamSpec, abstract_params, param_bytes
-from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, split_heads
+from nanovllm_jax.models.params import param_bytes
+from nanovllm_jax.parallel.mesh import make_mesh, split_heads
 from nanovllm_jax.step.buckets import bucket_for
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.memory import BLOCK_MULTIPLE, RESERVE_BYTES
@@ -34,12 +32,7 @@ def plan_catalogue(model: ModelConfig, config: EngineConfig, gpu: Gpu | None) ->
     on_gpu = gpu is not None or mesh.devices.flat[0].platform != "cpu"
     dtype = weight_dtype(config.dtype, model, on_gpu=on_gpu)
     kv_dtype = cache_dtype(config, dtype)
-    params: Any = jax.tree.map(
-        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding),
-        abstract_params(model),
-        param_shardings(model, mesh),
-        is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
-    )
+    params = abstract_weights(model, dtype, mesh)
     shape = smallest_shape(model, config)
     shards = config.tensor_parallel_size
     one_block = block_bytes(model, config.block_size, kv_dtype) // shards

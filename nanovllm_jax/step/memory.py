@@ -26,7 +26,10 @@ def claim_device_memory(gpu_memory_utilization: float) -> None:
 
 
 def temporary_bytes(programs: Programs) -> int:
-    """Bytes beyond weights and state that the hungriest program needs while it runs."""
+    """Bytes beyond weights and state that the hungriest program needs while it runs, as an earlier start may know."""
+    if programs.store and (known := programs.store.load_figure("temporary_bytes")) is not None:
+        programs.store.mark_used()
+        return known
     rows, tokens = programs.catalogue.decode_sizes[-1], programs.catalogue.prefill_sizes[-1]
     largest = [
         ProgramKey("prefill", tokens),
@@ -39,6 +42,8 @@ def temporary_bytes(programs: Programs) -> int:
         if analysis := programs[key].memory_analysis():
             output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
             found = max(found, analysis.temp_size_in_bytes + output)
+    if programs.store:
+        programs.store.save_figure("temporary_bytes", found)
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
+from nanovllm_jax.step.executables import ExecutableStore
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +31,23 @@ def _count_cache_hit(event: str, **_: Any) -> None:
 jax.monitoring.register_event_listener(_count_cache_hit)
 
 
-def use_persistent_cache() -> Path:
-    """Keep compiled programs in the user's cache folder, unless JAX is already told where to keep them."""
+def cache_folder() -> Path:
+    """Where this user's compiled programs are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm-jax"
+
+
+def use_persistent_cache() -> None:
+    """Have XLA keep what it compiles in the user's cache folder, unless JAX is already told where to keep it."""
     if jax.config.jax_compilation_cache_dir is not None:
-        return Path(jax.config.jax_compilation_cache_dir)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm-jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return folder
 
 
 @dataclass(frozen=True)
 class CompileRecord:
-    """One compilation: what, when and how long (seconds), and whether the persistent cache had it.
+    """One compilation: what, when and how long (seconds), and whether a cache had it.
 
     Tracing and lowering follow each other; compiling may start later, when a thread is free.
     """
@@ -63,19 +67,23 @@ class Programs:
     Args:
         catalogue: what there is to compile.
         command_buffers: whether XLA may record its launches (on GPUs).
+        kept_in: folder of whole executables, from which a start takes what an earlier one compiled; None keeps none.
     """
 
-    def __init__(self, catalogue: Catalogue, *, command_buffers: bool) -> None:
+    def __init__(self, catalogue: Catalogue, *, command_buffers: bool, kept_in: Path | None = None) -> None:
         self.catalogue = catalogue
         self.compile_log: list[CompileRecord] = []
         on_gpu = catalogue.mesh.devices.flat[0].platform == "gpu"
         # Under a profiler XLA would otherwise launch kernel by kernel, and the trace show a step bound by the host.
         recorded = {"xla_enable_command_buffers_during_profiling": True}
         self._options = (recorded if command_buffers else {"xla_gpu_enable_command_buffer": ""}) if on_gpu else None
+        self.store = None if kept_in is None else ExecutableStore(kept_in, catalogue, self._options)
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
 
     def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:
         """The compiled program; compiles it now if it is not yet there."""
+        if key not in self._compiled:
+            self._load(key)
         if key not in self._compiled:
             self._finish(self._lower(key))
         return self._compiled[key]
@@ -85,12 +93,26 @@ class Programs:
         return dict(self._compiled)
 
     def compile_all(self) -> None:
-        """Compile every program: lowered one after the other (Python), compiled side by side (XLA)."""
-        missing = [key for key in self.catalogue.all_keys() if key not in self._compiled]
+        """Compile every program: lowered one after the other (Python), compiled side by side (XLA).
+
+        Those that were kept by an earlier start are loaded instead.
+        """
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+            if self.store:
+                self.store.mark_used()
+                list(pool.map(self._load, [key for key in self.catalogue.all_keys() if key not in self._compiled]))
+            missing = [key for key in self.catalogue.all_keys() if key not in self._compiled]
             pending = [pool.submit(self._finish, self._lower(key)) for key in missing]
             for future in pending:
                 future.result()
+
+    def _load(self, key: ProgramKey) -> None:
+        started = time.perf_counter()
+        compiled = self.store.load(key) if self.store else None
+        if compiled is not None:
+            self._compiled[key] = compiled
+            seconds = time.perf_counter() - started
+            self.compile_log.append(CompileRecord(key, started, 0.0, 0.0, started, seconds, True))
 
     def _lower(self, key: ProgramKey) -> _Lowering:
         started = time.perf_counter()
@@ -106,6 +128,8 @@ class Programs:
         record = CompileRecord(one.key, one.started, one.trace_s, one.lower_s, started, seconds, hit)
         self.compile_log.append(record)
         logger.debug("compiled %s", record)
+        if self.store:
+            self.store.save(one.key, self._compiled[one.key])
 
 
 class _Lowering(NamedTuple):

@@ -97,8 +97,7 @@ class Runner:
         return InFlight(schedule, tokens, logprobs, prompt)
 
     def warm_up(self) -> None:
-        """Compile every program, then run each step once on padding, so that modules load before the first request."""
-        self.programs.compile_all()
+        """Run each step once on padding, so that modules load before the first request."""
         catalogue = self.programs.catalogue
         for size in catalogue.prefill_sizes:
             delta = PrefillDelta(size, self._config.shape.max_num_seqs).pack([], [], [], [], [])

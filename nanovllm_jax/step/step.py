@@ -43,8 +43,8 @@ def decode(
 ) -> tuple[Caches, Rows, Int[Array, "steps B"]]:
     """Up to `config.decode_steps` tokens for each of B rows, one after the other; each feeds the next on the device.
 
-    The host's work for a step, and XLA's for launching it, is then shared by several tokens: starting this program costs
-    0.7 ms more than each turn of its loop, which is as much as a small step takes.
+    The host's work for a step, and XLA's for launching it, is then shared by several tokens: starting this program
+    costs 0.7 ms more than each turn of its loop, which is as much as a small step takes.
 
     Args:
         config: static.
