@@ -54,7 +54,7 @@ def draw(
     Returns:
         rows and the tokens, -1 where the logits were not finite.
     """
-    row, logits, params = _gather(num_rows, head, rows, hidden, sampled_rows)
+    row, logits, params = _gather(num_rows, backend, head, rows, hidden, sampled_rows)
     sampler = sample_plain if variant == "plain" else sample_filtered
     with jax.named_scope("sample"):
         tokens = sampler(logits, params, axis_name=axis_name, backend=backend)
@@ -73,7 +73,7 @@ def draw_full(
     sampled_rows: Int[Array, " R"],
 ) -> tuple[Rows, Extras, Sampled]:
     """`draw` with penalties, biases and bans, and log-probabilities of the raw logits."""
-    row, logits, params = _gather(num_rows, head, rows, hidden, sampled_rows)
+    row, logits, params = _gather(num_rows, backend, head, rows, hidden, sampled_rows)
     state = FullState(
         counts=extras["counts"],
         rows=jnp.where(sampled_rows[:num_rows] >= 0, row, -1),
@@ -151,7 +151,12 @@ def update_extras(max_adjustments: int, axis_name: str | None, extras: Extras, p
 
 
 def _gather(
-    num_rows: int, head: Params, rows: Rows, hidden: Float[Array, "R E"], sampled_rows: Int[Array, " R"]
+    num_rows: int,
+    backend: Backend,
+    head: Params,
+    rows: Rows,
+    hidden: Float[Array, "R E"],
+    sampled_rows: Int[Array, " R"],
 ) -> tuple[Int[Array, " B"], Float[Array, "B V"], SamplerParams]:
     dummy = rows["ints"].shape[0] - 1
     row = jnp.where(sampled_rows[:num_rows] >= 0, sampled_rows[:num_rows], dummy)
@@ -168,7 +173,7 @@ def _gather(
         presence_penalty=floats[:, RowFloat.PRESENCE],
         frequency_penalty=floats[:, RowFloat.FREQUENCY],
     )
-    return row, compute_logits(head, hidden[:num_rows]), params
+    return row, compute_logits(head, hidden[:num_rows], backend), params
 
 
 def _advance(rows: Rows, row: Int[Array, " B"], tokens: Int[Array, " B"]) -> Rows:
