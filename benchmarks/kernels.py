@@ -1,185 +1,238 @@
-"""Times the kernels on the GPU at hand and prints a table: `python benchmarks/kernels.py [--sweep]`.
+"""Measures the kernels on the GPU at hand: `python benchmarks/kernels.py [--quick] [--record [DIR]]`.
 
-Each figure is the best and the median of several runs; a run is a chain of calls inside one jit, each feeding
-the next, so that dispatch does not count. K and V are larger than the L2 cache wherever bandwidth is what is
-measured. `--sweep` times the attention kernels at other launch parameters too.
+A figure is a share of the device copy's rate, or a ratio to a peer (XLA, cuDNN) that does the same, all of one run of
+this command. Times are those of the device, from a trace: from the start of a call's first kernel to the end of its
+last one, merges and the gaps between kernels included. Programs run as captured graphs, peers at XLA's default
+autotuning. `--quick` leaves out the products; `--plot` draws every case under the roofline.
 """
 
 import argparse
-import dataclasses
-import functools
-import importlib
-import itertools
 import json
+import os
 import statistics
-import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+import kernel_cases
+import kernel_timing  # before JAX starts its device
+import results_log
+from kernel_cases import Chain
 
-from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
-from nanovllm_kernels._cases import AttentionCase
 from nanovllm_kernels.paged_decode.cases import BENCHMARKS as DECODES
 from nanovllm_kernels.ragged_prefill.cases import BENCHMARKS as PREFILLS
 from nanovllm_kernels.rope_cache_write.cases import BENCHMARKS as WRITES
+from nanovllm_kernels.sample.cases import BENCHMARKS as DRAWS
+from nanovllm_kernels.skinny_matmul.cases import PRODUCTS
 
-CHAIN, RUNS = 10, 7
-
-
-def seconds_a_call(step, carry, *args) -> tuple[float, float]:
-    """Best and median seconds of one `step(carry, *args) -> carry`; the carry is donated."""
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def chain(carry, *args):
-        for _ in range(CHAIN):
-            carry = step(carry, *args)
-        return carry
-
-    compiled = chain.lower(carry, *args).compile()
-    carry = jax.block_until_ready(compiled(carry, *args))
-    times = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        carry = jax.block_until_ready(compiled(carry, *args))
-        times.append((time.perf_counter() - start) / CHAIN)
-    return min(times), statistics.median(times)
-
-
-def paged_arrays(case: AttentionCase):
-    """q, k_cache, v_cache, block_tables in random block order, context_lens; made on the device."""
-    blocks = [-(-length // case.block_size) for length in case.context_lens]
-    keys = jax.random.split(jax.random.key(0), 3)
-    shape = (sum(blocks), case.num_kv_heads, case.block_size, case.head_dim)
-    cache_dtype = jnp.dtype(case.cache_dtype or case.dtype)
-    k_cache, v_cache = (jax.random.normal(key, shape, jnp.bfloat16).astype(cache_dtype) for key in keys[:2])
-    q = jax.random.normal(keys[2], (case.num_tokens, case.num_heads, case.head_dim), jnp.dtype(case.dtype))
-    order = iter(np.random.default_rng(0).permutation(sum(blocks)).tolist())
-    tables = np.zeros((len(blocks), max(blocks)), np.int32)
-    for row, count in enumerate(blocks):
-        tables[row, :count] = list(itertools.islice(order, count))
-    return q, k_cache, v_cache, jnp.asarray(tables), jnp.array(case.context_lens, jnp.int32)
+REACH = {
+    "decode_bw_frac_uniform": 0.95,
+    "decode_bw_frac_skewed": 0.85,
+    "decode_bw_frac_one_row": 0.75,
+    "decode_bw_frac_32q8kv": 0.95,
+    "decode_fp8_bw_frac": 0.85,
+    "prefill_vs_cudnn_4x4096": 0.9,
+    "prefill_vs_cudnn_16x1024": 1.0,
+    "prefill_vs_cudnn_prefix": 0.9,
+    "cache_write_bw_frac": 0.85,
+    "cache_write_vs_xla": 3.0,
+    "sample_us_256x151936": 150.0,
+    "skinny_vs_xla_geomean_06b": 1.6,
+    "skinny_vs_xla_256rows_06b": 1.4,
+    "skinny_vs_xla_geomean_8b": 1.2,
+    "skinny_bw_frac_8b": 0.8,
+}
+PRODUCT_FIGURES = {
+    "skinny_vs_xla_geomean_06b": ("qwen3_0_6b", (1, 8, 32, 64)),
+    "skinny_vs_xla_256rows_06b": ("qwen3_0_6b", (128, 256)),
+    "skinny_vs_xla_geomean_8b": ("qwen3_8b", (1, 8, 32, 64)),
+}
+LEAST_COPY = 4.1e12  # bytes a second on an H200, below which the machine is not fit to be measured on
 
 
-def decode(case: AttentionCase):
-    """GB/s of keys and values read."""
-    q, *args = paged_arrays(case)
-    step = lambda q, *args: paged_decode(q, *args, **case.options, backend="triton")  # noqa: E731
-    read = 2 * sum(case.context_lens) * case.num_kv_heads * case.head_dim * args[0].dtype.itemsize
-    return seconds_a_call(step, q, *args), read / 1e9, "GB/s"
+@dataclass(frozen=True)
+class Measured:
+    """Seconds a call in each run."""
+
+    chain: Chain
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
 
-def prefill(case: AttentionCase, backend: str = "triton"):
-    """TFLOP/s of the two products, of keys that are seen only."""
-    q, k_cache, v_cache, tables, lens = paged_arrays(case)
-    cu_q_lens = jnp.cumsum(jnp.array((0, *case.q_lens), jnp.int32), dtype=jnp.int32)
-    step = lambda q, *args: ragged_prefill(q, *args, **case.options, backend=backend)  # noqa: E731
-    return seconds_a_call(step, q, k_cache, v_cache, tables, cu_q_lens, lens), causal_tflop(case), "TFLOP/s"
+class Bench:
+    """Compiles and times chains; keeps what it measured."""
 
+    def __init__(self, runs: int) -> None:
+        self.runs = runs
+        self.measured: list[Measured] = []
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.programs: dict[str, Future] = {}
 
-def prefill_cudnn(case: AttentionCase):
-    """The same attention over contiguous K and V by cuDNN, the peer; of all keys where there is a prefix.
+    def prepare(self, *chains: Chain) -> None:
+        """Begins to compile what does not need the device to itself for that."""
+        for chain in chains:
+            if chain.name not in self.programs and not chain.times_itself:
+                self.programs[chain.name] = self.pool.submit(chain.lower().compile)
 
-    cuDNN's causal mask through JAX is aligned to the start, so a prefix is compared by TFLOP/s without a mask.
-    """
-    batch, new, context = len(case.q_lens), case.q_lens[0], case.context_lens[0]
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(batch, new, case.num_heads, case.head_dim), *[(batch, context, case.num_kv_heads, case.head_dim)] * 2]
-    q, k, v = (jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=True))
-    causal = new == context
-    step = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
-    tflop = causal_tflop(case) if causal else 4 * batch * new * context * case.num_heads * case.head_dim / 1e12
-    return seconds_a_call(step, q, k, v), tflop, "TFLOP/s"
-
-
-def causal_tflop(case: AttentionCase) -> float:
-    pairs = sum(q * (context - (q - 1) / 2) for q, context in zip(case.q_lens, case.context_lens, strict=True))
-    return 4 * pairs * case.num_heads * case.head_dim / 1e12
-
-
-def write(case):
-    """GB/s, bytes read and bytes written."""
-    dtype, group = jnp.dtype(case.dtype), case.num_heads // case.num_kv_heads
-    qkv = jax.random.normal(jax.random.key(1), (case.num_tokens, case.num_kv_heads, group + 2, case.head_dim), dtype)
-    angles = jnp.ones((case.num_tokens, case.head_dim // 2))
-    norm = jnp.ones(case.head_dim, dtype)
-    shape = (max(case.num_tokens // case.block_size * 4, 64), case.num_kv_heads, case.block_size, case.head_dim)
-    slots = jax.random.permutation(jax.random.key(0), shape[0] * case.block_size)[: case.num_tokens]
-
-    def step(carry, angles, norm, slots):
-        qkv, *caches = carry
-        _, *caches = rope_cache_write(qkv, angles, angles, *caches, slots, q_norm=norm, k_norm=norm, backend="triton")
-        return qkv, *caches
-
-    moved = qkv.nbytes + 2 * angles.nbytes + qkv.nbytes  # q is written, and as many keys and values as are read
-    carry = qkv, jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    return seconds_a_call(step, carry, angles, norm, slots.astype(jnp.int32)), moved / 1e9, "GB/s"
-
-
-def copy():
-    """GB/s of x + 1 over 2 GiB, read and written: what memory gives XLA here."""
-    x = jnp.zeros(2**30, jnp.bfloat16)
-    step = lambda x: jax.lax.optimization_barrier(x + 1)  # noqa: E731
-    return seconds_a_call(step, x), 2 * x.nbytes / 1e9, "GB/s"
-
-
-def report(name: str, measured) -> None:
-    (best, median), work, unit = measured
-    print(f"{name:58} {best * 1e6:9.1f} {median * 1e6:9.1f} µs {work / best:9.1f} {unit}", flush=True)
-
-
-def sweep() -> None:
-    """Other launch parameters, one at a time in place of those that the kernels choose."""
-    decode_launch = importlib.import_module("nanovllm_kernels.paged_decode.triton")
-    prefill_launch = importlib.import_module("nanovllm_kernels.ragged_prefill.triton")
-    choices = [
-        *((decode_launch, decode, DECODES, c) for c in itertools.product((32, 64, 128), (2, 4), (3, 5))),
-        *(
-            (prefill_launch, prefill, PREFILLS, c)
-            for c in (
-                (64, 64, 4, 3),
-                (128, 64, 8, 3),
-                (128, 64, 4, 3),
-                (128, 128, 8, 3),
-                (64, 128, 4, 3),
-                (128, 32, 8, 3),
+    def time(self, *chains: Chain, runs: int | None = None) -> list[Measured]:
+        """Chains that are compared, run in turn."""
+        self.prepare(*chains)
+        programs = {chain.name: self.programs.pop(chain.name).result() for chain in chains if not chain.times_itself}
+        found = self.measure(chains, programs, runs or self.runs)
+        for each in found:
+            gigabytes, teraflops = each.chain.moved / each.median / 1e9, each.chain.flops / each.median / 1e12
+            print(
+                f"{each.chain.name:62} {each.median * 1e6:8.2f} µs {gigabytes:6.0f} GB/s {teraflops:6.1f} TFLOP/s",
+                flush=True,
             )
-        ),
-    ]
-    for module, measure, cases, choice in choices:
-        names = ("tile_tokens", "num_warps", "num_stages")
-        changes = dict(zip(names if module is decode_launch else ("tile_rows", *names), choice, strict=True))
-        chosen = module.launch_parameters
-        module.launch_parameters = lambda *args, chosen=chosen, changes=changes, **shapes: dataclasses.replace(
-            chosen(*args, **shapes), **changes
-        )
-        try:
-            for case in cases:
-                report(f"{case.name} {tuple(changes.values())}", measure(case))
-        finally:
-            module.launch_parameters = chosen
+        self.measured += found
+        return found
+
+    def measure(self, chains: Sequence[Chain], programs: dict[str, Callable], runs: int) -> list[Measured]:
+        calls = [_call(chain, programs.get(chain.name) or chain.lower().compile()) for chain in chains]
+        for call in calls * 2:  # the driver loads a kernel at its first launch, XLA captures a graph at its second
+            jax.block_until_ready(call())
+        spans = kernel_timing.spans(calls * runs)
+        return [
+            Measured(chain, tuple(span / chain.calls for span in spans[i :: len(chains)]))
+            for i, chain in enumerate(chains)
+        ]
+
+
+def _call(chain: Chain, program: Callable) -> Callable[[], object]:
+    args = chain.fill()
+    donated = list(args[: chain.donated])
+
+    def call():
+        results = program(*donated, *args[chain.donated :])
+        donated[:] = results[: chain.donated] if chain.donated else []
+        return results
+
+    return call
+
+
+Figure = tuple[str, Sequence[float], str]
+
+
+def attention(bench: Bench, copy_rate: float) -> Iterator[Figure]:
+    for case in DECODES:
+        (ours,) = bench.time(kernel_cases.decode(case))
+        name = "decode_fp8_bw_frac" if case.name == "fp8" else f"decode_bw_frac_{case.name}"
+        yield name, _rates(ours, ours.chain.moved / copy_rate), "of copy"
+    for case, name in zip(PREFILLS, ("16x1024", "4x4096", "prefix"), strict=True):
+        chains = [kernel_cases.prefill(case, backend) for backend in ("mosaic", "triton")]
+        ours, _, peer = bench.time(*chains, kernel_cases.prefill_cudnn(case))
+        peer_rate = peer.chain.flops / peer.median
+        yield f"prefill_vs_cudnn_{name}", _rates(ours, ours.chain.flops / peer_rate), "x cuDNN"
+
+
+def cache(bench: Bench, copy_rate: float) -> Iterator[Figure]:
+    ours, peer = bench.time(*(kernel_cases.cache_write(WRITES[-1], backend) for backend in ("triton", "xla")))
+    yield "cache_write_bw_frac", _rates(ours, ours.chain.moved / copy_rate), "of copy"
+    yield "cache_write_vs_xla", _rates(ours, peer.median), "x XLA"
+
+
+def sample(bench: Bench, copy_rate: float) -> Iterator[Figure]:
+    del copy_rate
+    for case, name in zip(DRAWS, ("", "_top_p_alone", "_plain"), strict=False):
+        (ours,) = bench.time(kernel_cases.draw(case))
+        yield f"sample_us_256x151936{name}", [1e6 * each for each in ours.seconds], "µs"
+
+
+def skinny(bench: Bench, copy_rate: float) -> Iterator[Figure]:
+    for figure, (model, all_rows) in PRODUCT_FIGURES.items():
+        cases = [replace(product, rows=rows) for rows in all_rows for product in PRODUCTS[model]]
+        bench.prepare(*(kernel_cases.skinny(case, "triton") for case in cases))
+        pairs = [bench.time(*(kernel_cases.skinny(case, backend) for backend in ("triton", "xla"))) for case in cases]
+        ratios = [_rates(ours, peer.median) for ours, peer in pairs]
+        yield figure, [statistics.geometric_mean(run) for run in zip(*ratios, strict=True)], "x XLA"
+        if model == "qwen3_8b":
+            one_row = [ours for case, (ours, _) in zip(cases, pairs, strict=True) if case.rows == 1]
+            seconds = [sum(run) for run in zip(*(each.seconds for each in one_row), strict=True)]
+            moved = sum(each.chain.moved for each in one_row)
+            yield "skinny_bw_frac_8b", [moved / copy_rate / each for each in seconds], "of copy"
+
+
+MEASURES = {"attention": attention, "cache": cache, "sample": sample, "skinny": skinny}
+
+
+def _rates(ours: Measured, at_one: float) -> list[float]:
+    """Each run relative to the seconds that count as 1."""
+    return [at_one / each for each in ours.seconds]
+
+
+def draw_roofline(measured: Sequence[Measured], copy_rate: float, product_rate: float, path: Path) -> None:
+    """Every case with operations: operations a byte across, operations a second up, under the two ceilings."""
+    import matplotlib as mpl  # machines that measure need not have it
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(7.5, 5))
+    intensities = [2**exponent for exponent in range(-1, 14)]
+    roof = [min(copy_rate * each, product_rate) / 1e12 for each in intensities]
+    panel.loglog(intensities, roof, color="black", linewidth=1, label="device copy, bf16 product")
+    kinds: dict[str, list[Measured]] = {}
+    for each in measured:
+        if each.chain.flops and each.chain.name != "bf16 product":
+            kind = each.chain.name.split()[0]
+            peer = " XLA" if each.chain.name.endswith(", xla") else ""
+            kinds.setdefault(f"{kind}{peer}", []).append(each)
+    for kind, those in kinds.items():
+        across = [each.chain.flops / each.chain.moved for each in those]
+        up = [each.chain.flops / each.median / 1e12 for each in those]
+        panel.scatter(across, up, s=16, label=kind, marker="x" if kind.endswith("XLA") or kind == "cuDNN" else "o")
+    panel.set_xlabel("operations a byte that has to move")
+    panel.set_ylabel("TFLOP/s")
+    panel.set_title(f"kernels on {jax.devices()[0].device_kind}")
+    panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="time other launch parameters too")
+    parser.add_argument(
+        "--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="groups of kernels, all by default"
+    )
+    parser.add_argument("--quick", action="store_true", help="under a minute: fewer runs, no products")
+    parser.add_argument("--record", nargs="?", const=str(results_log.DEFAULT_FOLDER), help="folder to append to")
+    parser.add_argument("--commit", help="hash to record where there is no git")
+    parser.add_argument("--plot", type=Path, help="PNG to draw; needs matplotlib")
     options = parser.parse_args()
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise SystemExit(f"needs an NVIDIA GPU, but the devices are {jax.devices()}")
-    print(json.dumps({"device": device.device_kind, "jax": jax.__version__}))
-    print(f"{'':58} {'best':>9} {'median':>9}")
-    report("copy: x + 1 over 2 GiB", copy())
-    for case in DECODES:
-        report(f"paged_decode {case.name}", decode(case))
-    for case in PREFILLS:
-        report(f"ragged_prefill {case.name}", prefill(case))
-        report(f"  Mosaic {case.name}", prefill(case, "mosaic"))
-        report(f"  cuDNN, contiguous {case.name}", prefill_cudnn(case))
-    for case in WRITES:
-        report(f"rope_cache_write {case.name}", write(case))
-    if options.sweep:
-        sweep()
+    bench = Bench(3 if options.quick else 7)
+    (copied,) = bench.time(kernel_cases.copy(), runs=20)
+    copy_rate = copied.chain.moved / min(copied.seconds)
+    if "H200" in device.device_kind and copy_rate < LEAST_COPY:
+        raise SystemExit(
+            f"the device copy reaches {copy_rate / 1e12:.2f} TB/s of {LEAST_COPY / 1e12}: not a fit machine"
+        )
+    lines = []
+    for group in options.only:
+        if options.quick and group == "skinny":
+            continue
+        for name, values, unit in MEASURES[group](bench, copy_rate):
+            about = {"device": device.device_kind, "versions": kernel_timing.versions(), "commit": options.commit}
+            lines.append(results_log.figure_line(name, values, unit, None, **about))
+            print(json.dumps(lines[-1]), flush=True)
+            if options.record:
+                results_log.append(lines[-1:], Path(options.record))
+    if options.plot:
+        (product,) = bench.time(kernel_cases.product())
+        product_rate = product.chain.flops / min(product.seconds)
+        draw_roofline(bench.measured, copy_rate, product_rate, options.plot)
+    print(f"\ndevice copy {copy_rate / 1e12:.2f} TB/s, {device.device_kind}")
+    for line in lines:
+        reach = REACH.get(line["figure"])
+        print(f"{line['figure']:32} {line['value']:8.3f} {line['unit']:8} reach {'' if reach is None else reach}")
 
 
 if __name__ == "__main__":

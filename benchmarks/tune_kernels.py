@@ -2,7 +2,8 @@
 
 Every product of the chosen models at every bucket of rows is timed with about ten launches, beside XLA's version of
 the same (norm, product, addition or activation). A run is one compiled chain of calls over copies of the weight that
-together are several times the L2 cache; the best of several runs counts. The winners replace those of the same shapes
+together are several times the L2 cache; its time is that of the device, from a trace, and the best of several runs
+counts. The winners replace those of the same shapes
 in `kernels/nanovllm_kernels/skinny_matmul/tuning/<GPU>.json`; nothing is ever tuned while a model runs. When the time
 is up the remaining shapes keep what they had.
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import results_log
+import kernel_timing  # before JAX starts its device
 
 from nanovllm_kernels import skinny_matmul, split_counters
 from nanovllm_kernels._compat import current_target, import_jax_triton
@@ -29,7 +30,7 @@ from nanovllm_kernels.skinny_matmul.launch import Entry, Launch
 
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
-MAX_CALLS, MIN_CALLS, RUNS = 48, 8, 10
+MAX_CALLS, MIN_CALLS, RUNS = 48, 8, 4
 MAX_CANDIDATES = 12
 
 
@@ -56,7 +57,7 @@ def candidates(case: SkinnyCase) -> list[Launch]:
         shapes += [(rows, 128 // gate, 64, 4), (rows, 64, 128, 8)]
     else:
         shapes = [(64, cols, inputs, 4) for cols in (32, 64, 128) for inputs in (64, 128)]
-        shapes += [(128, cols, 64, 8) for cols in (64, 128) if case.rows > 64]
+        shapes += [(128, cols, 64, warps) for cols in (64, 128) for warps in (4, 8) if case.rows > 64]
     for rows, cols, inputs, warps in shapes:
         tiles = ceil_div(case.rows, rows) * ceil_div(case.outputs, max(16, cols))
         # The power of two that brings the programs nearest to the multiprocessors, and where it helps twice that.
@@ -103,22 +104,29 @@ def xla_product(arrays, w):
     return y + arrays["residual"] if "residual" in arrays else y
 
 
-def device_arrays(case: SkinnyCase):
-    """Arguments but the weight, and the copies of the weight."""
-    keys = iter(jax.random.split(jax.random.key(0), 4))
-    normal = lambda *shape: jax.random.normal(next(keys), shape, case.dtype)  # noqa: E731
-    arrays = {"x": normal(case.rows, case.inputs)}
+def shapes_of(case: SkinnyCase):
+    """Arguments but the weight, and the copies of the weight, as shapes."""
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, case.dtype)  # noqa: E731
+    arrays = {"x": of(case.rows, case.inputs)}
     if case.norm:
-        arrays["norm"] = jnp.ones(case.inputs, case.dtype)
+        arrays["norm"] = of(case.inputs)
     if case.residual:
-        arrays["residual"] = normal(case.rows, case.outputs)
-    w = normal(*case.w_shape) * jnp.asarray(case.inputs**-0.5, case.dtype)
-    copies = max(2, min(MAX_CALLS, round(ROTATED_BYTES / w.nbytes)))
-    return arrays, [w + 0 for _ in range(copies)]
+        arrays["residual"] = of(case.rows, case.outputs)
+    copies = max(2, min(MAX_CALLS, round(ROTATED_BYTES / (2 * math.prod(case.w_shape)))))
+    return arrays, [of(*case.w_shape)] * copies
 
 
-def trace_chain(call, arrays, weights):
-    """One program of a call for each copy of the weight, over again where the copies are few."""
+def device_arrays(case: SkinnyCase):
+    """The same filled with normal numbers, so that outputs are of the order of 1."""
+    arrays, weights = shapes_of(case)
+    keys = iter(jax.random.split(jax.random.key(0), 1 + len(arrays)))
+    arrays = {name: jax.random.normal(next(keys), array.shape, array.dtype) for name, array in arrays.items()}
+    w = jax.random.normal(next(keys), case.w_shape, case.dtype) * jnp.asarray(case.inputs**-0.5, case.dtype)
+    return arrays, [w + 0 for _ in weights]
+
+
+def chain_of(call):
+    """A function of a call for each copy of the weight, over again where the copies are few."""
 
     @jax.jit
     def one(arrays, w, counters):
@@ -132,7 +140,11 @@ def trace_chain(call, arrays, weights):
             results.append(result)
         return results
 
-    return jax.jit(chain).trace(arrays, weights)
+    return chain
+
+
+def trace_chain(call, case: SkinnyCase):
+    return jax.jit(chain_of(call)).trace(*shapes_of(case))
 
 
 def repeats(weights) -> int:
@@ -154,46 +166,36 @@ def call_with(one: Launch, in_kernel_merge: bool):
     return call
 
 
-def compile_and_run(traced, arrays, weights):
-    """Runs once too: the driver loads a kernel at its first launch."""
-    compiled = traced.lower().compile()
-    jax.block_until_ready(compiled(arrays, weights))
-    return compiled
-
-
-def seconds_a_call(compiled, arrays, weights) -> float:
-    """Best of several runs, each of a few chains in flight so that the host's part hides."""
-    calls = len(weights) * repeats(weights)
-    times = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        results = [compiled(arrays, weights) for _ in range(3)]
-        jax.block_until_ready(results)
-        times.append((time.perf_counter() - start) / (3 * calls))
-    return min(times)
-
-
 def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float]:
     """All candidates, best first, and XLA's seconds."""
-    arrays, weights = device_arrays(case)
     launches_tried = candidates(case)
     wanted = [(one, True) for one in launches_tried]
     # What the merge inside the kernel is worth: the first that splits, with a second kernel instead.
     wanted += [(one, False) for one in launches_tried if one.splits > 1][:1]
     # Tracing holds Python's lock; Triton, XLA and ptxas run in threads.
-    traced = [trace_chain(call_with(*each), arrays, weights) for each in wanted]
-    traced.append(trace_chain(lambda arrays, w, _: xla_product(arrays, w), arrays, weights))
-    futures = [pool.submit(compile_and_run, one, arrays, weights) for one in traced]
-    compiled = [future.exception() or future.result() for future in futures]
-    if isinstance(compiled[-1], BaseException):
-        raise compiled[-1]
-    timed = []
-    for (one, merge), program in zip(wanted, compiled, strict=False):
-        if isinstance(program, BaseException):
-            print(f"  {one} failed: {program}", flush=True)
+    futures = [pool.submit(trace_chain(call_with(*each), case).lower().compile) for each in wanted]
+    compiled = {}
+    for each, future in zip(wanted, futures, strict=True):
+        if (error := future.exception()) is None:
+            compiled[each] = future.result()
         else:
-            timed.append(Timed(one, seconds_a_call(program, arrays, weights), merge))
-    return sorted(timed, key=lambda each: each.seconds), seconds_a_call(compiled[-1], arrays, weights)
+            print(f"  {each[0]} failed: {error}", flush=True)
+    return measure(case, compiled)
+
+
+def measure(case: SkinnyCase, compiled: dict) -> tuple[list[Timed], float]:
+    """Best seconds a call of each program, and of XLA's, which is compiled here: it times its products by itself."""
+    arrays, weights = device_arrays(case)
+    xla = trace_chain(lambda arrays, w, _: xla_product(arrays, w), case).lower().compile()
+    programs = [*compiled.values(), xla]
+    for program in programs * 2:  # the driver loads a kernel at its first launch, XLA captures a graph at its second
+        jax.block_until_ready(program(arrays, weights))
+    runs = [lambda program=program: program(arrays, weights) for program in programs]
+    spans = kernel_timing.spans(runs * RUNS)
+    calls = len(weights) * repeats(weights)
+    *seconds, xla_seconds = [min(spans[i :: len(runs)]) / calls for i in range(len(runs))]
+    timed = [Timed(one, each, merge) for (one, merge), each in zip(compiled, seconds, strict=True)]
+    return sorted(timed, key=lambda each: each.seconds), xla_seconds
 
 
 def report(model: str, case: SkinnyCase, timed: list[Timed], xla: float, *, verbose: bool) -> Timed:
@@ -242,8 +244,7 @@ def tune_skinny_matmul(options: argparse.Namespace) -> None:
                 ratios.setdefault(f"{model} x {rows}", []).append(xla / best.seconds)
     for name, values in ratios.items():
         print(f"{name}: geometric mean {math.prod(values) ** (1 / len(values)):.2f} x XLA over {len(values)} products")
-    versions = results_log.versions()
-    launches.save_table(path, list(kept.values()), device=device.device_kind, versions=versions)
+    launches.save_table(path, list(kept.values()), device=device.device_kind, versions=kernel_timing.versions())
     print(f"wrote {len(kept)} entries to {path}")
 
 

@@ -90,7 +90,13 @@ def load_rows(ptr, row_offsets, dims, row_mask, HEAD_DIM: tl.constexpr, MASKED: 
 @no_type_check
 def scaled_scores(q, k, k_scale, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
     """Scores of queries [M, D] against keys [N, D] (times `k_scale`), capped if SOFT_CAP > 0, in units of log2."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    return scale_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), k_scale, SCALE, SOFT_CAP)
+
+
+@triton.jit
+@no_type_check
+def scale_scores(scores, k_scale, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+    """Products of queries and keys as `scaled_scores` gives them."""
     if SOFT_CAP > 0:
         x = scores * (k_scale * (SCALE / SOFT_CAP))
         # tanh from exp2 loses its low digits near 0, where 1 - 2 / (1 + e^2x) cancels: a series there.
@@ -107,14 +113,64 @@ def scaled_scores(q, k, k_scale, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
 @no_type_check
 def online_softmax(scores, v, maximum, total, acc):
     """Folds a tile of scores [M, N] (log2, -inf where hidden) and values [N, D] into the running softmax."""
+    weights, decay, maximum, total = softmax_weights(scores, maximum, total)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return maximum, total, acc
+
+
+@triton.jit
+@no_type_check
+def softmax_weights(scores, maximum, total):
+    """Weights of a tile of scores, what the sums before it decay by, and the running maximum and total after it."""
     new_maximum = tl.maximum(maximum, tl.max(scores, 1))
     # A row that has seen no token keeps -inf, and -inf - -inf is NaN.
     shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     weights = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(maximum - shift)
-    total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return new_maximum, total, acc
+    return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+@no_type_check
+def low_of_pairs(pairs):
+    """Of 16-bit elements that hold two e4m3 numbers, the one in the low byte as float16.
+
+    Shared memory hands 16-bit elements transposed to the tensor cores, single bytes it does not.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 bytes;
+        .reg .b16 first, second;
+        prmt.b32 bytes, $1, $1, 0x0020;
+        mov.b32 {first, second}, bytes;
+        cvt.rn.f16x2.e4m3x2 $0, first;
+        }""",
+        "=r,r",
+        [pairs],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+@no_type_check
+def high_of_pairs(pairs):
+    """The one in the high byte."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 bytes;
+        .reg .b16 first, second;
+        prmt.b32 bytes, $1, $1, 0x0031;
+        mov.b32 {first, second}, bytes;
+        cvt.rn.f16x2.e4m3x2 $0, first;
+        }""",
+        "=r,r",
+        [pairs],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit

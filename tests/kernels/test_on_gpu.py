@@ -195,7 +195,7 @@ def test_last_block_of_a_cache_with_more_than_2_to_31_elements():
     rng = np.random.default_rng(0)
     length = block_size
     qkv = rng.standard_normal((length, kv_heads, 4, head_dim)).astype(jnp.bfloat16)
-    k = qkv[:, :, 2]
+    q, k, v = qkv[:, :, :2].reshape(length, -1, head_dim), qkv[:, :, 2], qkv[:, :, 3]
     slots = (num_blocks - 1) * block_size + np.arange(length, dtype=np.int32)
     table = np.full((1, 4), num_blocks - 1, np.int32)
     lens = np.array([length], np.int32)

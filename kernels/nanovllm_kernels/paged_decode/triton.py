@@ -19,22 +19,25 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from nanovllm_kernels._compat import Target, current_target, triton_call, update_in_place
+from nanovllm_kernels._compat import current_target, triton_call, update_in_place
 from nanovllm_kernels._device import (
+    FP8,
     ceil_div,
     dot_dtype,
+    high_of_pairs,
     load_rows,
     load_scale,
+    low_of_pairs,
     next_power_of_2,
-    online_softmax,
-    scaled_scores,
+    scale_scores,
     slot_offsets,
+    softmax_weights,
 )
 
 # tl.dot maps to tensor cores with 16 rows or more; smaller query groups are padded up to that.
 _MIN_DOT = 16
 _TILE_BYTES = 16 * 1024  # of K, and as many of V, in flight for each stage
-_MERGE_PARTS = 32  # pieces of a row that the merge reads at a time
+_MERGE_PARTS = 64  # pieces of a row that the merge reads at a time
 
 
 @dataclass(frozen=True)
@@ -50,35 +53,73 @@ class Launch:
     programs_per_multiprocessor: int
 
 
-def launch_parameters(target: Target, *, num_rows: int, head_dim: int, itemsize: int) -> Launch:
-    """K and V tiles of 16 KB, three in flight where shared memory allows; `itemsize` is the cache's."""
+def launch_parameters(*, head_dim: int, itemsize: int) -> Launch:
+    """Tiles of K and of V of 16 KB, two stages; `itemsize` is the cache's.
+
+    Measured on an H200 at D=128 in 16 bits and float8; more stages or larger tiles leave fewer programs on a
+    multiprocessor, and lost 4 to 15%. Two warps for float8, whose conversion then needs no exchange between more.
+    """
     row_bytes = next_power_of_2(max(head_dim, _MIN_DOT)) * itemsize
     tile_tokens = max(_MIN_DOT, min(128, _TILE_BYTES // row_bytes))
-    roomy = target.shared_bytes >= 160 * 1024
-    return Launch(tile_tokens, num_warps=4, num_stages=3 if roomy else 2, programs_per_multiprocessor=8)
+    return Launch(tile_tokens, num_warps=2 if itemsize == 1 else 4, num_stages=2, programs_per_multiprocessor=4)
 
 
 def plan_pieces(
     context_lens: Int[Array, " B"], *, window: int, tile_tokens: int, most_pieces: int
-) -> Int[Array, "B+1"]:
-    """Cuts rows into pieces of whole tiles: row b is cut into pieces `starts[b]` to `starts[b + 1]`, at least one.
+) -> tuple[Int[Array, "pieces 5"], Int[Array, "B 2"]]:
+    """Cuts rows into pieces of whole tiles, at least one a row and at most `most_pieces` + B in all.
 
-    At most `most_pieces` + B pieces in all. Plain XLA, the same for every layer of a step, so it runs once.
+    Returns for each piece its row (-1 if there is no such piece), the context of the row, where the piece begins and
+    ends, and whether it is all of the row; and for each row its first piece and their number. Pieces of rows that are
+    cut come first: they are the longest, and what starts last should be short. Plain XLA, the same for every layer of
+    a step, so it runs once.
     """
+    num_rows = len(context_lens)
     first_tile = jnp.maximum(context_lens - window, 0) // tile_tokens if window else jnp.zeros_like(context_lens)
     tiles = (context_lens + tile_tokens - 1) // tile_tokens - first_tile
     longest = jnp.maximum((jnp.sum(tiles) + most_pieces - 1) // most_pieces, 1)
-    pieces = jnp.maximum((tiles + longest - 1) // longest, 1)
-    # A sum over [B + 1, B] is one small kernel; a cumulative sum would be several.
-    rows = jnp.arange(len(context_lens), dtype=jnp.int32)
-    before = rows[None, :] < jnp.arange(len(context_lens) + 1, dtype=jnp.int32)[:, None]
-    return jnp.sum(jnp.where(before, pieces[None, :], 0), axis=1, dtype=jnp.int32)
+    counts = jnp.maximum((tiles + longest - 1) // longest, 1)
+    # Sums over [B, B] and [pieces, B] are one small kernel each; sorts and cumulative sums would be several.
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    whole = counts == 1
+    earlier = jnp.where(whole[:, None] == whole, rows < rows[:, None], whole[:, None])
+    starts = jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=jnp.int32)
+    pieces = jnp.arange(num_rows + most_pieces, dtype=jnp.int32)[:, None]
+    own = (pieces >= starts) & (pieces < starts + counts)
+    length = (tiles + counts - 1) // counts * tile_tokens
+    begins = first_tile * tile_tokens + (pieces - starts) * length
+    columns = [rows + 1, context_lens, begins, jnp.minimum(context_lens, begins + length), whole]
+    values = [jnp.sum(jnp.where(own, column, 0), axis=1, dtype=jnp.int32) for column in columns]
+    return jnp.stack([values[0] - 1, *values[1:]], axis=1), jnp.stack([starts, counts], axis=1)
+
+
+@triton.jit
+@no_type_check
+def load_halves(
+    ptr,
+    offsets,
+    dims,
+    row_mask,
+    HEAD_DIM: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows of the cache as two tiles: with PAIRS even and odd dims of float8, else all dims, and nothing."""
+    if PAIRS:
+        pairs_ptr = ptr.to(tl.pointer_type(tl.int16))
+        pairs = load_rows(pairs_ptr, offsets // 2, dims, row_mask, HEAD_DIM // 2, MASKED)
+        even, odd = low_of_pairs(pairs).to(DOT_DTYPE), high_of_pairs(pairs).to(DOT_DTYPE)
+    else:
+        even, odd = load_rows(ptr, offsets, dims, row_mask, HEAD_DIM, MASKED).to(DOT_DTYPE), 0.0
+    return even, odd
 
 
 @triton.jit
 @no_type_check
 def attend_piece(
     q,
+    q_odd,
     k_cache_ptr,
     v_cache_ptr,
     table_ptr,
@@ -87,6 +128,7 @@ def attend_piece(
     maximum,
     total,
     acc,
+    acc_odd,
     begin,
     end,
     first,
@@ -100,6 +142,7 @@ def attend_piece(
     HEAD_DIM: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    PAIRS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Folds positions begin..end into the softmax; without MASKED every query sees all of them."""
@@ -107,16 +150,23 @@ def attend_piece(
         positions = start + tl.arange(0, TILE_TOKENS)
         loaded = (positions >= first) & (positions < end)
         offsets = slot_offsets(table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED)
-        k = load_rows(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
-        v = load_rows(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
-        scores = scaled_scores(q, k, k_scale, SCALE, SOFT_CAP)
+        k, k_odd = load_halves(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, DOT_DTYPE, PAIRS, MASKED)
+        v, v_odd = load_halves(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, DOT_DTYPE, PAIRS, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if PAIRS:
+            scores = tl.dot(q_odd, tl.trans(k_odd), scores, input_precision="ieee")
+        scores = scale_scores(scores, k_scale, SCALE, SOFT_CAP)
         if MASKED:
             visible = loaded[None, :] & (positions[None, :] <= query_positions[:, None])
             if WINDOW > 0:
                 visible = visible & (positions[None, :] > query_positions[:, None] - WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
-        maximum, total, acc = online_softmax(scores, v, maximum, total, acc)
-    return maximum, total, acc
+        weights, decay, maximum, total = softmax_weights(scores, maximum, total)
+        weights = weights.to(DOT_DTYPE)
+        acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
+        if PAIRS:
+            acc_odd = tl.dot(weights, v_odd, acc_odd * decay[:, None], input_precision="ieee")
+    return maximum, total, acc, acc_odd
 
 
 @triton.jit
@@ -126,11 +176,9 @@ def decode_kernel(
     k_cache_ptr,
     v_cache_ptr,
     block_tables_ptr,
-    context_lens_ptr,
-    piece_starts_ptr,
+    pieces_ptr,  # int32 [pieces, 5], see `plan_pieces`
     k_scale_ptr,
     v_scale_ptr,
-    num_rows,
     num_kv_heads,
     table_width,
     out_ptr,  # [B, Q, H, D]; rows that are cut are left to the merge
@@ -147,62 +195,61 @@ def decode_kernel(
     TILE_TOKENS: tl.constexpr,
     TILE_DIM: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    PAIRS: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     piece = tl.program_id(1)
-    if piece >= tl.load(piece_starts_ptr + num_rows):
+    row = tl.load(pieces_ptr + piece * 5).to(tl.int64)
+    context = tl.load(pieces_ptr + piece * 5 + 1)
+    begin = tl.load(pieces_ptr + piece * 5 + 2)
+    end = tl.load(pieces_ptr + piece * 5 + 3)
+    whole = tl.load(pieces_ptr + piece * 5 + 4)
+    if row < 0:
         return
-    low = 0  # the last row whose first piece is not past this one
-    high = num_rows - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        starts_before = tl.load(piece_starts_ptr + middle) <= piece
-        low = tl.where(starts_before, middle, low)
-        high = tl.where(starts_before, high, middle - 1)
-    row = tl.cast(low, tl.int64)
-    first_piece = tl.load(piece_starts_ptr + low)
-    num_pieces = tl.load(piece_starts_ptr + low + 1) - first_piece
-    context = tl.load(context_lens_ptr + low)
     first = 0  # the oldest position that any query sees
     if WINDOW > 0:
         first = tl.maximum(context - (QUERIES - 1) - WINDOW, 0)
-    # Tiles start at multiples of TILE_TOKENS, so a piece is a range of whole tiles.
-    first_tile = first // TILE_TOKENS
-    piece_tiles = tl.cdiv(tl.cdiv(context, TILE_TOKENS) - first_tile, num_pieces)
-    begin = (first_tile + (piece - first_piece) * piece_tiles) * TILE_TOKENS
-    end = tl.minimum(context, begin + piece_tiles * TILE_TOKENS)
 
     members = tl.arange(0, TILE_HEADS)  # query i of head g of the group is member i * GROUP + g
-    dims = tl.arange(0, TILE_DIM)
+    STEP: tl.constexpr = 2 if PAIRS else 1  # of float8 the even dims lie in one tile and the odd ones in another
+    dims = tl.arange(0, TILE_DIM // STEP)
     present = members < QUERIES * GROUP
     query_positions = context - QUERIES + members // GROUP
     heads = ((row * QUERIES + members // GROUP) * num_kv_heads + kv_head) * GROUP + members % GROUP
-    q = load_rows(q_ptr, heads * HEAD_DIM, dims, present, HEAD_DIM, True).to(DOT_DTYPE)
+    q = load_rows(q_ptr, heads * HEAD_DIM, dims * STEP, present, HEAD_DIM, True).to(DOT_DTYPE)
+    q_odd, acc_odd = 0.0, 0.0
+    if PAIRS:
+        q_odd = load_rows(q_ptr + 1, heads * HEAD_DIM, dims * STEP, present, HEAD_DIM, True).to(DOT_DTYPE)
+        acc_odd = tl.zeros([TILE_HEADS, TILE_DIM // STEP], tl.float32)
     k_scale = load_scale(k_scale_ptr, kv_head, SCALED)
     maximum = tl.full([TILE_HEADS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_HEADS], tl.float32)
-    acc = tl.zeros([TILE_HEADS, TILE_DIM], tl.float32)
+    acc = tl.zeros([TILE_HEADS, TILE_DIM // STEP], tl.float32)
     table_ptr = block_tables_ptr + row * table_width
     masked_from = begin
     if WINDOW == 0:
         # Whole tiles that every query sees need no mask.
         seen_by_all = tl.minimum(end, tl.maximum(context - (QUERIES - 1), 0))
         masked_from = begin + tl.maximum(seen_by_all - begin, 0) // TILE_TOKENS * TILE_TOKENS
-        maximum, total, acc = attend_piece(
-            q, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, begin, masked_from,
-            first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS, DOT_DTYPE,
-            False,
+        maximum, total, acc, acc_odd = attend_piece(
+            q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, acc_odd,
+            begin, masked_from, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
+            TILE_TOKENS, DOT_DTYPE, PAIRS, False,
         )  # fmt: skip
-    maximum, total, acc = attend_piece(
-        q, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, masked_from, end, first,
-        num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS, DOT_DTYPE, True,
+    maximum, total, acc, acc_odd = attend_piece(
+        q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, acc_odd,
+        masked_from, end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
+        TILE_TOKENS, DOT_DTYPE, PAIRS, True,
     )  # fmt: skip
 
     # What has seen no token has a total of 0 and gives zeros.
+    if PAIRS:
+        acc = tl.interleave(acc, acc_odd)
+        dims = tl.arange(0, TILE_DIM)
     out = acc * (load_scale(v_scale_ptr, kv_head, SCALED) / tl.where(total > 0, total, 1.0))[:, None]
     stored = present[:, None] & (dims[None, :] < HEAD_DIM)
-    if num_pieces == 1:
+    if whole:
         target = (heads * HEAD_DIM)[:, None] + dims[None, :]
         tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=stored)
     else:
@@ -216,7 +263,7 @@ def decode_kernel(
 def merge_kernel(
     parts_ptr,
     lse_ptr,
-    piece_starts_ptr,
+    rows_ptr,  # int32 [B, 2], see `plan_pieces`
     out_ptr,
     num_kv_heads,
     QUERIES: tl.constexpr,
@@ -228,9 +275,10 @@ def merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     member = tl.program_id(2)
-    begin = tl.load(piece_starts_ptr + row)
-    end = tl.load(piece_starts_ptr + row + 1)
-    if end - begin <= 1:
+    begin = tl.load(rows_ptr + 2 * row)
+    num_pieces = tl.load(rows_ptr + 2 * row + 1)
+    end = begin + num_pieces
+    if num_pieces == 1:
         return
     dims = tl.arange(0, TILE_DIM)
     maximum = float("-inf")
@@ -271,24 +319,22 @@ def paged_decode_triton(
     _, num_kv_heads, block_size, _ = k_cache.shape
     group, window = num_heads // num_kv_heads, sliding_window or 0
     target = current_target()
-    launch = launch_parameters(target, num_rows=num_rows, head_dim=head_dim, itemsize=k_cache.dtype.itemsize)
+    launch = launch_parameters(head_dim=head_dim, itemsize=k_cache.dtype.itemsize)
     tile_dim = next_power_of_2(max(head_dim, _MIN_DOT))
     seen = window + queries - 1 if window else 0
     useful = num_rows * ceil_div(block_tables.shape[1] * block_size, launch.tile_tokens)
     wanted = ceil_div(target.multiprocessors * launch.programs_per_multiprocessor, num_kv_heads)
     most_pieces = min(wanted, useful)
-    piece_starts = plan_pieces(context_lens, window=seen, tile_tokens=launch.tile_tokens, most_pieces=most_pieces)
+    plan, rows = plan_pieces(context_lens, window=seen, tile_tokens=launch.tile_tokens, most_pieces=most_pieces)
     pieces = num_rows + most_pieces
     out, parts, lse = triton_call(
         q,
         k_cache,
         v_cache,
         block_tables,
-        context_lens,
-        piece_starts,
-        context_lens if k_scale is None else k_scale,  # not read where there are no scales
-        context_lens if v_scale is None else v_scale,
-        num_rows,
+        plan,
+        plan if k_scale is None else k_scale,  # not read where there are no scales
+        plan if v_scale is None else v_scale,
         num_kv_heads,
         block_tables.shape[1],
         kernel=decode_kernel,
@@ -311,6 +357,7 @@ def paged_decode_triton(
         TILE_TOKENS=launch.tile_tokens,
         TILE_DIM=tile_dim,
         DOT_DTYPE=dot_dtype(q.dtype, k_cache.dtype),
+        PAIRS=k_cache.dtype == FP8,
         SCALED=k_scale is not None,
     )
 
@@ -318,7 +365,7 @@ def paged_decode_triton(
         triton_call(
             parts,
             lse,
-            piece_starts,
+            rows,
             out,
             num_kv_heads,
             kernel=merge_kernel,

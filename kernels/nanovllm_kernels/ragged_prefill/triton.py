@@ -44,10 +44,10 @@ class Launch:
 
 
 def launch_parameters(target: Target, *, num_tokens: int, group: int, head_dim: int, itemsize: int) -> Launch:
-    """Reasoned from register and shared memory counts, not yet tuned on a GPU.
+    """Measured on an H200 at D=128 in 16 bits, else reasoned from register and shared memory counts.
 
-    In 16 bits: 128 rows over 8 warps are two warpgroups of 64 rows, the unit of Hopper's wgmma, and hold 64
-    accumulator registers a thread at D=128. Exact float32 products run on the ordinary cores, where larger
+    In 16 bits: 128 rows over 4 warps, so that one warpgroup takes each wgmma over two tiles of 64 rows, beat the same
+    over 8 warps by 22 to 37%. Exact float32 products run on the ordinary cores, where larger
     tiles spill registers. Small buckets get small tiles, so that decode rows waste less.
     """
     dim = next_power_of_2(max(head_dim, _MIN_DOT))
@@ -55,7 +55,7 @@ def launch_parameters(target: Target, *, num_tokens: int, group: int, head_dim: 
     if itemsize == 4:
         most_rows, tile_tokens, num_warps, stages = (16, 32, 8, 2) if dim <= 128 else (32, 16, 8, 2)
     elif dim <= 128:
-        most_rows, tile_tokens, num_warps, stages = (128, 64, 8, 3) if roomy else (128, 64, 8, 2)
+        most_rows, tile_tokens, num_warps, stages = (128, 64, 4, 3) if roomy else (128, 64, 4, 2)
     else:
         most_rows, tile_tokens, num_warps, stages = (128, 32, 8, 2) if roomy else (64, 32, 4, 2)
     rows = max(_MIN_DOT, min(most_rows, next_power_of_2(num_tokens * group)))
