@@ -7,7 +7,8 @@
 Both sides see equal ids, so that one different choice does not spread:
 
 - *prefill*: the reference continues each prompt greedily; both score prompt and continuation in one go;
-- *decode*: the engine continues each prompt greedily; the reference scores what the engine chose.
+- *decode*: the engine continues each prompt greedily; the reference scores what the engine chose;
+- *loop*: likewise, several tokens a decode step, as without log-probabilities.
 
 float32 (matrix products in full precision): the most likely token may differ only where the reference's top two
 are less than 1e-4 apart. bfloat16: it agrees at 97% of positions, each side's is among the other's top five, and
@@ -25,7 +26,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,13 +209,16 @@ def reference_stage(case: Case, index: int, args: argparse.Namespace) -> list[di
     return results
 
 
-def referee_stage(case: Case, index: int, args: argparse.Namespace) -> list[dict]:
+def referee_stage(case: Case, index: int, args: argparse.Namespace) -> dict[str, list[dict]]:
     """The reference's scores of the engine's continuations."""
-    reference, generated = Reference(case), read(args.work, "engine")[index]["generated"]
-    return [
-        asdict(reference.score(prompt + answer["token_ids"], start=len(prompt)))
-        for prompt, answer in zip(case.prompts, generated, strict=True)
-    ]
+    reference, engine = Reference(case), read(args.work, "engine")[index]
+    return {
+        mode: [
+            asdict(reference.score(prompt + answer["token_ids"], start=len(prompt)))
+            for prompt, answer in zip(case.prompts, engine[mode], strict=True)
+        ]
+        for mode in ("generated", "looped")
+    }
 
 
 # ---- the engine ----
@@ -238,11 +242,22 @@ def engine_stage(case: Case, index: int, args: argparse.Namespace) -> dict[str, 
         max_num_seqs=len(sequences),
         block_size=BLOCK_SIZE,
         attention_backend=args.attention_backend,
+        decode_steps=4,
         enforce_eager=True,
     ) as llm:
-        scored = llm.generate([{"prompt_token_ids": ids} for ids in sequences], scoring, use_tqdm=False)
-        answers = llm.generate([{"prompt_token_ids": ids} for ids in case.prompts], greedy, use_tqdm=False)
+
+        def run(sequences: list[list[int]], params: SamplingParams) -> list:
+            return llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
+
+        scored, answers = run(sequences, scoring), run(case.prompts, greedy)
+        # Without log-probabilities a decode step samples several tokens in a row; what they were is scored afterwards.
+        chosen = [output.outputs[0].token_ids for output in run(case.prompts, replace(greedy, logprobs=None))]
+        rescored = run([prompt + ids for prompt, ids in zip(case.prompts, chosen, strict=True)], scoring)
     return {
+        "looped": [
+            {"token_ids": ids, "scores": asdict(chosen_first(output.prompt_logprobs[len(prompt) :], ids))}
+            for output, prompt, ids in zip(rescored, case.prompts, chosen, strict=True)
+        ],
         "scores": [
             asdict(engine_scores(output.prompt_logprobs[1:], ids[1:]))
             for output, ids in zip(scored, sequences, strict=True)
@@ -255,6 +270,19 @@ def engine_stage(case: Case, index: int, args: argparse.Namespace) -> dict[str, 
             for output in answers
         ],
     }
+
+
+def chosen_first(entries: list, token_ids: list[int]) -> Scores:
+    """Scores in which the token that the engine chose stands first, as its most likely one."""
+    scores = engine_scores(entries, token_ids)
+    ids, logprobs = [], []
+    for token, logprob, top, values in zip(
+        token_ids, scores.token_logprobs, scores.top_ids, scores.top_logprobs, strict=True
+    ):
+        others = [(i, value) for i, value in zip(top, values, strict=True) if i != token]
+        ids.append([token, *(i for i, _ in others)][:TOP])
+        logprobs.append([logprob, *(value for _, value in others)][:TOP])
+    return Scores(scores.token_logprobs, ids, logprobs)
 
 
 def engine_scores(entries: list, token_ids: list[int]) -> Scores:
@@ -323,10 +351,11 @@ def report(cases: list[Case], work: Path) -> int:
     failed = False
     stages = (read(work, stage) for stage in STAGES)
     for case, theirs, ours, referee in zip(cases, *stages, strict=True):
-        generated = [answer["scores"] for answer in ours["generated"]]
+        generated, looped = ([answer["scores"] for answer in ours[mode]] for mode in ("generated", "looped"))
         for mode, pairs in {
             "prefill": zip([result["scores"] for result in theirs], ours["scores"], strict=True),
-            "decode": zip(referee, generated, strict=True),
+            "decode": zip(referee["generated"], generated, strict=True),
+            "loop": zip(referee["looped"], looped, strict=True),
         }.items():
             result = Comparison()
             for reference, engine in pairs:
