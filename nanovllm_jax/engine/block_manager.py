@@ -8,10 +8,10 @@ nobody can craft a prompt that collides with another's.
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import sha256
+from struct import Struct
 
 from nanovllm_jax.engine.request import Request
 
@@ -36,6 +36,7 @@ class BlockManager:
         self._reference_counts = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_with: dict[bytes, int] = {}
+        self._pack = Struct(f"{block_size}i").pack  # a block's token ids as bytes
 
     @property
     def num_free_blocks(self) -> int:
@@ -159,6 +160,6 @@ class BlockManager:
             else:
                 parent = b"" if request.cache_salt is None else sha256(request.cache_salt.encode()).digest()
             start = len(hashes) * self.block_size
-            token_ids = array("i", request.token_ids[start : start + self.block_size])
-            hashes.append(sha256(parent + token_ids.tobytes()).digest())
+            token_ids = request.token_ids[start : start + self.block_size]
+            hashes.append(sha256(parent + self._pack(*token_ids)).digest())
         return hashes[index]

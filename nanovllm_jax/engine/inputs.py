@@ -80,7 +80,8 @@ def parse_prompt(prompt: Prompt, tokenizer: Any | None, vocab_size: int) -> Pars
 
 def _check_ids(prompt: Any, vocab_size: int) -> list[int]:
     try:
-        token_ids = [operator.index(token) for token in prompt]
+        # Plain integers, whatever kind they came as; map and max run without Python code for each token.
+        token_ids = list(map(operator.index, prompt))
     except TypeError:
         raise RequestError(
             f"The prompt is {type(prompt).__name__} {str(prompt)[:80]!r}; give a string, a list of token ids, or a "
@@ -89,7 +90,8 @@ def _check_ids(prompt: Any, vocab_size: int) -> list[int]:
         ) from None
     if not token_ids:
         raise RequestError("The prompt has no tokens; give at least 1 token id.", param="prompt")
-    worst = max(token_ids, key=lambda token: token if token >= vocab_size else -token)
+    smallest, largest = min(token_ids), max(token_ids)
+    worst = largest if largest >= vocab_size else smallest
     if not 0 <= worst < vocab_size:
         raise RequestError(
             f"The prompt holds token id {worst}; ids go from 0 to {vocab_size - 1}: use this model's tokenizer.",
