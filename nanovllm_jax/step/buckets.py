@@ -28,7 +28,7 @@ def sampling_buckets(max_num_seqs: int) -> list[int]:
 
 
 def filtered_buckets(max_num_seqs: int, *, fine: bool) -> list[int]:
-    """Row counts of decode steps with filters: powers of two on GPUs, since fewer start-ups wait for fewer programs."""
+    """Row counts of decode steps with filters: powers of two on GPUs, since each program lengthens a start."""
     return _powers(1, max_num_seqs, 2 if fine else 4)
 
 
