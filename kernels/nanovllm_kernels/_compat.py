@@ -9,8 +9,11 @@ import contextlib
 import contextvars
 import importlib
 import os
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -98,13 +101,15 @@ def current_target() -> Target:
     )
 
 
+@cache
 def import_jax_triton() -> ModuleType:
     """jax_triton, made to work with triton 3.6 and jax 0.12 too; call it before any module that imports triton.
 
     jax-triton 0.4.1 reads a constant that triton has only since 3.7; without it, it takes the whole NVIDIA
     back end for missing and fails at lowering. Its rule for dead code elimination lacks an argument that jax 0.12
     added; the rule given here says the same: a kernel call stays, with all its inputs. Triton 3.9 asks to be told
-    that products and sums are fused, as they are in all versions so far.
+    that products and sums are fused, as they are in all versions so far. Threads that lower at the same time and need
+    the same kernel would each compile it, for a second or more: here the others wait for the first.
 
     Raises:
         ImportError: with the remedy, if triton or jax-triton is missing.
@@ -115,8 +120,9 @@ def import_jax_triton() -> ModuleType:
         if not hasattr(driver, "TMA_TF32"):
             driver.TMA_TF32 = _TMA_TF32  # pyright: ignore[reportAttributeAccessIssue]
         jax_triton = importlib.import_module("jax_triton")
+        library = importlib.import_module("jax_triton.triton_lib")
+        library.TritonFunction = _compiled_once(library.TritonFunction)
         if jax.__version_info__ >= (0, 12):
-            library = importlib.import_module("jax_triton.triton_lib")
             library.pe.dce_rules[library.triton_kernel_call_p] = lambda used_outs, *rest: (
                 [True] * len(rest[-1].invars),
                 rest[-1],
@@ -127,6 +133,30 @@ def import_jax_triton() -> ModuleType:
             f"backend='triton' needs triton and jax-triton, but importing them failed ({error}); install "
             "'nanovllm-jax[cuda13]' (or cuda12), or use backend='xla'."
         ) from error
+
+
+def _compiled_once(triton_function: type) -> type:
+    """jax-triton's class for a kernel, with one thread at a time in each kernel's compilation."""
+    locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    class CompiledOnce(triton_function):
+        def get_or_create_kernel(self, *args: Any, **options: Any) -> Any:
+            constants = repr((self.name, args[-1], options["metaparams"], options["backend_options"]))
+            with locks[constants]:
+                return super().get_or_create_kernel(*args, **options)
+
+    return CompiledOnce
+
+
+def register_gpu_runtimes() -> None:
+    """Make known to XLA what Triton's and Mosaic's kernels call at run time; lowering such a kernel does as much.
+
+    A program that was compiled by another process needs it before it is loaded: without it a Mosaic kernel fails with
+    "Symbols not found: mosaic_gpu_init_tma_desc", a Triton kernel for want of its call target.
+    """
+    with contextlib.suppress(ImportError):  # without JAX's plugin for CUDA there is nothing to make known
+        importlib.import_module("jaxlib.gpu_triton")
+        importlib.import_module("jax.experimental.mosaic.gpu.core")  # names the library that has the symbols
 
 
 def triton_call(

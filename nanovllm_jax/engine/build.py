@@ -60,15 +60,17 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     claim_device_memory(config.gpu_memory_utilization)
     source = locate(model)
     whole, defaults = load_model_config(source), load_generation_defaults(source)
-    words = None if skip_tokenizer else load_tokenizer(tokenizer or source)
     use_persistent_cache()
-    _check_gpu_is_used()
-    mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
-    model_config = split_heads(whole, config.tensor_parallel_size)
-    device = mesh.devices.flat[0]
-    dtype = weight_dtype(config.dtype, model_config, on_gpu=device.platform != "cpu")
-    weights = abstract_weights(model_config, dtype, mesh)
-    with ThreadPoolExecutor(1) as pool:  # weights load while programs compile
+    with ThreadPoolExecutor(1) as pool:
+        # The tokenizer is read while JAX starts the device, and the weights while programs compile.
+        reading = None if skip_tokenizer else pool.submit(load_tokenizer, tokenizer or source)
+        _check_gpu_is_used()
+        mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
+        model_config = split_heads(whole, config.tensor_parallel_size)
+        device = mesh.devices.flat[0]
+        dtype = weight_dtype(config.dtype, model_config, on_gpu=device.platform != "cpu")
+        weights = abstract_weights(model_config, dtype, mesh)
+        words = reading.result() if reading else None
         loading = pool.submit(_load, source, model_config, dtype, mesh, config)
         programs, shape = _plan(model_config, config, weights, cache_dtype(config, dtype), mesh, device)
         if loading.done():

@@ -14,7 +14,7 @@ from nanovllm_jax.engine.sampling_plan import MAX_ADJUSTMENTS
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.models.params import Params, ParamSpec, abstract_params
 from nanovllm_jax.parallel.mesh import MODEL_AXIS, param_shardings
-from nanovllm_jax.step.buckets import decode_buckets, prefill_buckets, sampling_buckets
+from nanovllm_jax.step.buckets import decode_buckets, filtered_buckets, prefill_buckets, sampling_buckets
 from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.memory import BLOCK_MULTIPLE
 from nanovllm_jax.step.state import StateShape
@@ -103,6 +103,7 @@ def describe_programs(
         kv_dtype,
         mesh,
         decode_sizes=decode_buckets(config.max_num_seqs, fine=on_gpu),
+        filtered_sizes=filtered_buckets(config.max_num_seqs, fine=on_gpu),
         sampling_sizes=sampling_buckets(config.max_num_seqs),
         prefill_sizes=prefill_buckets(tokens, fine=on_gpu),
         num_logprobs=config.max_logprobs,

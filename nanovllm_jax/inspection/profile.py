@@ -105,7 +105,8 @@ def program_texts(trace: Trace, programs: Programs) -> list[ProgramText]:
     """The compiled programs that the trace's steps may have run."""
     catalogue = programs.catalogue
     sizes = {0} | {mark.size for mark in trace.marks}
-    sizes |= {bucket_for(mark.sequences, catalogue.decode_sizes) for mark in trace.marks}
+    for buckets in (catalogue.decode_sizes, catalogue.filtered_sizes):
+        sizes |= {bucket_for(mark.sequences, buckets) for mark in trace.marks}
     return [
         ProgramText.parse(key, compiled.as_text() or "")
         for key, compiled in programs.compiled().items()

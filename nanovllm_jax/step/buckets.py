@@ -27,6 +27,11 @@ def sampling_buckets(max_num_seqs: int) -> list[int]:
     return _powers(1, max_num_seqs, 4)
 
 
+def filtered_buckets(max_num_seqs: int, *, fine: bool) -> list[int]:
+    """Row counts of decode steps with filters: powers of two on GPUs, since each program lengthens a start."""
+    return _powers(1, max_num_seqs, 2 if fine else 4)
+
+
 def prefill_buckets(max_num_tokens: int, *, fine: bool) -> list[int]:
     """Token counts of prefill and mixed steps, up to and including `max_num_tokens`."""
     return _powers(SMALLEST_PREFILL, max_num_tokens, 2 if fine else 4)

@@ -57,6 +57,7 @@ class Catalogue:
         cache_dtype: of K and V.
         mesh: the devices.
         decode_sizes: row buckets of decode steps.
+        filtered_sizes: row buckets of decode steps in which a row has top-k, top-p or min-p.
         sampling_sizes: row buckets of what samples apart from the step; fewer, since those programs run less often.
         prefill_sizes: token buckets.
         num_logprobs: most log-probabilities a token that a request can ask for.
@@ -70,12 +71,14 @@ class Catalogue:
         mesh: Mesh,
         *,
         decode_sizes: Sequence[int],
+        filtered_sizes: Sequence[int],
         sampling_sizes: Sequence[int],
         prefill_sizes: Sequence[int],
         num_logprobs: int,
     ) -> None:
         self.config, self.mesh, self.num_logprobs = config, mesh, num_logprobs
-        self.decode_sizes, self.sampling_sizes, self.prefill_sizes = decode_sizes, sampling_sizes, prefill_sizes
+        self.decode_sizes, self.filtered_sizes = decode_sizes, filtered_sizes
+        self.sampling_sizes, self.prefill_sizes = sampling_sizes, prefill_sizes
         self.params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
         self.caches = abstract_caches(config.model, config.shape, cache_dtype, mesh)
         self.rows = abstract_rows(config.shape, mesh)
@@ -84,8 +87,8 @@ class Catalogue:
     def all_keys(self) -> list[ProgramKey]:
         """Every program, those that take longest to compile first."""
         keys = [ProgramKey("prefill", size) for size in reversed(self.prefill_sizes)]
-        for kind in ("decode", "decode_filtered"):
-            keys += [ProgramKey(kind, size) for size in reversed(self.decode_sizes)]
+        keys += [ProgramKey("decode", size) for size in reversed(self.decode_sizes)]
+        keys += [ProgramKey("decode_filtered", size) for size in reversed(self.filtered_sizes)]
         for kind in ("decode_forward", "full", "filtered", "plain"):
             keys += [ProgramKey(kind, size) for size in reversed(self.sampling_sizes)]
         keys += [ProgramKey("prompt_logprobs", size) for size in reversed(self.prefill_sizes)]

@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import zlib
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -25,10 +26,12 @@ from jax.experimental import serialize_executable
 
 import nanovllm_kernels
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
+from nanovllm_kernels._compat import register_gpu_runtimes
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton")
+COMPRESSION = 1  # zlib's fastest
 KEPT_FOLDERS = 8  # one for each combination of model, arguments and versions; the least recently used goes first
 
 
@@ -46,6 +49,8 @@ class ExecutableStore:
     def __init__(self, root: Path, catalogue: Catalogue, options: Mapping[str, Any] | None) -> None:
         self.folder = root / _digest(catalogue, options)
         self._devices = list(catalogue.mesh.devices.flat)
+        if self._devices[0].platform == "gpu":
+            register_gpu_runtimes()
 
     def load(self, key: ProgramKey) -> jax.stages.Compiled | None:
         """The program, or None if it is not there or does not load."""
@@ -53,7 +58,7 @@ class ExecutableStore:
         if not path.exists():
             return None
         try:
-            payload, in_tree, out_tree = pickle.loads(path.read_bytes())
+            payload, in_tree, out_tree = pickle.loads(zlib.decompress(path.read_bytes()))
             return serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, backend=self._devices[0].client, execution_devices=self._devices
             )
@@ -64,7 +69,8 @@ class ExecutableStore:
     def save(self, key: ProgramKey, compiled: jax.stages.Compiled) -> None:
         """Keep a program; a full disk or a back end that cannot is worth a warning."""
         try:
-            self._write(self._path(key).name, pickle.dumps(serialize_executable.serialize(compiled)))
+            content = pickle.dumps(serialize_executable.serialize(compiled))
+            self._write(self._path(key).name, zlib.compress(content, COMPRESSION))
         except Exception as error:
             logger.warning("%s is not kept for the next start: %s", key, error)
 

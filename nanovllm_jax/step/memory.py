@@ -37,6 +37,7 @@ def temporary_bytes(programs: Programs) -> int:
         ProgramKey("full", rows),
         ProgramKey("prompt_logprobs", tokens),
     ]
+    programs.compile(largest)
     found = 0
     for key in largest:
         if analysis := programs[key].memory_analysis():

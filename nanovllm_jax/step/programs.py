@@ -7,10 +7,12 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -49,7 +51,7 @@ def use_persistent_cache() -> None:
 class CompileRecord:
     """One compilation: what, when and how long (seconds), and whether a cache had it.
 
-    Tracing and lowering follow each other; compiling may start later, when a thread is free.
+    Programs are compiled side by side, so the parts of their times overlap.
     """
 
     key: ProgramKey
@@ -83,9 +85,7 @@ class Programs:
     def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:
         """The compiled program; compiles it now if it is not yet there."""
         if key not in self._compiled:
-            self._load(key)
-        if key not in self._compiled:
-            self._finish(self._lower(key))
+            self._make(key)
         return self._compiled[key]
 
     def compiled(self) -> dict[ProgramKey, jax.stages.Compiled]:
@@ -93,50 +93,40 @@ class Programs:
         return dict(self._compiled)
 
     def compile_all(self) -> None:
-        """Compile every program: lowered one after the other (Python), compiled side by side (XLA).
+        """Have every program: loaded if an earlier start kept it, else compiled."""
+        if self.store:
+            self.store.mark_used()
+        self.compile(self.catalogue.all_keys())
 
-        Those that were kept by an earlier start are loaded instead.
+    def compile(self, keys: Sequence[ProgramKey]) -> None:
+        """Load or compile programs side by side.
+
+        Tracing is Python, which runs one thread at a time; Triton's and XLA's compilers let others run meanwhile.
         """
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            if self.store:
-                self.store.mark_used()
-                list(pool.map(self._load, [key for key in self.catalogue.all_keys() if key not in self._compiled]))
-            missing = [key for key in self.catalogue.all_keys() if key not in self._compiled]
-            pending = [pool.submit(self._finish, self._lower(key)) for key in missing]
-            for future in pending:
+            missing = [key for key in keys if key not in self._compiled]
+            # The copied context says which GPU kernels are lowered for.
+            for future in [pool.submit(copy_context().run, self._make, key) for key in missing]:
                 future.result()
 
-    def _load(self, key: ProgramKey) -> None:
+    def _make(self, key: ProgramKey) -> None:
+        """Load a program, or else compile and keep it."""
         started = time.perf_counter()
         compiled = self.store.load(key) if self.store else None
         if compiled is not None:
             self._compiled[key] = compiled
             seconds = time.perf_counter() - started
             self.compile_log.append(CompileRecord(key, started, 0.0, 0.0, started, seconds, True))
-
-    def _lower(self, key: ProgramKey) -> _Lowering:
+            return
         started = time.perf_counter()
         traced = self.catalogue.trace(key)
         traced_at = time.perf_counter()
         lowered = traced.lower()
-        return _Lowering(key, lowered, started, traced_at - started, time.perf_counter() - traced_at)
-
-    def _finish(self, one: _Lowering) -> None:
-        started, hits = time.perf_counter(), _cache_hits[threading.get_ident()]
-        self._compiled[one.key] = one.lowered.compile(compiler_options=self._options)
-        seconds, hit = time.perf_counter() - started, _cache_hits[threading.get_ident()] > hits
-        record = CompileRecord(one.key, one.started, one.trace_s, one.lower_s, started, seconds, hit)
+        lowered_at, hits = time.perf_counter(), _cache_hits[threading.get_ident()]
+        self._compiled[key] = lowered.compile(compiler_options=self._options)
+        seconds, hit = time.perf_counter() - lowered_at, _cache_hits[threading.get_ident()] > hits
+        record = CompileRecord(key, started, traced_at - started, lowered_at - traced_at, lowered_at, seconds, hit)
         self.compile_log.append(record)
         logger.debug("compiled %s", record)
         if self.store:
-            self.store.save(one.key, self._compiled[one.key])
-
-
-class _Lowering(NamedTuple):
-    """A program that is lowered and not yet compiled, and what that took."""
-
-    key: ProgramKey
-    lowered: jax.stages.Lowered
-    started: float
-    trace_s: float
-    lower_s: float
+            self.store.save(key, self._compiled[key])

@@ -103,8 +103,8 @@ class Runner:
             delta = PrefillDelta(size, self._config.shape.max_num_seqs).pack([], [], [], [], [])
             step = self.programs[ProgramKey("prefill", size)]
             self._caches, self._device_rows, *_ = step(self._params, self._caches, self._device_rows, delta)
-        for kind in ("decode", "decode_filtered"):
-            for size in catalogue.decode_sizes:
+        for kind, sizes in (("decode", catalogue.decode_sizes), ("decode_filtered", catalogue.filtered_sizes)):
+            for size in sizes:
                 step = self.programs[ProgramKey(kind, size)]
                 self._caches, self._device_rows, _ = step(
                     self._params, self._caches, self._device_rows, _no_decodes(size)
@@ -149,8 +149,8 @@ class Runner:
         return worth_it and all(s.request.plan.variant != "full" for s in sequences)
 
     def _decode(self, sequences: Sequence[ScheduledSequence]) -> jax.Array:
-        size = bucket_for(len(sequences), self.programs.catalogue.decode_sizes)
-        filtered = any(s.request.plan.variant == "filtered" for s in sequences)
+        catalogue, filtered = self.programs.catalogue, any(s.request.plan.variant == "filtered" for s in sequences)
+        size = bucket_for(len(sequences), catalogue.filtered_sizes if filtered else catalogue.decode_sizes)
         step = self.programs[ProgramKey("decode_filtered" if filtered else "decode", size)]
         delta = self._decode_delta(sequences, size)
         self._caches, self._device_rows, tokens = step(self._params, self._caches, self._device_rows, delta)

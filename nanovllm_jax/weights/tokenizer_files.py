@@ -1,22 +1,32 @@
-"""The tokenizer of a model, from its directory or from inside its GGUF file."""
+"""The tokenizer of a model, from its directory or from inside its GGUF file.
+
+transformers takes a second to import and with PyTorch installed `AutoTokenizer` imports that too, ten more: nothing of
+it is imported before a tokenizer is wanted, and a directory that says which class reads it is given to that class.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
-
-# transformers prints that PyTorch is missing, which is as it should be here.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.weights.generation import read_json
 from nanovllm_jax.weights.gguf_file import GGUFFile
-from nanovllm_jax.weights.gguf_tokenizer import gguf_tokenizer
 from nanovllm_jax.weights.messages import reason
 from nanovllm_jax.weights.source import ModelSource, download, locate
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]
+
+# The classes that `AutoTokenizer` takes as tokenizer_config.json names them, by the model's type in config.json (None
+# where there is no such file). For others (LlamaTokenizer, Mistral's models) it has rules of its own.
+_QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+_ANY = ("PreTrainedTokenizerFast", "TokenizersBackend", *_QWEN2)
+_TAKEN_AS_NAMED = {None: _ANY, "llama": _ANY, "qwen3": _ANY, "qwen2": _QWEN2}
 
 
 def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
@@ -36,12 +46,26 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
             directory = download(source, _HUB_PATTERNS)
     else:
         directory = source.path
+    # transformers prints that PyTorch is missing, which is as it should be here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if isinstance(source, ModelSource) and source.kind == "gguf":
+        from nanovllm_jax.weights.gguf_tokenizer import gguf_tokenizer
+
         return gguf_tokenizer(GGUFFile(source.path))
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer_class = getattr(importlib.import_module("transformers"), _class_name(directory))
+        return tokenizer_class.from_pretrained(directory)
     except Exception as error:  # transformers and its validators raise many classes
         raise ConfigError(
             f"The tokenizer in {directory} cannot be loaded ({reason(error)}). It needs tokenizer.json and "
             "tokenizer_config.json; pass tokenizer= with a directory or hub id that has them."
         ) from error
+
+
+def _class_name(directory: Path) -> str:
+    """The class of transformers that reads a directory: the one that `AutoTokenizer` would choose, where that is sure."""
+    stated = read_json(directory / "tokenizer_config.json", {})
+    model_type = read_json(directory / "config.json", {}).get("model_type")
+    named = stated.get("tokenizer_class")
+    sure = named in _TAKEN_AS_NAMED.get(model_type, ()) and "auto_map" not in stated
+    return named if sure and (directory / "tokenizer.json").is_file() else "AutoTokenizer"

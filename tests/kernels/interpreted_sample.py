@@ -68,8 +68,8 @@ def interpret(*args, kernel, out_type, grid, num_warps, num_stages, **constants)
     """`triton_call`, with outputs poisoned."""
     leaves, tree = jax.tree.flatten(out_type)
     outputs = [np.full(leaf.shape, np.nan if leaf.dtype.kind == "f" else -7, leaf.dtype) for leaf in leaves]
-    inputs = [np.ascontiguousarray(arg) for arg in args]
-    kernel[grid](*(HostArray(array) for array in inputs + outputs), **constants)
+    inputs = [arg if isinstance(arg, int) else HostArray(np.ascontiguousarray(arg)) for arg in args]
+    kernel[grid](*inputs, *map(HostArray, outputs), **constants)
     return jax.tree.unflatten(tree, outputs)
 
 

@@ -48,6 +48,7 @@ def catalogue(backend: str, shards: int = 1) -> Catalogue:
         jnp.bfloat16,
         mesh,
         decode_sizes=[4, 16],
+        filtered_sizes=[16],
         sampling_sizes=[4, 16],
         prefill_sizes=[64, 256],
         num_logprobs=20,

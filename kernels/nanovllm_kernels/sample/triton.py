@@ -91,17 +91,19 @@ def plain_kernel(
     temperature_ptr,
     key_ptr,
     position_ptr,
+    split_groups,
     score_ptr,  # float32 [B, splits]
     id_ptr,  # int32 [B, splits]
     VOCAB: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCAN_GROUPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     greedy, inverse = load_temperature(temperature_ptr, row)
-    begin = split * SPLIT
-    end = tl.minimum(begin + SPLIT, VOCAB)
+    begin = split * (split_groups * GROUP)
+    end = tl.minimum(begin + split_groups * GROUP, VOCAB)
+    TILE: tl.constexpr = SCAN_GROUPS * GROUP
     score, token = race(logits_ptr + row * VOCAB, begin, end, greedy, inverse, key_ptr, position_ptr, row, VOCAB, TILE)
     part = row * tl.num_programs(1) + split
     tl.store(score_ptr + part, score)
@@ -110,18 +112,18 @@ def plain_kernel(
 
 @triton.jit
 @no_type_check
-def merge_splits(score_ptr, id_ptr, row, NUM_SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr):
+def merge_splits(score_ptr, id_ptr, row, num_splits, TILE_SPLITS: tl.constexpr):
     splits = tl.arange(0, TILE_SPLITS)
-    score = tl.load(score_ptr + row * NUM_SPLITS + splits, mask=splits < NUM_SPLITS, other=MINUS_INF)
-    ids = tl.load(id_ptr + row * NUM_SPLITS + splits, mask=splits < NUM_SPLITS, other=NO_ID)
+    score = tl.load(score_ptr + row * num_splits + splits, mask=splits < num_splits, other=MINUS_INF)
+    ids = tl.load(id_ptr + row * num_splits + splits, mask=splits < num_splits, other=NO_ID)
     return best_of(score, ids)
 
 
 @triton.jit
 @no_type_check
-def merge_kernel(score_ptr, id_ptr, tokens_ptr, NUM_SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr):
+def merge_kernel(score_ptr, id_ptr, num_splits, tokens_ptr, TILE_SPLITS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    score, token = merge_splits(score_ptr, id_ptr, row, NUM_SPLITS, TILE_SPLITS)
+    score, token = merge_splits(score_ptr, id_ptr, row, num_splits, TILE_SPLITS)
     store_token(tokens_ptr, row, score, token)
 
 
@@ -135,12 +137,12 @@ def scan_kernel(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    split_groups,
     score_ptr,  # float32 [B, splits], of rows without filters
     id_ptr,  # int32 [B, splits], of rows without filters
     maxima_ptr,  # float32 [B, groups], of rows with filters; +inf if a logit is NaN
     masses_ptr,  # float32 [B, groups], of rows with top-p alone: mass relative to the group's maximum
     VOCAB: tl.constexpr,
-    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     SCAN_GROUPS: tl.constexpr,
 ):
@@ -148,8 +150,8 @@ def scan_kernel(
     split = tl.program_id(1)
     greedy, inverse = load_temperature(temperature_ptr, row)
     top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, row, VOCAB)
-    begin = split * SPLIT
-    end = tl.minimum(begin + SPLIT, VOCAB)
+    begin = split * (split_groups * GROUP)
+    end = tl.minimum(begin + split_groups * GROUP, VOCAB)
     row_ptr = logits_ptr + row * VOCAB
     if greedy | ((top_k == 0) & (top_p >= 1) & (min_p <= 0)):
         score, token = race(
@@ -222,20 +224,20 @@ def select_kernel(
     id_ptr,
     maxima_ptr,
     masses_ptr,
+    num_splits,
     tokens_ptr,
     list_ptr,  # int32 [B, TILE_ALL_GROUPS], of this kernel alone
     values_ptr,  # float32 [B, HELD_GROUPS * GROUP], of this kernel alone
     VOCAB: tl.constexpr,
     GROUP: tl.constexpr,
     TILE_ALL_GROUPS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     TILE_SPLITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     greedy, inverse = load_temperature(temperature_ptr, row)
     top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, row, VOCAB)
     if greedy | ((top_k == 0) & (top_p >= 1) & (min_p <= 0)):
-        score, token = merge_splits(score_ptr, id_ptr, row, NUM_SPLITS, TILE_SPLITS)
+        score, token = merge_splits(score_ptr, id_ptr, row, num_splits, TILE_SPLITS)
         store_token(tokens_ptr, row, score, token)
     else:
         NUM_GROUPS: tl.constexpr = (VOCAB + GROUP - 1) // GROUP
@@ -291,34 +293,37 @@ def sample_triton(
     filters: tuple[jax.Array, jax.Array, jax.Array] | None,
 ) -> Int32[Array, " B"]:
     num_rows, vocab_size = logits.shape
-    tile = _SCAN_GROUPS * GROUP
-    split = tile * split_tiles(current_target().multiprocessors, num_rows=num_rows, vocab_size=vocab_size)
-    splits, groups = ceil_div(vocab_size, split), ceil_div(vocab_size, GROUP)
-    all_groups = next_power_of_2(groups)
+    # What follows from the number of rows is an argument, so that all row counts share one compiled kernel.
+    split_groups = _SCAN_GROUPS * split_tiles(
+        current_target().multiprocessors, num_rows=num_rows, vocab_size=vocab_size
+    )
+    splits, groups = ceil_div(vocab_size, split_groups * GROUP), ceil_div(vocab_size, GROUP)
+    most_splits, all_groups = next_power_of_2(ceil_div(groups, _SCAN_GROUPS)), next_power_of_2(groups)
     shape = jax.ShapeDtypeStruct
     tokens = shape((num_rows,), jnp.int32)
     parts = shape((num_rows, splits), jnp.float32), shape((num_rows, splits), jnp.int32)
-    scan = {"grid": (num_rows, splits), "num_warps": _SCAN_WARPS, "num_stages": 1, "VOCAB": vocab_size, "SPLIT": split}
-    merge = {"grid": (num_rows,), "num_stages": 1, "NUM_SPLITS": splits, "TILE_SPLITS": next_power_of_2(splits)}
+    tiles = {"num_stages": 1, "VOCAB": vocab_size, "GROUP": GROUP}
+    scan = {"grid": (num_rows, splits), "num_warps": _SCAN_WARPS, "SCAN_GROUPS": _SCAN_GROUPS, **tiles}
+    merge = {"grid": (num_rows,), "TILE_SPLITS": most_splits}
     rows = logits, temperature, key, position
     if filters is None:
-        scores = triton_call(*rows, kernel=plain_kernel, out_type=parts, TILE=tile, **scan)
-        return triton_call(*scores, kernel=merge_kernel, out_type=tokens, num_warps=1, **merge)
+        scores = triton_call(*rows, split_groups, kernel=plain_kernel, out_type=parts, **scan)
+        return triton_call(
+            *scores, splits, kernel=merge_kernel, out_type=tokens, num_warps=1, num_stages=1, **merge
+        )
     rows += filters
     of_groups = (shape((num_rows, groups), jnp.float32),) * 2
-    found = triton_call(
-        *rows, kernel=scan_kernel, out_type=(*parts, *of_groups), GROUP=GROUP, SCAN_GROUPS=_SCAN_GROUPS, **scan
-    )
+    found = triton_call(*rows, split_groups, kernel=scan_kernel, out_type=(*parts, *of_groups), **scan)
     scratch = shape((num_rows, all_groups), jnp.int32), shape((num_rows, HELD_GROUPS.value * GROUP), jnp.float32)
     drawn, *_ = triton_call(
         *rows,
         *found,
+        splits,
         kernel=select_kernel,
         out_type=(tokens, *scratch),
         num_warps=_SELECT_WARPS,
-        VOCAB=vocab_size,
-        GROUP=GROUP,
         TILE_ALL_GROUPS=all_groups,
+        **tiles,
         **merge,
     )
     return drawn
