@@ -63,7 +63,7 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
 
 
 def _class_name(directory: Path) -> str:
-    """The class that reads a directory: the one that `AutoTokenizer` would choose, and itself where that is not sure."""
+    """The class that reads a directory: the one that `AutoTokenizer` would choose, or itself where that is not sure."""
     stated = read_json(directory / "tokenizer_config.json", {})
     model_type = read_json(directory / "config.json", {}).get("model_type")
     named: str = stated.get("tokenizer_class", "")
