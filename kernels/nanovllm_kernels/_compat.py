@@ -121,7 +121,9 @@ def import_jax_triton() -> ModuleType:
             driver.TMA_TF32 = _TMA_TF32  # pyright: ignore[reportAttributeAccessIssue]
         jax_triton = importlib.import_module("jax_triton")
         library = importlib.import_module("jax_triton.triton_lib")
-        library.TritonFunction = _compiled_once(library.TritonFunction)
+        library.TritonFunction = _compiled_once(  # pyright: ignore[reportAttributeAccessIssue]
+            library.TritonFunction
+        )
         if jax.__version_info__ >= (0, 12):
             library.pe.dce_rules[library.triton_kernel_call_p] = lambda used_outs, *rest: (
                 [True] * len(rest[-1].invars),

@@ -63,9 +63,9 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
 
 
 def _class_name(directory: Path) -> str:
-    """The class of transformers that reads a directory: the one that `AutoTokenizer` would choose, where that is sure."""
+    """The class that reads a directory: the one that `AutoTokenizer` would choose, or itself where that is not sure."""
     stated = read_json(directory / "tokenizer_config.json", {})
     model_type = read_json(directory / "config.json", {}).get("model_type")
-    named = stated.get("tokenizer_class")
+    named: str = stated.get("tokenizer_class", "")
     sure = named in _TAKEN_AS_NAMED.get(model_type, ()) and "auto_map" not in stated
     return named if sure and (directory / "tokenizer.json").is_file() else "AutoTokenizer"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,6 +17,7 @@ from nanovllm_jax.step.programs import Programs
 from nanovllm_jax.step.state import StateShape
 from nanovllm_jax.step.step import StepConfig
 from nanovllm_kernels import lowering_for
+from nanovllm_kernels._compat import import_jax_triton
 
 QWEN3 = ModelConfig(
     family="qwen3",
@@ -57,13 +61,33 @@ def catalogue(backend: str, shards: int = 1) -> Catalogue:
 
 def lowered_for_cuda(key: ProgramKey, shards: int) -> str:
     with lowering_for(90):
-        return catalogue("triton", shards).trace(key).lower(lowering_platforms=("cuda",)).as_text()
+        return lower(catalogue("triton", shards), key)
 
 
 @pytest.mark.parametrize("key", catalogue("triton").all_keys(), ids=str)
 def test_every_program_lowers_for_cuda(key):
     runs_kernels = key.kind.startswith(("decode", "prefill")) or key.kind in ("plain", "filtered", "full")
     assert ("triton" in lowered_for_cuda(key, 1)) == runs_kernels
+
+
+def test_threads_that_need_the_same_kernel_compile_it_once(monkeypatch):
+    function, compiled = import_jax_triton().triton_lib.TritonFunction, []
+    compile_kernel = function._compile_kernel
+
+    def recorded(self, specialization, *rest):
+        compiled.append((self.name, repr(specialization)))
+        return compile_kernel(self, specialization, *rest)
+
+    monkeypatch.setattr(function, "_compile_kernel", recorded)
+    traces = catalogue("triton"), catalogue("triton")
+    with lowering_for(80), ThreadPoolExecutor(2) as pool:  # no other test here lowers for this GPU
+        for one in [pool.submit(copy_context().run, lower, each, ProgramKey("decode_filtered", 16)) for each in traces]:
+            one.result()
+    assert len(compiled) == len(set(compiled)) > 3
+
+
+def lower(programs: Catalogue, key: ProgramKey) -> str:
+    return programs.trace(key).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("shards", [2, 4, 8])

@@ -308,9 +308,7 @@ def sample_triton(
     rows = logits, temperature, key, position
     if filters is None:
         scores = triton_call(*rows, split_groups, kernel=plain_kernel, out_type=parts, **scan)
-        return triton_call(
-            *scores, splits, kernel=merge_kernel, out_type=tokens, num_warps=1, num_stages=1, **merge
-        )
+        return triton_call(*scores, splits, kernel=merge_kernel, out_type=tokens, num_warps=1, num_stages=1, **merge)
     rows += filters
     of_groups = (shape((num_rows, groups), jnp.float32),) * 2
     found = triton_call(*rows, split_groups, kernel=scan_kernel, out_type=(*parts, *of_groups), **scan)
