@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ from nanovllm_jax.cli.terminal import set_up_logging
 from nanovllm_jax.inspection.profile_summary import accounted
 
 LENGTHS = (100, 1024)  # of bench256's prompts and outputs, in tokens
+MOST_TOKENS_A_STEP = 4  # that a decode step computes for each row
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
         with llm.profile(folder) as profile:
             run_steps(llm, requests, args.decode_steps)
         print(profile)
-        context = round(statistics.mean(map(len, requests[0]))) + args.decode_steps // 2
+        context = round(statistics.mean(map(len, requests[0]))) + MOST_TOKENS_A_STEP * args.decode_steps // 2
         report = llm.inspect(profile=profile, context=context)
     name = Path(args.model).name if args.model else "Qwen3-0.6B's shape, random weights"
     summary = dataclasses.replace(profile.summary, folder="")  # of no use to others
@@ -98,7 +100,8 @@ def draw(llm: LLM, num_prompts: int, seed: int) -> Requests:
 def run_steps(llm: LLM, requests: Requests, decode_steps: int) -> float:
     """All prefill steps and then `decode_steps`; what is left is aborted. Returns a decode step's median seconds."""
     prompts, _ = requests
-    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=decode_steps + 8, detokenize=False)
+    max_tokens = MOST_TOKENS_A_STEP * (decode_steps + 2)
+    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=max_tokens, detokenize=False)
     for number, prompt in enumerate(prompts):
         llm.add_request(str(number), {"prompt_token_ids": prompt}, params)
     num_prefills = math.ceil(sum(map(len, prompts)) / llm.config.max_num_batched_tokens)
@@ -114,7 +117,7 @@ def run_steps(llm: LLM, requests: Requests, decode_steps: int) -> float:
 
 def figures(profile: Any, decode_s: float) -> list[dict[str, Any]]:
     """One line a figure."""
-    line = results_log.figure_line
+    line = functools.partial(results_log.figure_line, **results_log.measured_here())
     found = [line("host_gap_frac", [profile.host_gap_frac], "1", None)]
     found.append(line("decode_step_ms_without_profiler", [decode_s * 1e3], "ms", None))
     for kind in profile.kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -10,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_FOLDER = ROOT / "benchmarks" / "results"
@@ -60,6 +63,17 @@ def latest(path: Path) -> dict[str, dict]:
     """The line that counts of each figure's name, in the order in which the names first came."""
     lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     return {line["figure"]: line for line in lines}
+
+
+def measured_here() -> dict[str, Any]:
+    """`device` and `versions` of a figure that this process measured itself; opens the device."""
+    import jax
+
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ("jax", "jaxlib", "jax-triton", "triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"device": jax.devices()[0].device_kind, "versions": versions}
 
 
 def device_name(kind: str, num_devices: int = 1) -> str:

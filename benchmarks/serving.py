@@ -232,7 +232,7 @@ def figure_lines(batching: str, measured: Measured, commit: str | None) -> list[
         ("serve_offline_ratio", measured.offline_ratio, "1"),
     ]
     return [
-        results_log.figure_line(name + suffix, [value], unit, None, commit=commit)
+        results_log.figure_line(name + suffix, [value], unit, None, **results_log.measured_here(), commit=commit)
         for name, value, unit in values
         if value is not None
     ]
