@@ -187,7 +187,10 @@ def _between(
     last, end = after or (first, len(programs[first].order) if programs else 0)
     if not programs:
         return [Origin("", "")] * len(events)
-    if first == last:
+    if first == last and end <= start:  # a loop's next turn
+        calls += _calls(programs[first], range(start + 1, len(programs[first].order)))
+        calls += _calls(programs[first], range(end))
+    elif first == last:
         calls += _calls(programs[first], range(start + 1, end))
     else:
         calls += _calls(programs[first], range(start + 1, len(programs[first].order)))

@@ -55,19 +55,30 @@ def hlo_lines(text: str) -> tuple[list[Line], int]:
 
 
 def instructions(text: str) -> list[Instruction]:
-    """What the entry computation runs, with the bytes of its operands and results.
+    """What the entry computation runs, with the bytes of its operands and results; of a loop, one turn of its body.
 
     A fusion that reads a few rows of a large operand counts it whole.
     """
-    entry = next((lines for lines in _split(text) if lines[0].startswith("ENTRY")), [])
+    computations = {_computation_name(lines[0]): lines for lines in _split(text)}
+    entry = next((lines for lines in computations.values() if lines[0].startswith("ENTRY")), [])
+    return _run(entry, computations)
+
+
+def _computation_name(header: str) -> str:
+    return header.removeprefix("ENTRY ").lstrip("%").partition(" ")[0]
+
+
+def _run(computation: list[str], computations: dict[str, list[str]]) -> list[Instruction]:
     sizes: dict[str, int] = {}
-    found = []
-    for line in entry:
+    found: list[Instruction] = []
+    for line in computation:
         match = _INSTRUCTION.match(line)
         if not match:
             continue
         name, shape, opcode, rest = match.groups()
         sizes[name] = shape_bytes(shape)
+        if opcode == "while" and (body := re.search(r"body=%?([\w.\-]+)", rest)):
+            found += _run(computations.get(body[1], []), computations)
         if opcode in _FREE:
             continue
         operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])

@@ -76,6 +76,37 @@ def test_kernels_of_a_cuda_graph_get_their_step_program_and_scope_by_launch_name
     assert "6 of 17 kernels came without an instruction's name" in profile.notes[1]
 
 
+def test_turns_of_a_loop_in_one_program_get_their_scopes_each_time():
+    text = """HloModule jit_decode, is_scheduled=true
+
+%body (p: bf16[4,64]) -> bf16[4,64] {
+  %p = bf16[4,64]{1,0} parameter(0)
+  %loop_fusion.1 = bf16[4,64]{1,0} fusion(%p), kind=kLoop, metadata={op_name="jit(f)/while/body/layer0/attention/add"}
+  %call.2 = bf16[4,64]{1,0} custom-call(%loop_fusion.1), custom_call_target="triton_kernel_call_ffi", \
+metadata={op_name="jit(f)/while/body/layer0/attention/paged_decode/triton_kernel_call"}
+  ROOT %call.3 = bf16[4,64]{1,0} custom-call(%call.2), custom_call_target="__cublas$gemm", \
+metadata={op_name="jit(f)/while/body/lm_head/dot_general"}
+}
+
+ENTRY %main (q: bf16[4,64]) -> bf16[4,64] {
+  %q = bf16[4,64]{1,0} parameter(0)
+  ROOT %while.4 = bf16[4,64]{1,0} while(%q), condition=%cond, body=%body
+}
+"""
+    space = Space()
+    space.step("decode[4]", 0, 0, 12)
+    space.launch(0, 5, thread="python")
+    for turn in range(3):
+        for name, at in (("loop_fusion_1", 0), ("decode_kernel", 10), ("nvjet_tst_64x8_NNT", 20)):
+            space.kernel(name, 20 + 30 * turn + at, 10, 0)
+    profile = summarise(trace_of(space.data()), [ProgramText.parse(ProgramKey("decode", 4), text)], "here")
+    assert {(row.name, row.scope): row.count for row in profile.kernels} == {
+        ("loop_fusion", "layer*/attention"): 3,
+        ("decode_kernel", "layer*/attention/paged_decode"): 3,
+        ("nvjet_tst_64x8_NNT", "lm_head"): 3,
+    }
+
+
 def test_gaps_are_between_kernels_of_a_step_and_between_steps():
     profile = summarise(trace_of(pipelined().data()), PROGRAMS, "here")
     assert profile.gaps_s == pytest.approx(5e-6 + 5e-6 + 3e-6)
