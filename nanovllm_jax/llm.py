@@ -145,7 +145,7 @@ class LLM:
             priority: one a prompt; smaller is served first, with scheduling_policy="priority".
 
         Raises:
-            RequestError: if a prompt or its parameters cannot be served; nothing is then generated.
+            RequestError: if a prompt or its parameters cannot be served; all of them then end without an output.
             DeviceError: if the device fails.
             KeyboardInterrupt: on Ctrl-C; these requests end, the engine goes on.
         """
@@ -157,10 +157,8 @@ class LLM:
         ids = [f"generate-{next(self._ids)}" for _ in many]
         done: dict[str, RequestOutput] = {}
         try:
-            for index, request_id in enumerate(ids):
-                rank = priority[index] if priority is not None else 0
-                self._engine.add_request(request_id, many[index], params[index], priority=rank)
             with closing(_Progress(len(ids), shown=use_tqdm)) as progress:
+                self._add_all(ids, many, params, [0] * len(ids) if priority is None else priority)
                 while len(done) < len(ids):
                     for output in self._engine.step():
                         done[output.request_id] = output
@@ -336,6 +334,21 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _add_all(
+        self, ids: Sequence[str], prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
+    ) -> None:
+        """Queue requests. Once they fill a step it is started, so that the device works while the rest are checked."""
+        # By priority, the first step may belong to a prompt that comes late.
+        may_start = self.config.scheduling_policy == "fcfs"
+        missing = self.config.max_num_batched_tokens  # of the prompts, to fill a step
+        for request_id, prompt, its_params, rank in zip(ids, prompts, params, priority, strict=True):
+            prepared = self._engine.prepare(request_id, prompt, its_params, priority=rank)
+            self._engine.enqueue(prepared)
+            missing -= prepared.num_prompt_tokens
+            if may_start and missing <= 0:
+                self._engine.step()  # reads nothing yet: `generate` starts with an idle engine
+                may_start = False
 
     def _params_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
