@@ -22,6 +22,7 @@ from tqdm import tqdm
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.build import build_engine
 from nanovllm_jax.engine.inputs import Prompt, render_chat
+from nanovllm_jax.engine.step_filling import StepFilling
 from nanovllm_jax.errors import RequestError
 from nanovllm_jax.inspection.collect import collect
 from nanovllm_jax.inspection.compilations import explain_compilations
@@ -339,16 +340,18 @@ class LLM:
         self, ids: Sequence[str], prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
     ) -> None:
         """Queue requests. Once they fill a step it is started, so that the device works while the rest are checked."""
-        # By priority, the first step may belong to a prompt that comes late.
-        may_start = self.config.scheduling_policy == "fcfs"
-        missing = self.config.max_num_batched_tokens  # of the prompts, to fill a step
+        filling = StepFilling(self._engine.scheduler)
+        started = False
         for request_id, prompt, its_params, rank in zip(ids, prompts, params, priority, strict=True):
             prepared = self._engine.prepare(request_id, prompt, its_params, priority=rank)
             self._engine.enqueue(prepared)
-            missing -= prepared.num_prompt_tokens
-            if may_start and missing <= 0:
-                self._engine.step()  # reads nothing yet: `generate` starts with an idle engine
-                may_start = False
+            if started:
+                continue
+            for sample in prepared.samples:
+                filling.add(sample)
+            if filling.is_full:
+                self._engine.step()  # has nothing to read: `generate` starts with an idle engine
+                started = True
 
     def _params_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None

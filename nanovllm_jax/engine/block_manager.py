@@ -62,6 +62,19 @@ class BlockManager:
             hits.append(block_id)
         return hits
 
+    def count_hits(self, request: Request, to_come: set[bytes]) -> int:
+        """Tokens of the request that hit once the blocks with the hashes `to_come` are cached too; adds its own."""
+        if not self.enable_prefix_caching:
+            return 0
+        hashes, num_hits = self._hashes(request, request.num_tokens // self.block_size), 0
+        if not request.skip_prefix_cache_read:
+            for digest in hashes[: (request.num_tokens - 1) // self.block_size]:
+                if digest not in to_come and digest not in self._block_with:
+                    break
+                num_hits += 1
+        to_come.update(hashes)
+        return num_hits * self.block_size
+
     def can_allocate(self, hits: list[int], num_tokens: int, reserve: int = 0) -> bool:
         """Whether blocks for `num_tokens`, `hits` among them, leave at least `reserve` blocks free."""
         num_held_hits = sum(self._reference_counts[block_id] > 0 for block_id in hits)
