@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 
 from nanovllm_jax.step.admission import ADMISSIONS, ENTRIES, UPDATE_LENGTH, pack_updates, update_rows
@@ -14,8 +15,9 @@ def apply(admissions, spans):
     }
     packed = pack_updates(admissions, spans)
     assert all(array.shape == (UPDATE_LENGTH,) for array in packed)
+    rows = {name: jnp.asarray(array) for name, array in rows.items()}
     for array in packed:
-        rows = update_rows(rows, array)
+        rows = update_rows(rows, jnp.asarray(array))
     return {name: np.asarray(array) for name, array in rows.items()}, len(packed)
 
 
