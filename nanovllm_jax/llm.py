@@ -22,6 +22,7 @@ from tqdm import tqdm
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.build import build_engine
 from nanovllm_jax.engine.inputs import Prompt, render_chat
+from nanovllm_jax.engine.step_filling import StepFilling
 from nanovllm_jax.errors import RequestError
 from nanovllm_jax.inspection.collect import collect
 from nanovllm_jax.inspection.compilations import explain_compilations
@@ -145,7 +146,7 @@ class LLM:
             priority: one a prompt; smaller is served first, with scheduling_policy="priority".
 
         Raises:
-            RequestError: if a prompt or its parameters cannot be served; nothing is then generated.
+            RequestError: if a prompt or its parameters cannot be served; all of them then end without an output.
             DeviceError: if the device fails.
             KeyboardInterrupt: on Ctrl-C; these requests end, the engine goes on.
         """
@@ -157,10 +158,8 @@ class LLM:
         ids = [f"generate-{next(self._ids)}" for _ in many]
         done: dict[str, RequestOutput] = {}
         try:
-            for index, request_id in enumerate(ids):
-                rank = priority[index] if priority is not None else 0
-                self._engine.add_request(request_id, many[index], params[index], priority=rank)
             with closing(_Progress(len(ids), shown=use_tqdm)) as progress:
+                self._add_all(ids, many, params, [0] * len(ids) if priority is None else priority)
                 while len(done) < len(ids):
                     for output in self._engine.step():
                         done[output.request_id] = output
@@ -336,6 +335,23 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _add_all(
+        self, ids: Sequence[str], prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
+    ) -> None:
+        """Queue requests. Once they fill a step it is started, so that the device works while the rest are checked."""
+        filling = StepFilling(self._engine.scheduler)
+        started = False
+        for request_id, prompt, its_params, rank in zip(ids, prompts, params, priority, strict=True):
+            prepared = self._engine.prepare(request_id, prompt, its_params, priority=rank)
+            self._engine.enqueue(prepared)
+            if started:
+                continue
+            for sample in prepared.samples:
+                filling.add(sample)
+            if filling.is_full:
+                self._engine.step()  # has nothing to read: `generate` starts with an idle engine
+                started = True
 
     def _params_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None

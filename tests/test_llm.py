@@ -255,6 +255,24 @@ def test_what_cannot_be_served_is_refused_and_loses_nothing(llm, prompts, params
     assert len(generate(llm, [[1, 2, 3]], GREEDY)[0][0]) == 8
 
 
+def test_a_full_step_starts_before_the_last_prompt_is_checked(llm, monkeypatch):
+    events, engine = [], llm._engine
+    prepare, dispatch = engine.prepare, engine.runner.dispatch
+    monkeypatch.setattr(engine, "prepare", lambda *args, **kw: events.append("prepare") or prepare(*args, **kw))
+    monkeypatch.setattr(engine.runner, "dispatch", lambda schedule: events.append("dispatch") or dispatch(schedule))
+    prompts = [[index] * 40 for index in range(1, 7)]
+    outputs = generate(llm, prompts, GREEDY)
+    assert events[:7] == ["prepare"] * 2 + ["dispatch"] + ["prepare"] * 4
+    assert outputs == [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
+
+
+def test_a_prompt_that_is_refused_after_a_step_started_loses_nothing(llm):
+    with pytest.raises(RequestError, match="1000000"):
+        llm.generate([*([index] * 40 for index in range(1, 7)), [10**6]], GREEDY, use_tqdm=False)
+    assert not llm.has_unfinished()
+    assert len(generate(llm, [[1, 2, 3]], GREEDY)[0][0]) == 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

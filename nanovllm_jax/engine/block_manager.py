@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import sha256
-from struct import Struct
 
 from nanovllm_jax.engine.request import Request
 
@@ -36,7 +35,6 @@ class BlockManager:
         self._reference_counts = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_with: dict[bytes, int] = {}
-        self._pack = Struct(f"{block_size}i").pack  # a block's token ids as bytes
 
     @property
     def num_free_blocks(self) -> int:
@@ -56,12 +54,26 @@ class BlockManager:
         if not self.enable_prefix_caching or request.skip_prefix_cache_read:
             return []
         hits: list[int] = []
-        for index in range((request.num_tokens - 1) // self.block_size):
-            block_id = self._block_with.get(self._hash(request, index))
+        hashes = self._hashes(request, request.num_tokens // self.block_size)
+        for digest in hashes[: (request.num_tokens - 1) // self.block_size]:
+            block_id = self._block_with.get(digest)
             if block_id is None:
                 break
             hits.append(block_id)
         return hits
+
+    def count_hits(self, request: Request, to_come: set[bytes]) -> int:
+        """Tokens of the request that hit once the blocks with the hashes `to_come` are cached too; adds its own."""
+        if not self.enable_prefix_caching:
+            return 0
+        hashes, num_hits = self._hashes(request, request.num_tokens // self.block_size), 0
+        if not request.skip_prefix_cache_read:
+            for digest in hashes[: (request.num_tokens - 1) // self.block_size]:
+                if digest not in to_come and digest not in self._block_with:
+                    break
+                num_hits += 1
+        to_come.update(hashes)
+        return num_hits * self.block_size
 
     def can_allocate(self, hits: list[int], num_tokens: int, reserve: int = 0) -> bool:
         """Whether blocks for `num_tokens`, `hits` among them, leave at least `reserve` blocks free."""
@@ -76,15 +88,15 @@ class BlockManager:
             self._reference_counts[block_id] += 1
         request.block_ids = list(hits)
         request.num_registered_blocks = len(hits)
-        for _ in range(self.num_blocks_for(num_tokens) - len(hits)):
-            self.append_block(request)
+        self.append_blocks(request, self.num_blocks_for(num_tokens) - len(hits))
 
-    def append_block(self, request: Request) -> None:
-        """Adds the least recently freed block to the request's table; its old content is forgotten."""
-        block_id, _ = self._free.popitem(last=False)
-        self._forget(block_id)
-        self._reference_counts[block_id] = 1
-        request.block_ids.append(block_id)
+    def append_blocks(self, request: Request, count: int) -> None:
+        """Adds the least recently freed blocks to the request's table; their old content is forgotten."""
+        for _ in range(count):
+            block_id, _ = self._free.popitem(last=False)
+            self._forget(block_id)
+            self._reference_counts[block_id] = 1
+            request.block_ids.append(block_id)
 
     def register_full_blocks(self, request: Request) -> None:
         """Offers the blocks that the request has filled: all ids known, K and V computed or in flight.
@@ -95,8 +107,8 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return
         num_full = min(request.num_computed_tokens, request.num_tokens) // self.block_size
-        for index in range(request.num_registered_blocks, num_full):
-            digest, block_id = self._hash(request, index), request.block_ids[index]
+        first, hashes = request.num_registered_blocks, self._hashes(request, num_full)
+        for digest, block_id in zip(hashes[first:num_full], request.block_ids[first:num_full], strict=True):
             if digest not in self._block_with:  # of two equal blocks, the first serves
                 self._block_with[digest] = block_id
                 self._hash_of[block_id] = digest
@@ -133,9 +145,10 @@ class BlockManager:
         for request in requests:
             for block_id in request.block_ids:
                 counts[block_id] += 1
-            for index in range(request.num_registered_blocks if self.enable_prefix_caching else 0):
-                if self._hash_of[request.block_ids[index]] not in (None, self._hash(request, index)):
-                    raise RuntimeError(f"Block {request.block_ids[index]} is cached under another prefix's hash.")
+            num_registered = request.num_registered_blocks if self.enable_prefix_caching else 0
+            for block_id, digest in zip(request.block_ids, self._hashes(request, num_registered), strict=False):
+                if self._hash_of[block_id] not in (None, digest):
+                    raise RuntimeError(f"Block {block_id} is cached under another prefix's hash.")
         if counts != self._reference_counts:
             wrong = [i for i in range(self.num_blocks) if counts[i] != self._reference_counts[i]]
             raise RuntimeError(f"Reference counts of the blocks {wrong} differ from the block tables.")
@@ -151,15 +164,18 @@ class BlockManager:
             del self._block_with[digest]
             self._hash_of[block_id] = None
 
-    def _hash(self, request: Request, index: int) -> bytes:
-        """Digest of the request's tokens up to and including block `index`, kept on the request."""
-        hashes = request.block_hashes
-        while len(hashes) <= index:
-            if hashes:
-                parent = hashes[-1]
-            else:
-                parent = b"" if request.cache_salt is None else sha256(request.cache_salt.encode()).digest()
-            start = len(hashes) * self.block_size
-            token_ids = request.token_ids[start : start + self.block_size]
-            hashes.append(sha256(parent + self._pack(*token_ids)).digest())
-        return hashes[index]
+    def _hashes(self, request: Request, count: int) -> list[bytes]:
+        """Digests of the request's tokens up to each full block's end, at least `count`, kept on the request."""
+        hashes, block_size = request.block_hashes, self.block_size
+        if len(hashes) >= count:
+            return hashes
+        if hashes:
+            digest = hashes[-1]
+        else:
+            digest = b"" if request.cache_salt is None else sha256(request.cache_salt.encode()).digest()
+        known = request.token_ids[len(hashes) * block_size : count * block_size].tobytes()
+        size = block_size * request.token_ids.itemsize
+        for start in range(0, len(known), size):
+            digest = sha256(digest + known[start : start + size]).digest()
+            hashes.append(digest)
+        return hashes

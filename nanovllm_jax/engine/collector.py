@@ -93,10 +93,9 @@ class Collector:
                 token = request.prompt_token_ids[position]
                 group.prompt_logprobs.append(self._logprob_dict(token, entry, wanted))
 
-    def on_token(self, request: Request, token: int, logprobs: TokenLogprobs | None, now: float) -> FinishReason | None:
+    def on_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
         """Take the token that the scheduler has just appended; returns why the sample ends, if it does."""
         sample, params = self._samples[request], request.params
-        self._note_time(sample, now)
         if params.logprobs is not None and logprobs is not None:
             sample.logprobs.append(self._logprob_dict(token, logprobs, params.logprobs))
             sample.cumulative_logprob += logprobs.logprob
@@ -113,15 +112,18 @@ class Collector:
             return self.on_finish(request, "length")
         return None
 
-    def _note_time(self, sample: Sample, now: float) -> None:
-        metrics = self._groups[sample.request.request_id].metrics
+    def note_time(self, request: Request, num_tokens: int, now: float) -> None:
+        """Count tokens of a sample that were read back together, at least one: no time passes between them."""
+        sample, metrics = self._samples[request], self._groups[request.request_id].metrics
         if sample.last_token_time is not None:
             self._stats.inter_token_latency.observe(now - sample.last_token_time)
         elif metrics.first_token_time is None:
             metrics.first_token_time = now
             self._stats.time_to_first_token.observe(now - metrics.arrival_time)
+        if num_tokens > 1:
+            self._stats.inter_token_latency.observe(0.0, num_tokens - 1)
         sample.last_token_time = now
-        self._stats.num_generation_tokens += 1
+        self._stats.num_generation_tokens += num_tokens
 
     def on_finish(self, request: Request, reason: FinishReason) -> FinishReason:
         """Note why a sample ended."""

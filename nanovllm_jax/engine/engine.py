@@ -24,7 +24,7 @@ from nanovllm_jax.engine.stats import EngineStats
 from nanovllm_jax.errors import DeviceError, RequestError
 from nanovllm_jax.outputs import FinishReason, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
-from nanovllm_jax.step.runner import InFlight, Runner
+from nanovllm_jax.step.runner import InFlight, Runner, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -248,11 +248,8 @@ class Engine:
             try:
                 if request in result.prompt_logprobs and request.sample_index == 0:
                     self._collector.on_prompt_logprobs(request, sequence.start, result.prompt_logprobs[request])
-                for token in result.tokens[index]:
-                    if request.is_finished:
-                        break  # it stopped; what was decoded behind is dropped
-                    logprobs = result.logprobs[index] if result.logprobs else None
-                    self._take(request, token, logprobs, now)
+                if result.tokens[index]:
+                    self._take(request, result.tokens[index], result.logprobs[index] if result.logprobs else None, now)
                     touched[request.request_id] = None
             except Exception:
                 touched.pop(request.request_id, None)
@@ -264,15 +261,22 @@ class Engine:
                 outputs.append(self._give_up(request_id))
         return [output for output in outputs if output is not None]
 
-    def _take(self, request: Request, token: int, logprobs: Any, now: float) -> None:
-        if token < 0:  # non-finite logits
-            reason = self._collector.on_finish(request, "error")
-        else:
-            self.scheduler.on_token(request, token)
-            reason = self._collector.on_token(request, token, logprobs, now)
-        if reason:
-            self.scheduler.finish(request)
-            self._lockstep.discard(request)
+    def _take(self, request: Request, tokens: list[int], logprobs: TokenLogprobs | None, now: float) -> None:
+        """Take a request's tokens of one step up to its end; what was decoded behind is dropped."""
+        reason, num_taken = None, 0
+        for token in tokens:
+            if token < 0:  # non-finite logits
+                reason = self._collector.on_finish(request, "error")
+            else:
+                self.scheduler.on_token(request, token)
+                num_taken += 1
+                reason = self._collector.on_token(request, token, logprobs)
+            if reason:
+                self.scheduler.finish(request)
+                self._lockstep.discard(request)
+                break
+        if num_taken:
+            self._collector.note_time(request, num_taken, now)
 
     def _give_up(self, request_id: str) -> RequestOutput | None:
         """End a request whose tokens could not be taken: what is wrong with it must not end the others."""

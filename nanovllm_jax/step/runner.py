@@ -6,6 +6,7 @@ behind the device's.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +20,13 @@ from nanovllm_jax.engine.sampling_plan import Adjustment
 from nanovllm_jax.engine.schedule import Schedule, ScheduledSequence
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.step import draw
-from nanovllm_jax.step.admission import Admission, Entry, pack_updates
+from nanovllm_jax.step.admission import Admission, TableSpan, pack_updates
 from nanovllm_jax.step.buckets import bucket_for
 from nanovllm_jax.step.catalogue import ProgramKey
 from nanovllm_jax.step.programs import Programs
 from nanovllm_jax.step.state import PrefillDelta
+
+_UNREAD = array("i", [-1])
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ class Runner:
             else:
                 hidden, sampled_rows, prompt = self._prefill(sequences)
             tokens, logprobs = self._draw(sequences, hidden, sampled_rows)
-        for array in (tokens, *(logprobs or ()), *(prompt or ())):
-            array.copy_to_host_async()
+        for result in (tokens, *(logprobs or ()), *(prompt or ())):
+            result.copy_to_host_async()
         return InFlight(schedule, tokens, logprobs, prompt)
 
     def warm_up(self) -> None:
@@ -185,12 +188,10 @@ class Runner:
         num_tokens = sum(s.num_tokens for s in sequences)
         size = bucket_for(num_tokens, self.programs.catalogue.prefill_sizes)
         layout = PrefillDelta(size, self._config.shape.max_num_seqs)
-        tokens: list[int] = []
-        for s in sequences:
-            # A decode's token may only be known on the device yet.
-            tokens += [-1] if s.is_decode else s.request.token_ids[s.start : s.start + s.num_tokens]
+        # A decode's token may only be known on the device yet.
+        tokens = [_UNREAD if s.is_decode else s.request.token_ids[s.start : s.start + s.num_tokens] for s in sequences]
         delta = layout.pack(
-            tokens,
+            np.concatenate(tokens),
             [s.num_tokens for s in sequences],
             [s.request.row for s in sequences],
             [s.start for s in sequences],
@@ -231,24 +232,23 @@ class Runner:
     def _send_rows(self, sequences: Sequence[ScheduledSequence]) -> None:
         """Send down what the device does not know yet: admitted rows and the blocks of every row."""
         admissions: list[Admission] = []
-        entries: list[Entry] = []
+        spans: list[TableSpan] = []
         for sequence in sequences:
             request = sequence.request
             row = self._rows[request.row]
             if sequence.is_admitted:
                 row.blocks_sent = 0
-                low, high = np.array(request.plan.key, np.uint32).view(np.int32).tolist()
                 last_token, num_output = request.token_ids[-1], len(request.output_token_ids)
-                ints = (sequence.start, last_token, num_output, request.plan.top_k, low, high)
+                ints = (sequence.start, last_token, num_output, request.plan.top_k, *request.plan.key)
                 admissions.append((request.row, ints, request.plan.floats))
                 if request.plan.variant == "full" or row.has_extras:
                     row.bans = request.plan.bans_after(request.output_token_ids)
                     self._send_extras(request, row.bans, count=True)
                     row.has_extras = request.plan.variant == "full"
-            new = range(row.blocks_sent, len(request.block_ids))
-            entries += [(request.row, column, request.block_ids[column]) for column in new]
+            if len(request.block_ids) > row.blocks_sent:
+                spans.append((request.row, row.blocks_sent, request.block_ids[row.blocks_sent :]))
             row.blocks_sent = len(request.block_ids)
-        for packed in pack_updates(admissions, entries):
+        for packed in pack_updates(admissions, spans):
             self._device_rows = self.programs[ProgramKey("update_rows")](self._device_rows, packed)
 
     def _update_bans(self, sequences: Sequence[ScheduledSequence]) -> None:
@@ -269,7 +269,7 @@ class Runner:
                 lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), self.programs.catalogue.extras
             )
         M, chunk = self._config.shape.max_adjustments, draw.COUNT_CHUNK
-        known = np.asarray(request.token_ids if count else [], np.int32)
+        known = np.array(request.token_ids if count else [], np.int32)
         for start in range(0, max(len(known), 1), chunk):
             packed = np.full(draw.extras_update_length(M), -1, np.int32)
             packed[0], packed[1] = request.row, int(count and start == 0)

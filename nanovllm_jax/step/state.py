@@ -151,7 +151,7 @@ class PrefillDelta:
 
     def pack(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[int] | np.ndarray,
         q_lens: Sequence[int],
         rows: Sequence[int],
         starts: Sequence[int],

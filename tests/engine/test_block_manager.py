@@ -133,7 +133,7 @@ def test_hits_that_nobody_holds_count_as_needed_blocks(manager):
 def test_only_blocks_whose_tokens_are_known_and_computed_are_registered(manager):
     request = make_request(range(6))
     compute(manager, request)
-    request.token_ids += [6, 7]  # read back, the last one not computed yet
+    request.token_ids.extend([6, 7])  # read back, the last one not computed yet
     request.num_computed_tokens = 7
     manager.register_full_blocks(request)
     assert len(manager.match_prefix(make_request(range(9)))) == 1

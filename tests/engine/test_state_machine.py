@@ -116,7 +116,7 @@ class Device:
         if sequence.is_decode:
             assert end == len(true_tokens), "a decode computes the last sampled token"
         else:
-            assert request.token_ids[sequence.start : end] == true_tokens[sequence.start : end]
+            assert list(request.token_ids[sequence.start : end]) == true_tokens[sequence.start : end]
         prefix_ids = self._prefix_ids(request, end)
         for position in range(sequence.start, end):
             slot = self._slot(sequence, position)

@@ -41,7 +41,7 @@ def test_a_second_start_loads_every_program_and_they_do_the_same(small, tmp_path
         programs.compile_all()
         assert hits(programs) == [False, False] if start == 0 else [True, True]
         rows = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), small.rows)
-        (packed,) = pack_updates([(3, range(len(RowInt)), [0.5] * len(RowFloat))], [(3, 1, 7)])
+        (packed,) = pack_updates([(3, range(len(RowInt)), [0.5] * len(RowFloat))], [(3, 1, [7])])
         results.append(jax.tree.map(np.asarray, programs[UPDATE](rows, packed)))
     jax.tree.map(np.testing.assert_array_equal, *results)
     assert results[0]["block_tables"][3, 1] == 7
