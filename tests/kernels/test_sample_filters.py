@@ -23,7 +23,8 @@ def keep(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return ~np.asarray(dropped)[0, : len(logits)] & np.isfinite(logits)
 
 
-ordinary = st.floats(-30, 30, width=32)
+# XLA takes subnormal numbers for 0, and so for equals of it.
+ordinary = st.floats(-30, 30, width=32, allow_subnormal=False)
 tied = st.integers(-3, 3).map(float)
 largest = float(np.finfo(np.float32).max)
 extreme = st.floats(-largest, largest, width=32, allow_subnormal=False)
