@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import threading
@@ -215,6 +216,7 @@ class Engine:
             self.drain()
             self._closed = True
             self.runner.close()
+            gc.unfreeze()  # what the start froze may be collected, should another engine follow
 
     def _dispatch(self, schedule: Schedule) -> InFlight:
         for sequence in schedule.sequences:
