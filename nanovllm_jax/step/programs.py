@@ -128,5 +128,6 @@ class Programs:
         record = CompileRecord(key, started, traced_at - started, lowered_at - traced_at, lowered_at, seconds, hit)
         self.compile_log.append(record)
         logger.debug("compiled %s", record)
-        if self.store:
+        # What XLA's cache gave back need not serialise whole again: on a CPU such a program lacks functions later.
+        if self.store and not hit:
             self.store.save(key, self._compiled[key])

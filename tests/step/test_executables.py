@@ -6,6 +6,7 @@ import logging
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from test_programs import catalogue
 
 from nanovllm_jax.step.admission import pack_updates
@@ -24,10 +25,16 @@ class Small(Catalogue):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small():
+    """Without XLA's own cache, which other tests turn on: what comes from there is not kept."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     one = catalogue("xla")
     one.__class__ = Small
-    return one
+    yield one
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
 
 
 def loaded(programs):
