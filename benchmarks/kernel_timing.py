@@ -10,11 +10,9 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_enable_command_buffers_during_profiling=true".strip()
 )
 
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -64,9 +62,3 @@ def _runs(events: list[tuple[float, float]]) -> list[float]:
             found.append([start, end])
         found[-1][1] = max(found[-1][1], end)
     return [(end - start) / 1e9 for start, end in found]
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that decide the kernels' speed."""
-    packages = ("jax", "jaxlib", "triton", "jax-triton")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}

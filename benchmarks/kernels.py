@@ -220,8 +220,8 @@ def main() -> None:
         if options.quick and group == "skinny":
             continue
         for name, values, unit in MEASURES[group](bench, copy_rate):
-            about = {"device": device.device_kind, "versions": kernel_timing.versions(), "commit": options.commit}
-            lines.append(results_log.figure_line(name, values, unit, None, **about))
+            about = results_log.measured_here()
+            lines.append(results_log.figure_line(name, values, unit, None, **about, commit=options.commit))
             print(json.dumps(lines[-1]), flush=True)
             if options.record:
                 results_log.append(lines[-1:], Path(options.record))

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import kernel_timing  # before JAX starts its device
+import results_log
 
 from nanovllm_kernels import skinny_matmul, split_counters
 from nanovllm_kernels._compat import current_target, import_jax_triton
@@ -244,7 +245,7 @@ def tune_skinny_matmul(options: argparse.Namespace) -> None:
                 ratios.setdefault(f"{model} x {rows}", []).append(xla / best.seconds)
     for name, values in ratios.items():
         print(f"{name}: geometric mean {math.prod(values) ** (1 / len(values)):.2f} x XLA over {len(values)} products")
-    launches.save_table(path, list(kept.values()), device=device.device_kind, versions=kernel_timing.versions())
+    launches.save_table(path, list(kept.values()), **results_log.measured_here())
     print(f"wrote {len(kept)} entries to {path}")
 
 
