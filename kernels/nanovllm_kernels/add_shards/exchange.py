@@ -1,0 +1,70 @@
+"""The buffers through which shards on one machine exchange parts of a sum, and the table that says where they are.
+
+GPUs of one process have one address space, in which XLA lets each of them reach the memory of the others: a kernel
+needs no more than addresses. The buffers are JAX arrays, which must live as long as anything uses the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Words are of 32 bits, two elements. A program adds at least MIN_WORDS and at most SLOT_WORDS, all programs 1 MB.
+MIN_WORDS, SLOT_WORDS, MAX_PROGRAMS = 256, 2048, 128
+EMPTY = -1  # a word of which both halves are NaN of a kind that no GPU computes
+TIMED_OUT = -1  # instead of a program's parity
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Buffers of every device of a mesh, and for each of them a table of those that it adds with.
+
+    `table` is int32 [*mesh, 1 + 2 * shards], split over all axes of the mesh: on each device its rank, then the low
+    and the high half of the address of each buffer, its own first and then those of the shards after it. `buffers` is
+    int32 [*mesh, words], split likewise: two sets of slots (of each shard, for each program), then the parity of each
+    program.
+    """
+
+    table: jax.Array
+    buffers: jax.Array
+
+
+def words_per_program(num_words: int) -> int | None:
+    """How many words each program adds, or None where no number of programs fits.
+
+    As few as `MAX_PROGRAMS` allow: about one program for each multiprocessor.
+    """
+    words = MIN_WORDS
+    while num_words > words * MAX_PROGRAMS:
+        words *= 2
+    return words if words <= SLOT_WORDS and num_words > 0 and num_words % words == 0 else None
+
+
+def buffer_words(shards: int) -> int:
+    """32-bit words of one device's buffer."""
+    return 2 * shards * MAX_PROGRAMS * SLOT_WORDS + MAX_PROGRAMS
+
+
+def make_exchange(mesh: Mesh, axis_name: str) -> Exchange:
+    """Buffers for `add_shards` over `axis_name` of a mesh of this process's devices."""
+    everything = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+    shards = mesh.shape[axis_name]
+    words = buffer_words(shards)
+
+    def emptied() -> jax.Array:
+        state = jnp.arange(words) >= words - MAX_PROGRAMS
+        return jnp.broadcast_to(jnp.where(state, 0, EMPTY).astype(jnp.int32), (*mesh.devices.shape, words))
+
+    buffers = jax.block_until_ready(jax.jit(emptied, out_shardings=everything)())
+    pointers = {shard.device: shard.data.unsafe_buffer_pointer() for shard in buffers.addressable_shards}
+    addresses = np.vectorize(pointers.__getitem__, otypes=[np.uint64])(mesh.devices)
+    axis = mesh.axis_names.index(axis_name)
+    table = np.zeros((*mesh.devices.shape, 1 + 2 * shards), np.int32)
+    for place in np.ndindex(mesh.devices.shape):
+        peers = np.roll(addresses[(*place[:axis], slice(None), *place[axis + 1 :])], -place[axis])
+        table[place] = [place[axis], *peers.view(np.int32)]
+    return Exchange(jax.device_put(table, everything), buffers)
