@@ -52,19 +52,21 @@ def buffer_words(shards: int) -> int:
 def make_exchange(mesh: Mesh, axis_name: str) -> Exchange:
     """Buffers for `add_shards` over `axis_name` of a mesh of this process's devices."""
     everything = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
-    shards = mesh.shape[axis_name]
-    words = buffer_words(shards)
+    words = buffer_words(mesh.shape[axis_name])
 
     def emptied() -> jax.Array:
-        state = jnp.arange(words) >= words - MAX_PROGRAMS
-        return jnp.broadcast_to(jnp.where(state, 0, EMPTY).astype(jnp.int32), (*mesh.devices.shape, words))
+        parities = jnp.arange(words) >= words - MAX_PROGRAMS
+        return jnp.broadcast_to(jnp.where(parities, 0, EMPTY).astype(jnp.int32), (*mesh.devices.shape, words))
 
     buffers = jax.block_until_ready(jax.jit(emptied, out_shardings=everything)())
     pointers = {shard.device: shard.data.unsafe_buffer_pointer() for shard in buffers.addressable_shards}
     addresses = np.vectorize(pointers.__getitem__, otypes=[np.uint64])(mesh.devices)
     axis = mesh.axis_names.index(axis_name)
-    table = np.zeros((*mesh.devices.shape, 1 + 2 * shards), np.int32)
-    for place in np.ndindex(mesh.devices.shape):
-        peers = np.roll(addresses[(*place[:axis], slice(None), *place[axis + 1 :])], -place[axis])
-        table[place] = [place[axis], *peers.view(np.int32)]
-    return Exchange(jax.device_put(table, everything), buffers)
+    tables = np.apply_along_axis(address_tables, axis, addresses)  # the table's entries come after `axis`
+    return Exchange(jax.device_put(np.moveaxis(tables, axis + 1, -1), everything), buffers)
+
+
+def address_tables(addresses: np.ndarray) -> np.ndarray:
+    """The table of each shard, int32 [shards, 1 + 2 * shards], of their buffers' addresses, uint64 [shards]."""
+    halves = [np.roll(addresses, -rank).view(np.int32) for rank in range(len(addresses))]
+    return np.concatenate([np.arange(len(addresses), dtype=np.int32)[:, None], np.stack(halves)], axis=1)
