@@ -17,7 +17,7 @@ __all__ = ["Exchange", "add_shards", "exchanges", "make_exchange"]
 
 def add_shards(
     part: Float[Array, "*shape"],
-    residual: Float[Array, "*shape"] | None = None,
+    residual: Float[Array, "..."] | None = None,
     *,
     axis_name: str,
     table: Int[Array, "*mesh entries"] | None = None,

@@ -7,6 +7,7 @@ needs no more than addresses. The buffers are JAX arrays, which must live as lon
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ EMPTY = -1  # a word of which both halves are NaN of a kind that no GPU computes
 TIMED_OUT = -1  # instead of a program's parity
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Exchange:
     """Buffers of every device of a mesh, and for each of them a table of those that it adds with.
@@ -29,8 +31,8 @@ class Exchange:
     program.
     """
 
-    table: jax.Array
-    buffers: jax.Array
+    table: Any
+    buffers: Any
 
 
 def words_per_program(num_words: int) -> int | None:
@@ -47,6 +49,15 @@ def words_per_program(num_words: int) -> int | None:
 def buffer_words(shards: int) -> int:
     """32-bit words of one device's buffer."""
     return 2 * shards * MAX_PROGRAMS * SLOT_WORDS + MAX_PROGRAMS
+
+
+def abstract_exchange(mesh: Mesh, axis_name: str) -> Exchange:
+    """Shapes, dtypes and shardings of `make_exchange`."""
+    shards, everything = mesh.shape[axis_name], NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+    sizes = (1 + 2 * shards, buffer_words(shards))
+    return Exchange(
+        *(jax.ShapeDtypeStruct((*mesh.devices.shape, size), jnp.int32, sharding=everything) for size in sizes)
+    )
 
 
 def make_exchange(mesh: Mesh, axis_name: str) -> Exchange:
@@ -70,3 +81,9 @@ def address_tables(addresses: np.ndarray) -> np.ndarray:
     """The table of each shard, int32 [shards, 1 + 2 * shards], of their buffers' addresses, uint64 [shards]."""
     halves = [np.roll(addresses, -rank).view(np.int32) for rank in range(len(addresses))]
     return np.concatenate([np.arange(len(addresses), dtype=np.int32)[:, None], np.stack(halves)], axis=1)
+
+
+def programs_that_failed(exchange: Exchange) -> int:
+    """How many programs, of all devices, have waited in vain for a part and add no more; waits for the devices."""
+    parities = exchange.buffers[..., -MAX_PROGRAMS:]
+    return int(np.sum(np.asarray(parities) == TIMED_OUT))
