@@ -119,7 +119,7 @@ def add_shards_triton(
     assert words is not None
     return triton_call(
         part,
-        part if residual is None else residual,
+        table if residual is None else residual,  # without one, any pointer
         table,
         kernel=add_shards_kernel,
         out_type=jax.ShapeDtypeStruct(part.shape, part.dtype),
