@@ -33,7 +33,7 @@ def plan_catalogue(model: ModelConfig, config: EngineConfig, gpu: Gpu | None) ->
     on_gpu = gpu is not None or mesh.devices.flat[0].platform != "cpu"
     dtype = weight_dtype(config.dtype, model, on_gpu=on_gpu)
     kv_dtype = cache_dtype(config, dtype)
-    params = abstract_weights(model, dtype, mesh) | exchange_params(mesh, on_gpu=on_gpu, abstract=True)
+    params = abstract_weights(model, dtype, mesh) | exchange_params(mesh, exchanged=on_gpu, abstract=True)
     shape = smallest_shape(model, config)
     shards = config.tensor_parallel_size
     one_block = block_bytes(model, config.block_size, kv_dtype) // shards

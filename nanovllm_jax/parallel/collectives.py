@@ -15,11 +15,17 @@ from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.parallel.mesh import MODEL_AXIS
 from nanovllm_kernels import add_shards
-from nanovllm_kernels.add_shards.exchange import Exchange, abstract_exchange, make_exchange, programs_that_failed
+from nanovllm_kernels.add_shards.exchange import (
+    Exchange,
+    abstract_exchange,
+    make_exchange,
+    programs_that_failed,
+    reach_each_other,
+)
 from nanovllm_kernels.sample import vocab
 from nanovllm_kernels.sample.vocab import max_shards
 
-__all__ = ["check_exchange", "exchange_params", "max_shards", "sum_shards", "table_of"]
+__all__ = ["can_exchange", "check_exchange", "exchange_params", "max_shards", "sum_shards", "table_of"]
 
 EXCHANGE = "exchange"
 _SHARDS = (2, 4, 8)  # the kernel's tiles are powers of two
@@ -39,18 +45,23 @@ def sum_shards(
     return total if residual is None else residual + total
 
 
-def exchange_params(mesh: Mesh, *, on_gpu: bool, abstract: bool = False) -> Params:
+def can_exchange(mesh: Mesh) -> bool:
+    """Whether the devices are GPUs that reach each other's memory."""
+    devices = list(mesh.devices.flat)
+    return len(devices) > 1 and devices[0].platform == "gpu" and reach_each_other(devices)
+
+
+def exchange_params(mesh: Mesh, *, exchanged: bool, abstract: bool = False) -> Params:
     """What the weights of a split model have beside them: buffers for its sums, or nothing where XLA adds.
 
     Args:
         mesh: of this process's devices.
-        on_gpu: whether the programs are for GPUs, which need not be there if `abstract`.
+        exchanged: `can_exchange`, or the same of GPUs that need not be there.
         abstract: shapes, dtypes and shardings instead of arrays.
     """
-    if not on_gpu or mesh.shape[MODEL_AXIS] not in _SHARDS:
+    if not exchanged or mesh.shape[MODEL_AXIS] not in _SHARDS:
         return {}
-    exchange = abstract_exchange(mesh, MODEL_AXIS) if abstract else make_exchange(mesh, MODEL_AXIS)
-    return {EXCHANGE: exchange}
+    return {EXCHANGE: abstract_exchange(mesh, MODEL_AXIS) if abstract else make_exchange(mesh, MODEL_AXIS)}
 
 
 def table_of(params: Params) -> Int[Array, "*mesh entries"] | None:

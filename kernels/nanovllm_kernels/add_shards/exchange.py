@@ -6,6 +6,10 @@ needs no more than addresses. The buffers are JAX arrays, which must live as lon
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +37,18 @@ class Exchange:
 
     table: Any
     buffers: Any
+
+
+def reach_each_other(devices: Sequence[Any]) -> bool:
+    """Whether these GPUs (`jax.Device`s) can write to one another's memory, and XLA allocates it so that they may."""
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower() not in ("default", "bfc", "platform"):
+        return False  # memory of CUDA's own pools is not mapped for peers
+    cuda, possible = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    for one, other in itertools.permutations(devices, 2):
+        status = cuda.cuDeviceCanAccessPeer(ctypes.byref(possible), one.local_hardware_id, other.local_hardware_id)
+        if status or not possible.value:
+            return False
+    return True
 
 
 def words_per_program(num_words: int) -> int | None:
