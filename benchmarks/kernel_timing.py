@@ -38,7 +38,7 @@ def spans(calls: Sequence[Callable[[], object]]) -> list[float]:
 
 
 def longest_kernels(call: Callable[[], object], count: int) -> list[tuple[str, float, int]]:
-    """Names, mean microseconds and number of the kernels that a call spends most time in, of one of its devices.
+    """Names, median microseconds and number of the kernels that a call spends most time in, of one of its devices.
 
     Of several devices, the one whose kernels took least: what waits for others takes longer.
     """
@@ -50,7 +50,7 @@ def longest_kernels(call: Callable[[], object], count: int) -> list[tuple[str, f
         by_name.append(found)
     least = min(by_name, key=lambda found: sum(map(sum, found.values())))
     longest = sorted(least, key=lambda name: -sum(least[name]))[:count]
-    return [(name, statistics.mean(least[name]), len(least[name])) for name in longest]
+    return [(name, statistics.median(least[name]), len(least[name])) for name in longest]
 
 
 def _traced(calls: Sequence[Callable[[], object]]) -> list[list[tuple[float, float, str]]]:
