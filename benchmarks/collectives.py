@@ -22,7 +22,7 @@ import results_log
 ROWS = (1, 8, 64, 128)
 WORKER = Path(__file__).with_name("collective_process.py")
 OURS = ("exchange", 64)  # what is recorded
-_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
 def start(setting: Setting, lock: str, options: argparse.Namespace) -> subprocess.Popen[str]:
     """A process that measures a setting as soon as it holds the lock."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {setting.flags}".strip()
-    environment = {**os.environ, **_NO_MULTICAST, **setting.environment, "XLA_FLAGS": flags}
+    environment = {**os.environ, **NO_MULTICAST, **setting.environment, "XLA_FLAGS": flags}
     environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they are there all at once
     command = ["timeout", str(options.time_limit), sys.executable, str(WORKER), "--lock", lock]
     command += ["--ways", *setting.ways, "--rows", *map(str, options.rows), *["--kernels"] * options.kernels]
