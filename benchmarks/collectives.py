@@ -1,8 +1,9 @@
 """Measures what a sum over the GPUs of one machine costs a decode step: `python benchmarks/collectives.py [--record]`.
 
-A program of 24 sums, each of a product's result and added to a residual, against the same program without them: the
-difference of their device times, from traces, over 24. Every setting (XLA's flags, NCCL's variables) is a process of
-its own; they compile side by side and run one at a time. NVLink multicast stays off.
+A program of 24 products whose results are summed over the GPUs and added to a residual, against the products alone: the
+difference of their device times, from traces, over 24. The addition of the residual, and what stands between kernels,
+is in it. Every setting (XLA's flags, NCCL's variables) is a process of its own; they compile side by side and run one
+at a time. NVLink multicast stays off.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from nanovllm_kernels.add_shards.exchange import EMPTY, MAX_PROGRAMS, SLOT_WORDS
 
 _EMPTY, _TIMED_OUT = tl.constexpr(EMPTY), tl.constexpr(TIMED_OUT)
 _NAN_PAIR = tl.constexpr(0x7FFF7FFF)  # in bfloat16 and in float16
-# A look takes about a microsecond: some seconds, where shards of a running step come milliseconds apart at most.
-MAX_LOOKS = 5_000_000
+# On two GPUs a look took 0.35 us, so 7 s; shards come milliseconds apart, but for a step's first run, which loads it.
+MAX_LOOKS = 20_000_000
 
 
 @triton.jit
@@ -116,7 +116,8 @@ def add_shards_triton(
 ) -> Float[Array, "*shape"]:
     """See `add_shards`; for parts that `exchanges`."""
     words = words_per_program(part.size // 2)
-    assert words is not None
+    if words is None:
+        raise ValueError(f"part has {part.size} elements, which no number of programs adds; use `add_shards`.")
     return triton_call(
         part,
         table if residual is None else residual,  # without one, any pointer
