@@ -20,6 +20,7 @@ from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
+from nanovllm_jax.parallel.collectives import can_exchange, check_exchange, exchange_params
 from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, split_heads
 from nanovllm_jax.step.memory import blocks_that_fit, claim_device_memory, temporary_bytes
 from nanovllm_jax.step.programs import Programs, cache_folder, use_persistent_cache
@@ -69,7 +70,9 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         model_config = split_heads(whole, config.tensor_parallel_size)
         device = mesh.devices.flat[0]
         dtype = weight_dtype(config.dtype, model_config, on_gpu=device.platform != "cpu")
+        exchanged = can_exchange(mesh)
         weights = abstract_weights(model_config, dtype, mesh)
+        weights |= exchange_params(mesh, exchanged=exchanged, abstract=True)
         words = reading.result() if reading else None
         loading = pool.submit(_load, source, model_config, dtype, mesh, config)
         programs, shape = _plan(model_config, config, weights, cache_dtype(config, dtype), mesh, device)
@@ -77,9 +80,11 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
             loading.result()  # raises at once what is wrong with the weights
         if not config.enforce_eager:
             _compile(programs)
-        runner = Runner(programs, loading.result())
+        params = loading.result() | exchange_params(mesh, exchanged=exchanged)
+        runner = Runner(programs, params)
     if not config.enforce_eager:
         _warm_up(runner)
+        check_exchange(params)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=config.max_num_seqs,

@@ -187,6 +187,15 @@ def _skinny_matmul(call: Call) -> Work:
     return Work(2 * rows * math.prod(weight.shape), moved)
 
 
+def _add_shards(call: Call) -> Work:
+    """An addition for each shard, and one for the residual; what crosses links stays in the L2 caches."""
+    part, residual, table = call.operands
+    arrays = [part, residual] if residual.shape == part.shape else [part]
+    shards = (math.prod(table.shape) - 1) // 2
+    moved = sum(map(array_bytes, [*arrays, part]))
+    return Work((shards + len(arrays) - 2) * math.prod(part.shape), moved)
+
+
 def _sample(call: Call) -> Work:
     """The pass over the logits; what follows it reads a few groups or partial results a row."""
     if call.kernel not in ("plain_kernel", "scan_kernel"):
@@ -201,4 +210,8 @@ BY_LOAD: dict[str, Callable[[Site], Work]] = {
     "paged_decode": _paged_attention,
     "ragged_prefill": _paged_attention,
 }
-BY_OPERANDS: dict[str, Callable[[Call], Work]] = {"product_kernel": _skinny_matmul, "sample": _sample}
+BY_OPERANDS: dict[str, Callable[[Call], Work]] = {
+    "product_kernel": _skinny_matmul,
+    "add_shards_kernel": _add_shards,
+    "sample": _sample,
+}

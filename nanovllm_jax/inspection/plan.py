@@ -11,6 +11,7 @@ from nanovllm_jax.engine.plan import abstract_weights, cache_dtype, describe_pro
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.inspection.gpus import Gpu
 from nanovllm_jax.models.params import param_bytes
+from nanovllm_jax.parallel.collectives import exchange_params
 from nanovllm_jax.parallel.mesh import make_mesh, split_heads
 from nanovllm_jax.step.buckets import bucket_for
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
@@ -32,7 +33,7 @@ def plan_catalogue(model: ModelConfig, config: EngineConfig, gpu: Gpu | None) ->
     on_gpu = gpu is not None or mesh.devices.flat[0].platform != "cpu"
     dtype = weight_dtype(config.dtype, model, on_gpu=on_gpu)
     kv_dtype = cache_dtype(config, dtype)
-    params = abstract_weights(model, dtype, mesh)
+    params = abstract_weights(model, dtype, mesh) | exchange_params(mesh, exchanged=on_gpu, abstract=True)
     shape = smallest_shape(model, config)
     shards = config.tensor_parallel_size
     one_block = block_bytes(model, config.block_size, kv_dtype) // shards

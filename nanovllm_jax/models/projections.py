@@ -56,18 +56,24 @@ def add_attention(
     heads: Float[Array, "T K G D"],
     params: Params,
     axis_name: str | None,
+    table: Int[Array, "*mesh entries"] | None,
     counters: jax.Ref | None,
 ) -> Float[Array, "T E"]:
     """Hidden states plus the output projection of the attended heads, summed over shards."""
     weight, bias = params["o"], params.get("o_bias")
     if counters is None:
-        return x + _add_bias(sum_shards(einsum("tkgd,kgde->te", heads, weight), axis_name), bias)
+        return _add_shards(x, einsum("tkgd,kgde->te", heads, weight), bias, axis_name, table)
     flat, flat_weight = heads.reshape(x.shape[0], -1), weight.reshape(-1, x.shape[1])
-    return _add_fused(x, flat, flat_weight, bias, axis_name, counters)
+    return _add_fused(x, flat, flat_weight, bias, axis_name, table, counters)
 
 
 def add_mlp(
-    x: Float[Array, "T E"], params: Params, eps: float, axis_name: str | None, counters: jax.Ref | None
+    x: Float[Array, "T E"],
+    params: Params,
+    eps: float,
+    axis_name: str | None,
+    table: Int[Array, "*mesh entries"] | None,
+    counters: jax.Ref | None,
 ) -> Float[Array, "T E"]:
     """Hidden states plus the gated MLP of them normalised, summed over shards."""
     gate_up_bias, down_bias = params.get("gate_up_bias"), params.get("down_bias")
@@ -77,13 +83,12 @@ def add_mlp(
             gate_up = _add_bias(einsum("te,ezf->tzf", normalised, params["gate_up"]), gate_up_bias)
             gated = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
         with jax.named_scope("down"):
-            update = einsum("tf,fe->te", gated, params["down"])
-            return x + _add_bias(sum_shards(update, axis_name), down_bias)
+            return _add_shards(x, einsum("tf,fe->te", gated, params["down"]), down_bias, axis_name, table)
     options = {"norm": params["post_norm"], "eps": eps, "bias": gate_up_bias}
     with jax.named_scope("gate_up"):
         gated = skinny_matmul(x, params["gate_up"], **options, counters=counters, backend="triton")
     with jax.named_scope("down"):
-        return _add_fused(x, gated, params["down"], down_bias, axis_name, counters)
+        return _add_fused(x, gated, params["down"], down_bias, axis_name, table, counters)
 
 
 def _add_fused(
@@ -92,6 +97,7 @@ def _add_fused(
     weight: Float[Array, "F E"],
     bias: Float[Array, " E"] | None,
     axis_name: str | None,
+    table: Int[Array, "*mesh entries"] | None,
     counters: jax.Ref,
 ) -> Float[Array, "T E"]:
     if axis_name is None:
@@ -100,7 +106,19 @@ def _add_fused(
         return jax.lax.select(True, added, x)
     # Each shard has a part of the sum: bias and residual count once, after it.
     update = skinny_matmul(inputs, weight, counters=counters, backend="triton")
-    return x + _add_bias(sum_shards(update, axis_name), bias)
+    return _add_shards(x, update, bias, axis_name, table)
+
+
+def _add_shards(
+    x: Float[Array, "T E"],
+    update: Float[Array, "T E"],
+    bias: Float[Array, " E"] | None,
+    axis_name: str | None,
+    table: Int[Array, "*mesh entries"] | None,
+) -> Float[Array, "T E"]:
+    if bias is None:
+        return sum_shards(update, axis_name, residual=x, table=table)
+    return x + (sum_shards(update, axis_name, table=table) + bias)
 
 
 def _add_bias(x: Array, bias: Array | None) -> Array:

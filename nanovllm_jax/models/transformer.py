@@ -25,6 +25,7 @@ from nanovllm_jax.models.projections import (
     project_qkv,
 )
 from nanovllm_jax.models.rope import rope_tables
+from nanovllm_jax.parallel.collectives import sum_shards, table_of
 from nanovllm_kernels.norm import rms_norm
 
 _MIN_HEAD_ROWS = 16
@@ -47,7 +48,7 @@ def transformer(
     """Hidden states after the final norm, and the caches with K and V of all T tokens written.
 
     Args:
-        params: see `models.params`.
+        params: see `models.params`; a model that is split may have `parallel.collectives.exchange_params` beside them.
         config: static.
         tokens: ids; an id outside the vocabulary is clipped into it (padding).
         positions: of each token in its sequence.
@@ -57,7 +58,8 @@ def transformer(
         axis_name: mesh axis over which heads, MLP and vocabulary are split, inside `shard_map`; None if they are not.
         backend: of the products of few tokens; see `models.projections`.
     """
-    x = _embed(params["embed"], tokens, axis_name)
+    table = table_of(params)
+    x = _embed(params["embed"], tokens, axis_name, table)
     rope = rope_tables(positions, config.head_dim, config.rope)
     counters = fused_counters(backend, x.shape[0], x.dtype)
     # A jitted layer is traced and lowered once, then called L times; XLA inlines the calls.
@@ -65,7 +67,7 @@ def transformer(
     new_caches = []
     for index, (layer_params, cache) in enumerate(zip(params["layers"], caches, strict=True)):
         with jax.named_scope(f"layer{index}"):
-            x, cache, counters = layer(x, layer_params, rope, cache, counters)
+            x, cache, counters = layer(x, layer_params, rope, cache, table, counters)
         new_caches.append(cache)
     if counters is not None:
         x = poison_unless_zero(x, counters)
@@ -89,6 +91,7 @@ def _layer(
     params: Params,
     rope: Rope,
     cache: LayerCache,
+    table: Int[Array, "*mesh entries"] | None,
     counters: Int[Array, " tiles"] | None,
     *,
     config: ModelConfig,
@@ -99,13 +102,18 @@ def _layer(
     ref = None if counters is None else jax.new_ref(counters)
     with jax.named_scope("attention"):
         heads, cache = _attention(x, params, rope, cache, ref, config, attend)
-        x = add_attention(x, heads, params, axis_name, ref)
+        x = add_attention(x, heads, params, axis_name, table, ref)
     with jax.named_scope("mlp"):
-        x = add_mlp(x, params, config.rms_norm_eps, axis_name, ref)
+        x = add_mlp(x, params, config.rms_norm_eps, axis_name, table, ref)
     return x, cache, None if ref is None else jax.freeze(ref)
 
 
-def _embed(embed: Float[Array, "V E"], tokens: Int[Array, " T"], axis_name: str | None) -> Float[Array, "T E"]:
+def _embed(
+    embed: Float[Array, "V E"],
+    tokens: Int[Array, " T"],
+    axis_name: str | None,
+    table: Int[Array, "*mesh entries"] | None,
+) -> Float[Array, "T E"]:
     """Rows of the embedding; each shard looks up what it holds."""
     if axis_name is None:
         return embed.at[tokens].get(mode="clip")
@@ -113,7 +121,7 @@ def _embed(embed: Float[Array, "V E"], tokens: Int[Array, " T"], axis_name: str 
     last = size * jax.lax.axis_size(axis_name) - 1
     local = jnp.clip(tokens, 0, last) - jax.lax.axis_index(axis_name) * size
     rows = embed.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return jax.lax.psum(rows, axis_name)
+    return sum_shards(rows, axis_name, table=table)
 
 
 def _attention(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from kernel_oracle import (
     decode_oracle,
     dequantised,
@@ -18,6 +19,7 @@ from sample_oracle import assert_draws, kept
 from scipy import stats
 
 from nanovllm_kernels import (
+    add_shards,
     paged_decode,
     ragged_prefill,
     rope_cache_write,
@@ -26,6 +28,8 @@ from nanovllm_kernels import (
     split_counters,
 )
 from nanovllm_kernels._cases import AttentionCase, attention_inputs
+from nanovllm_kernels.add_shards.cases import CASES as SUM_CASES
+from nanovllm_kernels.add_shards.exchange import make_exchange, programs_that_failed
 from nanovllm_kernels.paged_decode.cases import CASES as DECODE_CASES
 from nanovllm_kernels.ragged_prefill import mosaic_supports
 from nanovllm_kernels.ragged_prefill.cases import CASES as PREFILL_CASES
@@ -231,3 +235,34 @@ def test_last_block_of_a_cache_with_more_than_2_to_31_elements():
     )
     assert relative_error(prefilled, expected) < 5e-3
     assert relative_error(decoded, expected[-1:]) < 5e-3
+
+
+def test_add_shards():
+    """Sums of all shapes in turn, 100 times; each shard gets the same bits."""
+    shards = jax.local_device_count()
+    if shards not in (2, 4, 8):
+        pytest.skip(f"needs 2, 4 or 8 GPUs, not {shards}")
+    mesh = jax.make_mesh((shards,), ("model",))
+    exchange, split, same = make_exchange(mesh, "model"), PartitionSpec("model"), PartitionSpec()
+
+    def add(parts, residuals, table):
+        wanted = [residual if case.residual else None for case, residual in zip(SUM_CASES, residuals, strict=True)]
+        options = {"axis_name": "model", "table": table, "backend": "triton"}
+        sums, earlier = [], jnp.float32(0)
+        for part, residual in zip(parts, wanted, strict=True):
+            part, _ = jax.lax.optimization_barrier((part[0], earlier))  # one after the other on every shard
+            sums.append(add_shards(part, residual, **options))
+            earlier = sums[-1].astype(jnp.float32).sum()
+        return [each[None] for each in sums]
+
+    specs = (split, same, split)
+    step = jax.jit(jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        arrays = [random.normal(size=(shards + 1, case.rows, case.width)).astype(case.dtype) for case in SUM_CASES]
+        sums = step([each[:-1] for each in arrays], [each[-1] for each in arrays], exchange.table)
+        for case, drawn, got in zip(SUM_CASES, arrays, map(np.asarray, sums), strict=True):
+            assert (got.view(np.uint16) == got[:1].view(np.uint16)).all(), case
+            want = drawn[: shards + case.residual].astype(np.float64).sum(axis=0)
+            assert relative_error(got[0], want) < TOLERANCE[case.dtype], case
+    assert programs_that_failed(exchange) == 0

@@ -1,0 +1,59 @@
+"""The sum of what each shard of a mesh axis holds, and the residual that it is added to."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nanovllm_kernels._checks import check_backend, check_float, check_shape
+from nanovllm_kernels._compat import import_jax_triton
+from nanovllm_kernels.add_shards.exchange import Exchange, make_exchange, words_per_program
+from nanovllm_kernels.add_shards.reference import add_shards_xla
+
+__all__ = ["Exchange", "add_shards", "exchanges", "make_exchange"]
+
+
+def add_shards(
+    part: Float[Array, "*shape"],
+    residual: Float[Array, "..."] | None = None,
+    *,
+    axis_name: str,
+    table: Int[Array, "*mesh entries"] | None = None,
+    backend: Literal["xla", "triton"],
+) -> Float[Array, "*shape"]:
+    """`residual` plus the sum over `axis_name` of each shard's `part`; inside `shard_map`, the same on every shard.
+
+    Args:
+        part: what this shard adds.
+        residual: added once; the same on every shard.
+        axis_name: mesh axis that is summed over.
+        table: this device's part of `Exchange.table`; all shards must use it in the same order, one sum after the
+            other, as a program over the mesh does whose sums depend on each other.
+        backend: "triton" without a table, or for sums that `exchanges` refuses, is XLA's all-reduce.
+
+    The Triton kernel adds in float32 in order of the shards and rounds once, so all shards get the same bits. Where a
+    shard's part does not come within some seconds, the result is NaN, there and in all later sums.
+
+    Raises:
+        ValueError: if the shapes or dtypes do not fit together, or the backend is unknown.
+    """
+    check_backend(backend)
+    check_float(part=part)
+    if residual is not None:
+        check_float(residual=residual)
+        check_shape("residual", residual, part.shape, "as part")
+        if residual.dtype != part.dtype:
+            raise ValueError(f"residual has dtype {residual.dtype}; it must be part's, {part.dtype}.")
+    if backend == "xla" or table is None or not exchanges(part):
+        return add_shards_xla(part, residual, axis_name)
+    import_jax_triton()
+    from nanovllm_kernels.add_shards.triton import add_shards_triton
+
+    return add_shards_triton(part, residual, table.reshape(-1))
+
+
+def exchanges(part: Float[Array, "*shape"]) -> bool:
+    """Whether the Triton kernel adds such arrays: 16-bit elements, at most 1 MB, in whole programs."""
+    return jnp.dtype(part.dtype).itemsize == 2 and part.size % 2 == 0 and words_per_program(part.size // 2) is not None

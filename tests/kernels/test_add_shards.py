@@ -1,0 +1,126 @@
+"""`add_shards`: its contract over host devices, its exchange, and its device code in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from nanovllm_kernels import add_shards, lowering_for
+from nanovllm_kernels.add_shards import exchanges
+from nanovllm_kernels.add_shards.cases import CASES, REFUSED, SumCase
+from nanovllm_kernels.add_shards.exchange import (
+    abstract_exchange,
+    buffer_words,
+    make_exchange,
+    programs_that_failed,
+    words_per_program,
+)
+
+SHARDS = 4
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, SHARDS), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def over(mesh, function):
+    """`function` of a part and a residual, over the shards; what each of them gets."""
+    specs = (PartitionSpec("model"), PartitionSpec())
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_shard_gets_the_sum_and_the_residual(mesh, case):
+    keys = jax.random.split(jax.random.key(0))
+    parts = jax.random.normal(keys[0], (SHARDS, case.rows, case.width)).astype(case.dtype)
+    residual = jax.random.normal(keys[1], parts.shape[1:]).astype(case.dtype)
+
+    def add(part, residual):
+        return add_shards(part[0], residual if case.residual else None, axis_name="model", backend="xla")[None]
+
+    got = np.asarray(over(mesh, add)(parts, residual)).astype(np.float32)
+    want = np.asarray(parts).astype(np.float32).sum(axis=0)
+    want += np.asarray(residual).astype(np.float32) if case.residual else 0
+    np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), atol=0.1)
+
+
+def test_small_sums_of_16_bits_in_whole_programs_are_exchanged():
+    shape = lambda case: jnp.zeros((case.rows, case.width), case.dtype)  # noqa: E731
+    assert all(exchanges(shape(case)) for case in CASES)
+    assert not any(exchanges(shape(case)) for case in (*REFUSED, SumCase(0, 512)))
+
+
+@pytest.mark.parametrize("words", [256, 2048, 131072, 262144])
+def test_programs_cover_a_sum(words):
+    each = words_per_program(words)
+    assert words % each == 0
+    assert words // each <= 128
+
+
+def test_a_residual_of_another_shape_or_dtype_is_refused():
+    part = jnp.zeros((2, 512), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"residual has shape \(1, 512\)"):
+        add_shards(part, part[:1], axis_name="model", backend="xla")
+    with pytest.raises(ValueError, match="residual has dtype float32"):
+        add_shards(part, part.astype(jnp.float32), axis_name="model", backend="xla")
+
+
+def test_a_table_says_where_the_buffers_of_a_shard_and_of_those_after_it_are(mesh):
+    exchange = make_exchange(mesh, "model")
+    pointers = {each.device: each.data.unsafe_buffer_pointer() for each in exchange.buffers.addressable_shards}
+    for each in exchange.table.addressable_shards:
+        rank, *halves = np.asarray(each.data).reshape(-1)
+        replica = next(row for row in mesh.devices if each.device in row)
+        assert replica[rank] == each.device
+        expected = [pointers[replica[(rank + step) % SHARDS]] for step in range(SHARDS)]
+        assert np.array(halves, np.int32).view(np.uint64).tolist() == expected
+
+
+def test_buffers_begin_empty_and_without_failures(mesh):
+    exchange = make_exchange(mesh, "model")
+    assert exchange.buffers.shape == (2, SHARDS, buffer_words(SHARDS))
+    assert programs_that_failed(exchange) == 0
+    like = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), exchange)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract_exchange(mesh, "model")) == like
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_compiles_without_a_gpu(mesh, case):
+    exchange = abstract_exchange(mesh, "model")
+    parts = jax.ShapeDtypeStruct((SHARDS, case.rows, case.width), jnp.dtype(case.dtype))
+    residual = jax.ShapeDtypeStruct(parts.shape[1:], parts.dtype)
+
+    def add(part, residual, table):
+        added = partial(add_shards, part[0], axis_name="model", table=table, backend="triton")
+        return added(residual)[None] if case.residual else added()[None]
+
+    specs = (PartitionSpec("model"), PartitionSpec(), PartitionSpec("data", "model"))
+    mapped = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    with lowering_for(90):
+        lowered = jax.jit(mapped).trace(parts, residual, exchange.table).lower(lowering_platforms=("cuda",))
+    assert "all_reduce" not in lowered.as_text()
+    assert "triton_kernel_call" in lowered.as_text()
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_side_by_side_add_in_tritons_interpreter(shards):
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parent.parent / "kernels")))
+    done = subprocess.run(
+        [sys.executable, here / "interpreted_add_shards.py", str(shards)],
+        env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
