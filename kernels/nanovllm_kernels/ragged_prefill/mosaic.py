@@ -53,6 +53,7 @@ def scratch_types_of(shape: KernelShape) -> dict[str, Any]:
         "v_ready": plgpu.Barrier(num_arrivals=shape.tile_blocks, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         "tail_ready": plgpu.Barrier(num_arrivals=shape.tile_blocks),
+        "turns": plgpu.Barrier(num_arrivals=1, num_barriers=2),
         "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
 
@@ -130,7 +131,7 @@ def ragged_prefill_mosaic(
     # TMA moves whole groups of rows. The rows added are padding like any other.
     num_rows = max(num_tokens + -num_tokens % ROW_ALIGNMENT, ROWS)
     padded_q = jnp.pad(q, ((0, num_rows - num_tokens), (0, 0), (0, 0)))
-    work = work_list(context_lens, cu_q_lens, num_tokens=num_rows, tile_queries=shape.tile_queries)
+    work = work_list(context_lens, cu_q_lens, num_tokens=num_rows, tile_queries=shape.tile_queries, bands=shape.launch.bands)
     pages = (num_blocks * num_kv_heads, block_size, head_dim)
     out = _attention(
         work, block_tables, padded_q, k_cache.reshape(pages), v_cache.reshape(pages), shape=shape, interpret=interpret

@@ -38,6 +38,8 @@ class Launch:
     stages: int
     consumer_registers: int
     producer_registers: int
+    overlap: int = 0
+    bands: int = 4
 
     def __post_init__(self) -> None:
         registers = CONSUMERS * self.consumer_registers + self.producer_registers
@@ -99,6 +101,7 @@ class Shared:
     v_ready: Any
     v_free: Any
     tail_ready: Any
+    turns: Any
     turn: Any  # whose turn on the tensor cores it is
 
 
@@ -133,9 +136,12 @@ def for_each_tile(work: Any, shape: KernelShape, visit: Callable[[Tile, Any], An
 
     def load(ordinal: Any) -> Tile:
         index = jnp.minimum(index_of(ordinal), total - 1)
-        entry = lax.div(index, shape.units)
+        in_run = lax.div(index, shape.units)
+        run, run_tiles = work.run[in_run], work.run_tiles[in_run]
+        ordinal_in_run = index - run * shape.units
+        unit, entry = lax.div(ordinal_in_run, run_tiles), run + lax.rem(ordinal_in_run, run_tiles)
         names = ("row", "first", "last", "position", "keys", "seq", "context")
-        return Tile(**{name: getattr(work, name)[entry] for name in names}, unit=lax.rem(index, shape.units))
+        return Tile(**{name: getattr(work, name)[entry] for name in names}, unit=unit)
 
     def step(ordinal: Any, carry: Any) -> Any:
         tile, steps = carry

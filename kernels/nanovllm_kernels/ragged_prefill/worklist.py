@@ -22,7 +22,8 @@ ROW_ALIGNMENT = 8
 class WorkList:
     """Tiles of `tile_queries` rows of q, each with rows of one sequence (or of the padding) only.
 
-    The first `count` of W tiles are real. Of each: `row`, its first row of q, a multiple of `ROW_ALIGNMENT`
+    The first `count` of W tiles are real, in runs: tiles of one sequence that cost about the same. Of each:
+    `run` and `run_tiles`, where its run starts and how many tiles it has; `row`, its first row of q, a multiple of `ROW_ALIGNMENT`
     and so perhaps before the sequence's first; `first` and `last`, the rows in it that are the sequence's,
     from `first` up to without `last`; `position` of `row` in the sequence (negative before its start); `keys`,
     how many positions its rows see, 0 for padding; `seq` and `context`, the sequence and its length.
@@ -30,6 +31,8 @@ class WorkList:
 
     # int32 arrays, [1] and [W]; in the kernel, references to them.
     count: Any
+    run: Any
+    run_tiles: Any
     row: Any
     first: Any
     last: Any
@@ -40,7 +43,7 @@ class WorkList:
 
 
 def work_list(
-    context_lens: Int[Array, " S"], cu_q_lens: Int[Array, "S+1"], *, num_tokens: int, tile_queries: int
+    context_lens: Int[Array, " S"], cu_q_lens: Int[Array, "S+1"], *, num_tokens: int, tile_queries: int, bands: int = 4
 ) -> WorkList:
     """The tiles of all sequences and of the padding behind them, by the keys they see, most first.
 
@@ -63,9 +66,15 @@ def work_list(
     row = first_row[seq] + (index - (tile_ends - tiles)[seq]) * tile_queries
     position = context[seq] - end[seq] + row
     keys = jnp.clip(position + tile_queries, 0, context[seq])
-    order = jnp.argsort(jnp.where(index < tile_ends[-1], -keys, 1))
+    band = -(-keys * bands // jnp.maximum(jnp.max(keys), 1))
+    run_of = jnp.where(index < tile_ends[-1], seq - (num_seqs + 1) * band, num_seqs + 1)
+    order = jnp.lexsort((-keys, run_of))
+    sorted_run = run_of[order]
+    same, before = sorted_run[None, :] == sorted_run[:, None], sorted_run[None, :] < sorted_run[:, None]
     return WorkList(
         count=tile_ends[-1:],
+        run=jnp.sum(before, axis=1, dtype=jnp.int32),
+        run_tiles=jnp.sum(same, axis=1, dtype=jnp.int32),
         row=row[order],
         first=jnp.maximum(begin[seq] - row, 0)[order],
         last=jnp.minimum(end[seq] - row, tile_queries)[order],
