@@ -131,7 +131,9 @@ def ragged_prefill_mosaic(
     # TMA moves whole groups of rows. The rows added are padding like any other.
     num_rows = max(num_tokens + -num_tokens % ROW_ALIGNMENT, ROWS)
     padded_q = jnp.pad(q, ((0, num_rows - num_tokens), (0, 0), (0, 0)))
-    work = work_list(context_lens, cu_q_lens, num_tokens=num_rows, tile_queries=shape.tile_queries, bands=shape.launch.bands)
+    work = work_list(
+        context_lens, cu_q_lens, num_tokens=num_rows, tile_queries=shape.tile_queries, bands=shape.launch.bands
+    )
     pages = (num_blocks * num_kv_heads, block_size, head_dim)
     out = _attention(
         work, block_tables, padded_q, k_cache.reshape(pages), v_cache.reshape(pages), shape=shape, interpret=interpret

@@ -121,9 +121,11 @@ def _visit_overlapped(tile, first_step, steps, position, unmasked, row, head, ou
         wait_turn()
 
         if shape.interpreted:
+
             def keys(scores_ref):
                 plgpu.wgmma(scores_ref, shared.q.at[consumer], shared.k.at[stage_of(index)].transpose((1, 0)))
                 return scores_ref[...]
+
             scores = pl.run_scoped(keys, plgpu.WGMMAAccumulatorRef((ROWS, tile_tokens), jnp.float32))
             new_acc = acc + jnp.dot(operand, shared.v[stage_of(index - 1)], preferred_element_type=jnp.float32)
             give_turn()
@@ -132,7 +134,12 @@ def _visit_overlapped(tile, first_step, steps, position, unmasked, row, head, ou
             new_total = total * decay + jnp.sum(weights, axis=1)
             plgpu.barrier_wait(shared.v_ready.at[stage_of(index)])
             plgpu.barrier_arrive(shared.v_free.at[stage_of(index - 1)])
-            return new_acc * lax.broadcast_in_dim(decay, new_acc.shape, [0]), new_maximum, new_total, weights.astype(shape.dtype)
+            return (
+                new_acc * lax.broadcast_in_dim(decay, new_acc.shape, [0]),
+                new_maximum,
+                new_total,
+                weights.astype(shape.dtype),
+            )
 
         def both(scores_ref, acc_ref):
             acc_ref[...] = acc
@@ -143,9 +150,7 @@ def _visit_overlapped(tile, first_step, steps, position, unmasked, row, head, ou
             finish_keys(index)
             weights, new_maximum, decay = softmax(scores, maximum, index, masked)
             new_total = total * decay + jnp.sum(weights, axis=1)
-            weights, new_maximum, new_total, decay = lax.optimization_barrier(
-                (weights, new_maximum, new_total, decay)
-            )
+            weights, new_maximum, new_total, decay = lax.optimization_barrier((weights, new_maximum, new_total, decay))
             plgpu.barrier_wait(shared.v_ready.at[stage_of(index)])
             new_acc = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
             weights = lax.optimization_barrier(weights)
@@ -175,9 +180,9 @@ def _visit_overlapped(tile, first_step, steps, position, unmasked, row, head, ou
         if shape.interpreted:
             acc = acc + jnp.dot(operand, shared.v[stage_of(steps - 1)], preferred_element_type=jnp.float32)
         else:
-          acc = pl.run_state(lambda acc_ref: multiply_values(acc_ref, operand, steps - 1))(
-            plgpu.WGMMAAccumulatorRef.init(acc)
-        )
+            acc = pl.run_state(lambda acc_ref: multiply_values(acc_ref, operand, steps - 1))(
+                plgpu.WGMMAAccumulatorRef.init(acc)
+            )
         plgpu.barrier_arrive(shared.v_free.at[stage_of(steps - 1)])
         if turns:
             pl.when(consumer == 0)(lambda: plgpu.barrier_wait(shared.turns.at[0]))
