@@ -187,6 +187,16 @@ def _skinny_matmul(call: Call) -> Work:
     return Work(2 * rows * math.prod(weight.shape), moved)
 
 
+def _add_rms_norm(call: Call) -> Work:
+    """The addition, the square and its sum, and two products, an element."""
+    return Work(5 * math.prod(call.operands[0].shape), call.bytes)
+
+
+def _silu_mul(call: Call) -> Work:
+    """An exponential, an addition, a quotient and two products, an element of the result."""
+    return Work(5 * math.prod(call.results[0].shape), call.bytes)
+
+
 def _sample(call: Call) -> Work:
     """The pass over the logits; what follows it reads a few groups or partial results a row."""
     if call.kernel not in ("plain_kernel", "scan_kernel"):
@@ -201,4 +211,9 @@ BY_LOAD: dict[str, Callable[[Site], Work]] = {
     "paged_decode": _paged_attention,
     "ragged_prefill": _paged_attention,
 }
-BY_OPERANDS: dict[str, Callable[[Call], Work]] = {"product_kernel": _skinny_matmul, "sample": _sample}
+BY_OPERANDS: dict[str, Callable[[Call], Work]] = {
+    "product_kernel": _skinny_matmul,
+    "add_rms_norm_kernel": _add_rms_norm,
+    "silu_mul_kernel": _silu_mul,
+    "sample": _sample,
+}

@@ -53,7 +53,6 @@ def scratch_types_of(shape: KernelShape) -> dict[str, Any]:
         "v_ready": plgpu.Barrier(num_arrivals=shape.tile_blocks, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         "tail_ready": plgpu.Barrier(num_arrivals=shape.tile_blocks),
-        "turns": plgpu.Barrier(num_arrivals=1, num_barriers=2),
         "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
 
@@ -132,7 +131,13 @@ def ragged_prefill_mosaic(
     num_rows = max(num_tokens + -num_tokens % ROW_ALIGNMENT, ROWS)
     padded_q = jnp.pad(q, ((0, num_rows - num_tokens), (0, 0), (0, 0)))
     work = work_list(
-        context_lens, cu_q_lens, num_tokens=num_rows, tile_queries=shape.tile_queries, bands=shape.launch.bands
+        context_lens,
+        cu_q_lens,
+        num_tokens=num_rows,
+        tile_queries=shape.tile_queries,
+        units=shape.units,
+        programs=shape.programs,
+        bands=shape.launch.bands,
     )
     pages = (num_blocks * num_kv_heads, block_size, head_dim)
     out = _attention(

@@ -37,17 +37,13 @@ def consume(work: Any, out: Any, shared: Shared, shape: KernelShape, consumer: A
         # The second consumer is half a step behind the first, from the first product of a tile to the last. Tiles
         # without keys, the padding, pass no barrier at all.
         pl.when(steps > 0)(lambda: plgpu.barrier_wait(shared.q_ready))
-        if not shape.launch.overlap:
-            pl.when((steps > 0) & (consumer == 1))(lambda: _take_turns(shared))
+        pl.when((steps > 0) & (consumer == 1))(lambda: _take_turns(shared))
         state = (
             plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA),
             plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), rows_layout),
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), rows_layout),
         )
         unmasked = jnp.minimum(lax.div(jnp.maximum(position + 1, 0), tile_tokens), steps)
-        if shape.launch.overlap:
-            _visit_overlapped(tile, first_step, steps, position, unmasked, row, head, out, shared, shape, consumer)
-            return first_step + steps
 
         def attend(index: Any, state: Any, position: Any = None) -> Any:
             return _attend(index, first_step, steps, state, position, shared, shape, consumer)
@@ -63,134 +59,6 @@ def consume(work: Any, out: Any, shared: Shared, shape: KernelShape, consumer: A
 
     for_each_tile(work, shape, visit)
     plgpu.wait_smem_to_gmem(0)
-
-
-def _visit_overlapped(tile, first_step, steps, position, unmasked, row, head, out, shared, shape, consumer):
-    """FlashAttention-3's order: the product of the next keys and that of this tile's values are both in flight."""
-    tile_tokens, head_dim = shape.launch.tile_tokens, shape.head_dim
-    stages = shape.launch.stages
-    rows_layout = plgpu.Layout.WGMMA.reduce(1)
-    factor = shape.scale * _LOG2_E
-    turns = shape.launch.overlap == 1
-
-    def stage_of(index):
-        return lax.rem(first_step + index, stages)
-
-    def wait_turn():
-        if turns:
-            pl.when(consumer == 0)(lambda: plgpu.barrier_wait(shared.turns.at[0]))
-            pl.when(consumer == 1)(lambda: plgpu.barrier_wait(shared.turns.at[1]))
-
-    def give_turn():
-        if turns:
-            plgpu.barrier_arrive(shared.turns.at[1 - consumer])
-
-    def softmax(scores, maximum, index, masked):
-        if masked:
-            rows = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
-            columns = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-            scores = jnp.where(columns + index * tile_tokens <= rows + position, scores, -jnp.inf)
-        new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1) * factor)
-        decay = jnp.exp2(maximum - new_maximum)
-        weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
-        return weights, new_maximum, decay
-
-    def finish_keys(index):
-        plgpu.barrier_arrive(shared.k_free.at[stage_of(index)])
-
-    def multiply_values(acc_ref, operand, index):
-        plgpu.wgmma(acc_ref, operand, shared.v.at[stage_of(index)])
-
-    def first():
-        plgpu.barrier_wait(shared.k_ready.at[stage_of(0)])
-
-        def multiply_keys(scores):
-            plgpu.wgmma(scores, shared.q.at[consumer], shared.k.at[stage_of(0)].transpose((1, 0)))
-            return scores[...]
-
-        scores = pl.run_scoped(multiply_keys, plgpu.WGMMAAccumulatorRef((ROWS, tile_tokens), jnp.float32))
-        finish_keys(0)
-        minus = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), rows_layout)
-        weights, maximum, _ = softmax(scores, minus, 0, True)
-        plgpu.barrier_wait(shared.v_ready.at[stage_of(0)])
-        return weights.astype(shape.dtype), maximum, jnp.sum(weights, axis=1)
-
-    def step(index, state, masked):
-        acc, maximum, total, operand = state
-        plgpu.barrier_wait(shared.k_ready.at[stage_of(index)])
-        wait_turn()
-
-        if shape.interpreted:
-
-            def keys(scores_ref):
-                plgpu.wgmma(scores_ref, shared.q.at[consumer], shared.k.at[stage_of(index)].transpose((1, 0)))
-                return scores_ref[...]
-
-            scores = pl.run_scoped(keys, plgpu.WGMMAAccumulatorRef((ROWS, tile_tokens), jnp.float32))
-            new_acc = acc + jnp.dot(operand, shared.v[stage_of(index - 1)], preferred_element_type=jnp.float32)
-            give_turn()
-            finish_keys(index)
-            weights, new_maximum, decay = softmax(scores, maximum, index, masked)
-            new_total = total * decay + jnp.sum(weights, axis=1)
-            plgpu.barrier_wait(shared.v_ready.at[stage_of(index)])
-            plgpu.barrier_arrive(shared.v_free.at[stage_of(index - 1)])
-            return (
-                new_acc * lax.broadcast_in_dim(decay, new_acc.shape, [0]),
-                new_maximum,
-                new_total,
-                weights.astype(shape.dtype),
-            )
-
-        def both(scores_ref, acc_ref):
-            acc_ref[...] = acc
-            plgpu.wgmma(scores_ref, shared.q.at[consumer], shared.k.at[stage_of(index)].transpose((1, 0)))
-            multiply_values(acc_ref, operand, index - 1)
-            give_turn()
-            scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-            finish_keys(index)
-            weights, new_maximum, decay = softmax(scores, maximum, index, masked)
-            new_total = total * decay + jnp.sum(weights, axis=1)
-            weights, new_maximum, new_total, decay = lax.optimization_barrier((weights, new_maximum, new_total, decay))
-            plgpu.barrier_wait(shared.v_ready.at[stage_of(index)])
-            new_acc = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
-            weights = lax.optimization_barrier(weights)
-            new_operand = weights.astype(shape.dtype)
-            plgpu.barrier_arrive(shared.v_free.at[stage_of(index - 1)])
-            new_acc = new_acc * lax.broadcast_in_dim(decay, new_acc.shape, [0])
-            return new_acc, new_maximum, new_total, new_operand
-
-        return pl.run_scoped(
-            both,
-            plgpu.WGMMAAccumulatorRef((ROWS, tile_tokens), jnp.float32),
-            plgpu.WGMMAAccumulatorRef((ROWS, head_dim), jnp.float32),
-        )
-
-    zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-
-    @pl.when(steps > 0)
-    def _():
-        if turns:
-            pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(shared.turns.at[0]))
-        operand, maximum, total = first()
-        state = (zeros, maximum, total, operand)
-        edge = jnp.maximum(unmasked, 1)
-        state = lax.fori_loop(1, edge, lambda i, s: step(i, s, False), state)
-        acc, _, total, operand = lax.fori_loop(edge, steps, lambda i, s: step(i, s, True), state)
-        plgpu.barrier_arrive(shared.q_free)
-        if shape.interpreted:
-            acc = acc + jnp.dot(operand, shared.v[stage_of(steps - 1)], preferred_element_type=jnp.float32)
-        else:
-            acc = pl.run_state(lambda acc_ref: multiply_values(acc_ref, operand, steps - 1))(
-                plgpu.WGMMAAccumulatorRef.init(acc)
-            )
-        plgpu.barrier_arrive(shared.v_free.at[stage_of(steps - 1)])
-        if turns:
-            pl.when(consumer == 0)(lambda: plgpu.barrier_wait(shared.turns.at[0]))
-        inverse = 1 / jnp.where(total > 0, total, jnp.ones_like(total))
-        result = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(shape.dtype)
-        _store(result, out, tile, row, head, shared, consumer)
-
-    pl.when(steps == 0)(lambda: _store(zeros.astype(shape.dtype), out, tile, row, head, shared, consumer))
 
 
 def _take_turns(shared: Shared) -> None:

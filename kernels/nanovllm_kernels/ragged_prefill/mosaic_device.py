@@ -38,7 +38,7 @@ class Launch:
     stages: int
     consumer_registers: int
     producer_registers: int
-    overlap: int = 0
+    warps: int = 1
     bands: int = 4
 
     def __post_init__(self) -> None:
@@ -101,7 +101,6 @@ class Shared:
     v_ready: Any
     v_free: Any
     tail_ready: Any
-    turns: Any
     turn: Any  # whose turn on the tensor cores it is
 
 
@@ -136,10 +135,7 @@ def for_each_tile(work: Any, shape: KernelShape, visit: Callable[[Tile, Any], An
 
     def load(ordinal: Any) -> Tile:
         index = jnp.minimum(index_of(ordinal), total - 1)
-        in_run = lax.div(index, shape.units)
-        run, run_tiles = work.run[in_run], work.run_tiles[in_run]
-        ordinal_in_run = index - run * shape.units
-        unit, entry = lax.div(ordinal_in_run, run_tiles), run + lax.rem(ordinal_in_run, run_tiles)
+        entry, unit = lax.div(work.order[index], shape.units), lax.rem(work.order[index], shape.units)
         names = ("row", "first", "last", "position", "keys", "seq", "context")
         return Tile(**{name: getattr(work, name)[entry] for name in names}, unit=unit)
 

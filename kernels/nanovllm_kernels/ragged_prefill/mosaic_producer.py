@@ -22,6 +22,8 @@ from nanovllm_kernels.ragged_prefill.mosaic_device import (
 )
 from nanovllm_kernels.ragged_prefill.worklist import ROW_ALIGNMENT
 
+WARPS = 4
+
 
 def produce(work: Any, tables: Any, q: Any, k_cache: Any, v_cache: Any, shared: Shared, shape: KernelShape) -> None:
     """Fetches queries, keys and values of all tiles of this program."""
@@ -56,6 +58,37 @@ def produce(work: Any, tables: Any, q: Any, k_cache: Any, v_cache: Any, shared: 
         for _ in pages:
             plgpu.barrier_arrive(barrier)
 
+    def fetch_whole(tile: Tile, first_step: Any, steps: Any, kv_head: Any, warp: Any) -> None:
+        """Pages without a tail, spread over the warps: to issue a copy takes one thread a hundred cycles and more."""
+        warp_blocks = max(1, shape.tile_blocks // WARPS)
+        first_block = warp * warp_blocks
+
+        def pages_of(index: Any) -> tuple[Any, ...]:
+            pages = []
+            for block in range(warp_blocks):
+                column = index * shape.tile_blocks + first_block + block
+                page = tables[tile.seq, jnp.minimum(column, shape.table_width - 1)] * shape.num_kv_heads + kv_head
+                pages.append(lax.select(column * block_size < tile.keys, page, nowhere))
+            return tuple(pages)
+
+        def copy(cache: Any, pages: tuple[Any, ...], destination: Any, barrier: Any) -> None:
+            for block, page in enumerate(pages):
+                start = (first_block + block) * block_size
+                plgpu.copy_gmem_to_smem(cache.at[page], destination.at[pl.ds(start, block_size)], barrier)
+
+        def fetch(index: Any, pages: tuple[Any, ...]) -> tuple[Any, ...]:
+            step = first_step + index
+            stage = lax.rem(step, stages)
+            following = pages_of(index + 1)
+            has_blocks = first_block < shape.tile_blocks
+            acquire(shared.k_free, step)
+            pl.when(has_blocks)(lambda: copy(k_cache, pages, shared.k.at[stage], shared.k_ready.at[stage]))
+            acquire(shared.v_free, step)
+            pl.when(has_blocks)(lambda: copy(v_cache, pages, shared.v.at[stage], shared.v_ready.at[stage]))
+            return following
+
+        lax.fori_loop(0, steps, fetch, pages_of(0))
+
     def visit(tile: Tile, first_step: Any) -> Any:
         steps = kv_tiles(tile, shape)
         pl.when((steps > 0) & (first_step > 0))(lambda: plgpu.barrier_wait(shared.q_free))
@@ -80,7 +113,13 @@ def produce(work: Any, tables: Any, q: Any, k_cache: Any, v_cache: Any, shared: 
             pl.when(is_tail)(lambda: fetch_tail(pages, values, valid, barrier))
             pl.when(jnp.logical_not(is_tail))(lambda: fetch_pages(v_cache, pages, values, barrier))
 
-        lax.fori_loop(0, steps, fetch, None)
+        if not shape.launch.warps:
+            lax.fori_loop(0, steps, fetch, None)
+            return first_step + steps
+        has_tail = (steps * tile_tokens > tile.context) & (lax.rem(tile.context, block_size) != 0)
+        whole = lax.select(has_tail, steps - 1, steps)
+        plgpu.warp_map(functools.partial(fetch_whole, tile, first_step, whole, kv_head))
+        lax.fori_loop(whole, steps, fetch, None)
         return first_step + steps
 
     steps = for_each_tile(work, shape, visit)
