@@ -29,7 +29,7 @@ CASES = (
     AddRmsNormCase("float16", 100, 896, dtype="float16"),
     AddRmsNormCase("float32", 100, 2560, dtype="float32"),
 )
-BENCHMARKS = (AddRmsNormCase("16384 x 1024", 16384, 1024), AddRmsNormCase("16384 x 4096", 16384, 4096))
+BENCHMARKS = (AddRmsNormCase("16384 x 1024", 16384, 1024),)
 
 
 def add_rms_norm_inputs(case: AddRmsNormCase, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
