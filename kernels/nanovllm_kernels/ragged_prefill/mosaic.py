@@ -137,7 +137,6 @@ def ragged_prefill_mosaic(
         tile_queries=shape.tile_queries,
         units=shape.units,
         programs=shape.programs,
-        bands=shape.launch.bands,
     )
     pages = (num_blocks * num_kv_heads, block_size, head_dim)
     out = _attention(

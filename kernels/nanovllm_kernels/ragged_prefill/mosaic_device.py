@@ -38,8 +38,6 @@ class Launch:
     stages: int
     consumer_registers: int
     producer_registers: int
-    warps: int = 1
-    bands: int = 4
 
     def __post_init__(self) -> None:
         registers = CONSUMERS * self.consumer_registers + self.producer_registers
@@ -135,7 +133,8 @@ def for_each_tile(work: Any, shape: KernelShape, visit: Callable[[Tile, Any], An
 
     def load(ordinal: Any) -> Tile:
         index = jnp.minimum(index_of(ordinal), total - 1)
-        entry, unit = lax.div(work.order[index], shape.units), lax.rem(work.order[index], shape.units)
+        place = work.order[index]
+        entry, unit = lax.div(place, shape.units), lax.rem(place, shape.units)
         names = ("row", "first", "last", "position", "keys", "seq", "context")
         return Tile(**{name: getattr(work, name)[entry] for name in names}, unit=unit)
 

@@ -57,7 +57,6 @@ def work_list(
     tile_queries: int,
     units: int,
     programs: int,
-    bands: int = _BANDS,
 ) -> WorkList:
     """The tiles of all sequences and of the padding behind them, for `programs` programs that take turns.
 
@@ -83,7 +82,7 @@ def work_list(
     keys = jnp.where(index < tile_ends[-1], keys, -1)
     return WorkList(
         count=tile_ends[-1:],
-        order=_order(keys, seq, units=units, programs=programs, bands=bands),
+        order=_order(keys, seq, units=units, programs=programs),
         row=row,
         first=jnp.maximum(begin[seq] - row, 0),
         last=jnp.minimum(end[seq] - row, tile_queries),
@@ -94,12 +93,10 @@ def work_list(
     )
 
 
-def _order(
-    keys: Int[Array, " W"], seq: Int[Array, " W"], *, units: int, programs: int, bands: int
-) -> Int[Array, " order"]:
+def _order(keys: Int[Array, " W"], seq: Int[Array, " W"], *, units: int, programs: int) -> Int[Array, " order"]:
     """The order of tiles and units of heads, of which those whose keys are below 0 come last."""
     # A run: the tiles of one sequence and one band of costs. All of one unit of heads, then all of the next.
-    band = jnp.where(keys < 0, -1, -(-keys * bands // jnp.maximum(jnp.max(keys), 1)))
+    band = jnp.where(keys < 0, -1, -(-keys * _BANDS // jnp.maximum(jnp.max(keys), 1)))
     run = seq - band * (jnp.max(seq) + 1)
     tile = jnp.argsort(run).astype(jnp.int32)
     sorted_run = run[tile]
