@@ -38,7 +38,7 @@ class Residual(NamedTuple):
         if self.update is None:
             return self, rms_norm(self.x, weight, eps)
         total, normalised = add_rms_norm(self.x, self.update, weight, eps=eps, backend=backend)
-        return Residual(_typed_as(self.x, total)), normalised
+        return Residual(typed_as(self.x, total)), normalised
 
 
 def fused_counters(backend: Backend, num_tokens: int, dtype: DTypeLike) -> Int[Array, " tiles"] | None:
@@ -109,13 +109,13 @@ def _add_fused(
     counters: jax.Ref,
 ) -> Float[Array, "T E"]:
     if axis_name is None:
-        return _typed_as(x, skinny_matmul(inputs, weight, bias=bias, residual=x, counters=counters, backend="triton"))
+        return typed_as(x, skinny_matmul(inputs, weight, bias=bias, residual=x, counters=counters, backend="triton"))
     # Each shard has a part of the sum: bias and residual count once, after it.
     update = skinny_matmul(inputs, weight, counters=counters, backend="triton")
     return x + _add_bias(sum_shards(update, axis_name), bias)
 
 
-def _typed_as(x: Array, result: Array) -> Array:
+def typed_as(x: Array, result: Array) -> Array:
     """A kernel's result has no mesh in its type, for which the next layer would be another function. XLA folds this."""
     return jax.lax.select(True, result, x)
 

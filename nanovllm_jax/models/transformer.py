@@ -25,6 +25,7 @@ from nanovllm_jax.models.projections import (
     fused_counters,
     poison_unless_zero,
     project_qkv,
+    typed_as,
 )
 from nanovllm_jax.models.rope import rope_tables
 
@@ -141,7 +142,7 @@ class _Layers:
         x = _embed(params["embed"], tokens, axis_name)
         self.counters = fused_counters(backend, x.shape[0], x.dtype)
         # Where additions wait for norms, zeros before the first layer make all layers the same function.
-        self.residual = Residual(x, jnp.zeros_like(x) if self.counters is None else None)
+        self.residual = Residual(x, typed_as(x, jnp.zeros_like(x)) if self.counters is None else None)
         self._params = params["layers"]
         self._rope = rope_tables(positions, config.head_dim, config.rope)
         options = {"config": config, "attend": attend, "backend": backend}
