@@ -95,8 +95,8 @@ def test_a_split_step_sums_twice_a_layer_and_once_for_the_embedding(shards):
     for key in STEPS:
         text = lowered_for_cuda(key, shards)
         assert "triton" in text
-        # The layer is one function that is called for each: its two sums, and the embedding's. What follows attention in
-        # a prefill's last layer is apart, for the last tokens alone.
+        # The layer is one function that is called for each: its two sums, and the embedding's. What follows attention
+        # in a prefill's last layer is apart, for the last tokens alone.
         assert text.count("stablehlo.all_reduce") == (5 if key.kind == "prefill" else 3)
         # Where the step samples, each shard's best score and its id are merged.
         assert text.count("stablehlo.all_gather") == (2 if key.kind == "decode" else 0)
