@@ -89,7 +89,7 @@ def transformer_until_last(
 ) -> tuple[Unfinished, list[LayerCache]]:
     """What `transformer` does, up to where tokens no longer see each other; of a prompt, one token goes on from there.
 
-    That leaves out 1/28 of nearly all operations of a model of 28 layers.
+    That leaves out 2.3% of the operations of 1,024 tokens in Qwen3-0.6B's shape.
     """
     layers = _Layers(params, config, tokens, positions, attend, axis_name, backend)
     new_caches = [layers.whole(index, cache) for index, cache in enumerate(caches[:-1])]

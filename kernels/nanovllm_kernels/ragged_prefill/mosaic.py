@@ -26,10 +26,10 @@ from nanovllm_kernels.ragged_prefill.worklist import ROW_ALIGNMENT, WorkList, wo
 
 
 def launch_parameters(*, head_dim: int) -> Launch:
-    """Reasoned, not yet measured.
+    """Measured on an H200 at D=128, reasoned at 64.
 
-    At D=128, two stages of 128 tokens are what shared memory holds beside queries and outputs. With 232 and 40
-    registers ptxas spills in the producer's loop, which holds the block numbers of a tile; with these it does not.
+    At D=128, two stages of 128 tokens are what shared memory holds beside queries and outputs. With these registers
+    ptxas spills nothing; 224 and 56, or 232 and 40, are within 0.5% on every case.
     """
     return Launch(tile_tokens=128, stages=2 if head_dim > 64 else 4, consumer_registers=216, producer_registers=72)
 
