@@ -16,10 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 import tune_kernels
 
-from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write, sample, skinny_matmul
+from nanovllm_kernels import (
+    add_rms_norm,
+    paged_decode,
+    ragged_prefill,
+    rope_cache_write,
+    sample,
+    silu_mul,
+    skinny_matmul,
+)
 from nanovllm_kernels._cases import AttentionCase
+from nanovllm_kernels.add_rms_norm.cases import AddRmsNormCase
 from nanovllm_kernels.rope_cache_write.cases import RopeCacheWriteCase
 from nanovllm_kernels.sample.cases import SampleCase, sample_inputs
+from nanovllm_kernels.silu_mul.cases import SiluMulCase
 from nanovllm_kernels.skinny_matmul.cases import SkinnyCase
 
 ROTATED_BYTES = 300e6  # six times the L2 of an H100 or H200
@@ -153,6 +163,33 @@ def cache_write(case: RopeCacheWriteCase, backend: str) -> Chain:
 
     name = f"rope_cache_write {case.num_tokens} tokens, {backend}"
     return Chain(name, function, jax.eval_shape(fill), fill, calls, moved, donated=2)
+
+
+def add_norm(case: AddRmsNormCase, backend: str) -> Chain:
+    """Each call over rows of its own."""
+    shape = (case.num_tokens, case.size)
+    moved = 4 * jnp.dtype(case.dtype).itemsize * math.prod(shape)
+    calls = max(2, math.ceil(ROTATED_BYTES / moved))
+
+    def function(xs, updates, weight):
+        pairs = zip(xs, updates, strict=True)
+        return [add_rms_norm(x, update, weight, eps=1e-6, backend=backend) for x, update in pairs]
+
+    def fill():
+        xs, updates = ([_normal(seed + call, shape) for call in range(calls)] for seed in (0, calls))
+        return xs, updates, jnp.ones(case.size, case.dtype)
+
+    return Chain(f"add_rms_norm {case.name}, {backend}", function, jax.eval_shape(fill), fill, calls, moved)
+
+
+def activation(case: SiluMulCase, backend: str) -> Chain:
+    """Each call over gates and values of its own."""
+    shape = (case.num_tokens, 2, case.size)
+    moved = 3 * jnp.dtype(case.dtype).itemsize * case.num_tokens * case.size
+    calls = max(2, math.ceil(ROTATED_BYTES / moved))
+    function = lambda inputs: [silu_mul(gate_up, backend=backend) for gate_up in inputs]  # noqa: E731
+    fill = lambda: ([_normal(call, shape) for call in range(calls)],)  # noqa: E731
+    return Chain(f"silu_mul {case.name}, {backend}", function, jax.eval_shape(fill), fill, calls, moved)
 
 
 def skinny(case: SkinnyCase, backend: str) -> Chain:

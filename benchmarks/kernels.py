@@ -21,10 +21,12 @@ import kernel_timing  # before JAX starts its device
 import results_log
 from kernel_cases import Chain
 
+from nanovllm_kernels.add_rms_norm.cases import BENCHMARKS as NORMS
 from nanovllm_kernels.paged_decode.cases import BENCHMARKS as DECODES
 from nanovllm_kernels.ragged_prefill.cases import BENCHMARKS as PREFILLS
 from nanovllm_kernels.rope_cache_write.cases import BENCHMARKS as WRITES
 from nanovllm_kernels.sample.cases import BENCHMARKS as DRAWS
+from nanovllm_kernels.silu_mul.cases import BENCHMARKS as ACTIVATIONS
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS
 
 REACH = {
@@ -38,6 +40,8 @@ REACH = {
     "prefill_vs_cudnn_prefix": 0.9,
     "cache_write_bw_frac": 0.85,
     "cache_write_vs_xla": 3.0,
+    "add_rms_norm_bw_frac": 0.9,
+    "silu_mul_bw_frac": 0.95,
     "sample_us_256x151936": 150.0,
     "skinny_vs_xla_geomean_06b": 1.6,
     "skinny_vs_xla_256rows_06b": 1.4,
@@ -137,6 +141,15 @@ def cache(bench: Bench, copy_rate: float) -> Iterator[Figure]:
     yield "cache_write_vs_xla", _rates(ours, peer.median), "x XLA"
 
 
+def elementwise(bench: Bench, copy_rate: float) -> Iterator[Figure]:
+    for name, make, case in (
+        ("add_rms_norm_bw_frac", kernel_cases.add_norm, NORMS[0]),
+        ("silu_mul_bw_frac", kernel_cases.activation, ACTIVATIONS[0]),
+    ):
+        ours, _ = bench.time(*(make(case, backend) for backend in ("triton", "xla")))
+        yield name, _rates(ours, ours.chain.moved / copy_rate), "of copy"
+
+
 def sample(bench: Bench, copy_rate: float) -> Iterator[Figure]:
     del copy_rate
     for case, name in zip(DRAWS, ("", "_top_p_alone", "_plain"), strict=False):
@@ -158,7 +171,7 @@ def skinny(bench: Bench, copy_rate: float) -> Iterator[Figure]:
             yield "skinny_bw_frac_8b", [moved / copy_rate / each for each in seconds], "of copy"
 
 
-MEASURES = {"attention": attention, "cache": cache, "sample": sample, "skinny": skinny}
+MEASURES = {"attention": attention, "cache": cache, "elementwise": elementwise, "sample": sample, "skinny": skinny}
 
 
 def _rates(ours: Measured, at_one: float) -> list[float]:

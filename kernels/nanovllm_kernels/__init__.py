@@ -5,20 +5,24 @@ anywhere, "triton" on NVIDIA GPUs from sm_80 up (imported only when asked for).
 """
 
 from nanovllm_kernels._compat import lowering_for
+from nanovllm_kernels.add_rms_norm import add_rms_norm
 from nanovllm_kernels.add_shards import add_shards
 from nanovllm_kernels.paged_decode import paged_decode
 from nanovllm_kernels.ragged_prefill import ragged_prefill
 from nanovllm_kernels.rope_cache_write import rope_cache_write
 from nanovllm_kernels.sample import sample
+from nanovllm_kernels.silu_mul import silu_mul
 from nanovllm_kernels.skinny_matmul import skinny_matmul, split_counters
 
 __all__ = [
+    "add_rms_norm",
     "add_shards",
     "lowering_for",
     "paged_decode",
     "ragged_prefill",
     "rope_cache_write",
     "sample",
+    "silu_mul",
     "skinny_matmul",
     "split_counters",
 ]

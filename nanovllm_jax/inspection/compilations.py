@@ -19,7 +19,7 @@ ARGUMENT_NAMES = {
     "plain": ("head", "rows", "hidden", "sampled_rows"),
     "filtered": ("head", "rows", "hidden", "sampled_rows"),
     "full": ("head", "rows", "extras", "hidden", "sampled_rows"),
-    "prompt_logprobs": ("head", "hidden", "targets"),
+    "prompt_logprobs": ("tail", "unfinished", "targets"),
     "update_rows": ("rows", "packed"),
     "update_extras": ("extras", "packed"),
 }

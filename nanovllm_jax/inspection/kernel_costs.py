@@ -196,6 +196,16 @@ def _add_shards(call: Call) -> Work:
     return Work((shards + len(arrays) - 2) * math.prod(part.shape), moved)
 
 
+def _add_rms_norm(call: Call) -> Work:
+    """The addition, the square and its sum, and two products, an element."""
+    return Work(5 * math.prod(call.operands[0].shape), call.bytes)
+
+
+def _silu_mul(call: Call) -> Work:
+    """An exponential, an addition, a quotient and two products, an element of the result."""
+    return Work(5 * math.prod(call.results[0].shape), call.bytes)
+
+
 def _sample(call: Call) -> Work:
     """The pass over the logits; what follows it reads a few groups or partial results a row."""
     if call.kernel not in ("plain_kernel", "scan_kernel"):
@@ -213,5 +223,7 @@ BY_LOAD: dict[str, Callable[[Site], Work]] = {
 BY_OPERANDS: dict[str, Callable[[Call], Work]] = {
     "product_kernel": _skinny_matmul,
     "add_shards_kernel": _add_shards,
+    "add_rms_norm_kernel": _add_rms_norm,
+    "silu_mul_kernel": _silu_mul,
     "sample": _sample,
 }

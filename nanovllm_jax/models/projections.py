@@ -1,13 +1,14 @@
 """The products of a layer, each with the norm before it and the addition or activation after it.
 
 Decode steps have few rows and are bound by reading the weights: there, on a GPU, each is one fused kernel
-(`nanovllm_kernels.skinny_matmul`). Elsewhere they are XLA's einsums. Which one runs is decided once a step, by
-`fused_counters`.
+(`nanovllm_kernels.skinny_matmul`). Elsewhere they are XLA's einsums, and what a product adds to the hidden states is
+left to the norm that follows, which then reads them once (`nanovllm_kernels.add_rms_norm`). Which one runs is decided
+once a step, by `fused_counters`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,31 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.parallel.collectives import sum_shards
-from nanovllm_kernels import skinny_matmul, split_counters
+from nanovllm_kernels import add_rms_norm, silu_mul, skinny_matmul, split_counters
 from nanovllm_kernels.norm import rms_norm
 
 MAX_FUSED_ROWS = 128  # past that XLA's products are the faster ones
 
+Backend = Literal["xla", "triton"]
 
-def fused_counters(backend: Literal["xla", "triton"], num_tokens: int, dtype: DTypeLike) -> Int[Array, " tiles"] | None:
+
+class Residual(NamedTuple):
+    """Hidden states as a sum whose addition waits for the next norm; nothing waits where `update` is None."""
+
+    x: Float[Array, "T E"]
+    update: Float[Array, "T E"] | None = None
+
+    def normalised(
+        self, weight: Float[Array, " E"], eps: float, backend: Backend
+    ) -> tuple[Residual, Float[Array, "T E"]]:
+        """The sum, added up, and its root-mean-square norm."""
+        if self.update is None:
+            return self, rms_norm(self.x, weight, eps)
+        total, normalised = add_rms_norm(self.x, self.update, weight, eps=eps, backend=backend)
+        return Residual(typed_as(self.x, total)), normalised
+
+
+def fused_counters(backend: Backend, num_tokens: int, dtype: DTypeLike) -> Int[Array, " tiles"] | None:
     """What the fused kernels of a step share, or None where its products are XLA's."""
     fused = backend == "triton" and num_tokens <= MAX_FUSED_ROWS and jnp.dtype(dtype).itemsize == 2
     return split_counters() if fused else None
@@ -38,57 +57,62 @@ def poison_unless_zero(x: Float[Array, "T E"], counters: Int[Array, " tiles"]) -
 
 @jax.named_scope("qkv")
 def project_qkv(
-    x: Float[Array, "T E"], params: Params, eps: float, counters: jax.Ref | None
-) -> Float[Array, "T K heads D"]:
-    """Queries, keys and values of the normalised hidden states."""
+    residual: Residual, params: Params, eps: float, counters: jax.Ref | None, backend: Backend
+) -> tuple[Residual, Float[Array, "T K heads D"]]:
+    """Queries, keys and values of the normalised hidden states, and the hidden states."""
     weight, bias = params["qkv"], params.get("qkv_bias")
     if counters is None:
-        return _add_bias(einsum("te,ekgd->tkgd", rms_norm(x, params["input_norm"], eps), weight), bias)
-    flat = weight.reshape(x.shape[1], -1)
+        residual, normalised = residual.normalised(params["input_norm"], eps, backend)
+        return residual, _add_bias(einsum("te,ekgd->tkgd", normalised, weight), bias)
+    flat = weight.reshape(weight.shape[0], -1)
     flat_bias = None if bias is None else bias.reshape(-1)
     options = {"norm": params["input_norm"], "eps": eps, "bias": flat_bias}
-    return skinny_matmul(x, flat, **options, counters=counters, backend="triton").reshape(-1, *weight.shape[1:])
+    qkv = skinny_matmul(residual.x, flat, **options, counters=counters, backend="triton")
+    return residual, qkv.reshape(-1, *weight.shape[1:])
 
 
 @jax.named_scope("o")
 def add_attention(
-    x: Float[Array, "T E"],
+    residual: Residual,
     heads: Float[Array, "T K G D"],
     params: Params,
     axis_name: str | None,
     table: Int[Array, "*mesh entries"] | None,
     counters: jax.Ref | None,
-) -> Float[Array, "T E"]:
-    """Hidden states plus the output projection of the attended heads, summed over shards."""
-    weight, bias = params["o"], params.get("o_bias")
+) -> Residual:
+    """Hidden states, to which nothing waits to be added, plus the heads' output projection summed over shards."""
+    weight, bias, x = params["o"], params.get("o_bias"), residual.x
     if counters is None:
-        return _add_shards(x, einsum("tkgd,kgde->te", heads, weight), bias, axis_name, table)
+        update = sum_shards(einsum("tkgd,kgde->te", heads, weight), axis_name, table=table)
+        return Residual(x, _add_bias(update, bias))
     flat, flat_weight = heads.reshape(x.shape[0], -1), weight.reshape(-1, x.shape[1])
-    return _add_fused(x, flat, flat_weight, bias, axis_name, table, counters)
+    return Residual(_add_fused(x, flat, flat_weight, bias, axis_name, table, counters))
 
 
 def add_mlp(
-    x: Float[Array, "T E"],
+    residual: Residual,
     params: Params,
     eps: float,
     axis_name: str | None,
     table: Int[Array, "*mesh entries"] | None,
     counters: jax.Ref | None,
-) -> Float[Array, "T E"]:
+    backend: Backend,
+) -> Residual:
     """Hidden states plus the gated MLP of them normalised, summed over shards."""
     gate_up_bias, down_bias = params.get("gate_up_bias"), params.get("down_bias")
     if counters is None:
         with jax.named_scope("gate_up"):
-            normalised = rms_norm(x, params["post_norm"], eps)
+            residual, normalised = residual.normalised(params["post_norm"], eps, backend)
             gate_up = _add_bias(einsum("te,ezf->tzf", normalised, params["gate_up"]), gate_up_bias)
-            gated = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
+            gated = silu_mul(gate_up, backend=backend)
         with jax.named_scope("down"):
-            return _add_shards(x, einsum("tf,fe->te", gated, params["down"]), down_bias, axis_name, table)
+            update = sum_shards(einsum("tf,fe->te", gated, params["down"]), axis_name, table=table)
+            return Residual(residual.x, _add_bias(update, down_bias))
     options = {"norm": params["post_norm"], "eps": eps, "bias": gate_up_bias}
     with jax.named_scope("gate_up"):
-        gated = skinny_matmul(x, params["gate_up"], **options, counters=counters, backend="triton")
+        gated = skinny_matmul(residual.x, params["gate_up"], **options, counters=counters, backend="triton")
     with jax.named_scope("down"):
-        return _add_fused(x, gated, params["down"], down_bias, axis_name, table, counters)
+        return Residual(_add_fused(residual.x, gated, params["down"], down_bias, axis_name, table, counters))
 
 
 def _add_fused(
@@ -101,24 +125,17 @@ def _add_fused(
     counters: jax.Ref,
 ) -> Float[Array, "T E"]:
     if axis_name is None:
-        added = skinny_matmul(inputs, weight, bias=bias, residual=x, counters=counters, backend="triton")
-        # A kernel's result has no mesh in its type, for which the next layer would be another function. XLA folds this.
-        return jax.lax.select(True, added, x)
+        return typed_as(x, skinny_matmul(inputs, weight, bias=bias, residual=x, counters=counters, backend="triton"))
     # Each shard has a part of the sum: bias and residual count once, after it.
     update = skinny_matmul(inputs, weight, counters=counters, backend="triton")
-    return _add_shards(x, update, bias, axis_name, table)
-
-
-def _add_shards(
-    x: Float[Array, "T E"],
-    update: Float[Array, "T E"],
-    bias: Float[Array, " E"] | None,
-    axis_name: str | None,
-    table: Int[Array, "*mesh entries"] | None,
-) -> Float[Array, "T E"]:
     if bias is None:
         return sum_shards(update, axis_name, residual=x, table=table)
     return x + (sum_shards(update, axis_name, table=table) + bias)
+
+
+def typed_as(x: Array, result: Array) -> Array:
+    """A kernel's result has no mesh in its type, for which the next layer would be another function. XLA folds this."""
+    return jax.lax.select(True, result, x)
 
 
 def _add_bias(x: Array, bias: Array | None) -> Array:

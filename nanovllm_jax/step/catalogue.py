@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanovllm_jax.models.params import Params
+from nanovllm_jax.models.transformer import Unfinished
+from nanovllm_jax.parallel.mesh import MODEL_AXIS
 from nanovllm_jax.step import draw
 from nanovllm_jax.step.admission import UPDATE_LENGTH, update_rows
 from nanovllm_jax.step.state import (
@@ -29,6 +31,7 @@ from nanovllm_jax.step.state import (
 from nanovllm_jax.step.step import StepConfig, decode, decode_forward, prefill_forward
 
 EQUAL = PartitionSpec()  # the same on every device
+UNFINISHED_SPECS = Unfinished(x=EQUAL, heads=PartitionSpec(None, MODEL_AXIS))  # heads by KV head
 
 
 class ProgramKey(NamedTuple):
@@ -123,7 +126,7 @@ class Catalogue:
             case "prefill":
                 layout = PrefillDelta(key.size, slots)
                 arguments = (self.params, self.caches, self.rows, self._array((layout.length,)))
-                out_specs = (CACHE_SPEC, EQUAL, EQUAL, EQUAL, EQUAL)
+                out_specs = (CACHE_SPEC, EQUAL, EQUAL, EQUAL, UNFINISHED_SPECS)
                 return Program(partial(prefill_forward, config, layout), arguments, (1, 2), out_specs)
             case "plain" | "filtered":
                 function = partial(draw.draw, key.kind, key.size, axis_name, config.backend)
@@ -132,8 +135,9 @@ class Catalogue:
                 function = partial(draw.draw_full, key.size, self.num_logprobs, axis_name, config.backend)
                 return Program(function, (head, self.rows, self.extras, *last), (1, 2), (EQUAL, EXTRAS_SPECS, EQUAL))
             case "prompt_logprobs":
-                arguments = (head, self._array((key.size, width), dtype), self._array((key.size,)))
-                return Program(partial(draw.prompt_logprobs, self.num_logprobs, axis_name), arguments, (), EQUAL)
+                arguments = (draw.tail_of(self.params), self._unfinished(key.size), self._array((key.size,)))
+                function = partial(draw.prompt_logprobs, config.model, self.num_logprobs, axis_name, config.backend)
+                return Program(function, arguments, (), EQUAL)
             case "update_rows":
                 return Program(update_rows, (self.rows, self._array((UPDATE_LENGTH,))), (0,), EQUAL)
             case "update_extras":
@@ -141,6 +145,13 @@ class Catalogue:
                 return Program(partial(draw.update_extras, M, axis_name), arguments, (0,), EXTRAS_SPECS)
             case _:
                 raise KeyError(key)
+
+    def _unfinished(self, num_tokens: int) -> Unfinished:
+        model, dtype = self.config.model, self.params["embed"].dtype
+        sharding = NamedSharding(self.mesh, UNFINISHED_SPECS.heads)
+        heads = (num_tokens, model.num_kv_heads, model.group_size, model.head_dim)
+        x = self._array((num_tokens, model.hidden_size), dtype)
+        return Unfinished(x, jax.ShapeDtypeStruct(heads, dtype, sharding=sharding))
 
     def _array(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, EQUAL))

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.params import Params
+from nanovllm_jax.models.transformer import Unfinished, finish
 from nanovllm_jax.models.transformer import logits as compute_logits
 from nanovllm_jax.step.logprobs import gather_logprobs
 from nanovllm_jax.step.penalties import count_prompt, count_sampled
@@ -89,12 +91,21 @@ def draw_full(
 
 
 def prompt_logprobs(
-    num_logprobs: int, axis_name: str | None, head: Params, hidden: Float[Array, "T E"], targets: Int[Array, " T"]
+    config: ModelConfig,
+    num_logprobs: int,
+    axis_name: str | None,
+    backend: Backend,
+    tail: Params,
+    unfinished: Unfinished,
+    targets: Int[Array, " T"],
 ) -> tuple[Float[Array, " T"], Int[Array, " T"], Int[Array, "T N"], Float[Array, "T N"]]:
-    """Log-probability and rank of each target after its hidden state, and the best N tokens there.
+    """Log-probability and rank of each target after its token, and the best N tokens there.
 
-    Works through the tokens in chunks, since logits of a whole prompt would not fit.
+    Takes the tokens through the rest of the last layer (`tail`: see `tail_of`), which a prefill leaves out; then
+    works through them in chunks, since logits of a whole prompt would not fit.
     """
+    head = head_of(tail)
+    hidden = finish(tail["layer"], tail["final_norm"], config, unfinished, axis_name, backend)
     num_tokens, chunk = hidden.shape[0], min(LOGPROB_CHUNK, hidden.shape[0])
     padding = -num_tokens % chunk
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
@@ -113,6 +124,11 @@ def head_of(params: Params) -> Params:
     """The part of the parameters that the logits need."""
     name = "lm_head" if "lm_head" in params else "embed"
     return {name: params[name]}
+
+
+def tail_of(params: Params) -> Params:
+    """The part of the parameters that turns `Unfinished` tokens into logits."""
+    return head_of(params) | {"layer": params["layers"][-1], "final_norm": params["final_norm"]}
 
 
 def extras_update_length(max_adjustments: int) -> int:

@@ -77,7 +77,7 @@ class Runner:
 
     def __init__(self, programs: Programs, params: Params) -> None:
         self.programs, self._config = programs, programs.catalogue.config
-        self._params, self._head = params, draw.head_of(params)
+        self._params, self._head, self._tail = params, draw.head_of(params), draw.tail_of(params)
         self._caches = _zeros(programs.catalogue.caches)
         self._device_rows = _zeros(programs.catalogue.rows)
         self._extras = None
@@ -198,7 +198,7 @@ class Runner:
             [s.samples for s in sequences],
         )
         step = self.programs[ProgramKey("prefill", size)]
-        self._caches, self._device_rows, hidden, sampled_rows, all_hidden = step(
+        self._caches, self._device_rows, hidden, sampled_rows, unfinished = step(
             self._params, self._caches, self._device_rows, delta
         )
         prompt = None
@@ -209,7 +209,7 @@ class Runner:
                 following = s.request.token_ids[s.start + 1 : s.start + 1 + s.num_tokens]
                 targets[start : start + len(following)] = following
                 start += s.num_tokens
-            prompt = self.programs[ProgramKey("prompt_logprobs", size)](self._head, all_hidden, targets)
+            prompt = self.programs[ProgramKey("prompt_logprobs", size)](self._tail, unfinished, targets)
         return hidden, sampled_rows, prompt
 
     def _draw(

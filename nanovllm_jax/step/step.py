@@ -21,7 +21,16 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.params import Params
-from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, transformer
+from nanovllm_jax.models.transformer import (
+    Attend,
+    LayerCache,
+    Rope,
+    Unfinished,
+    finish,
+    transformer,
+    transformer_until_last,
+)
+from nanovllm_jax.parallel.collectives import table_of
 from nanovllm_jax.step.draw import Variant, draw, head_of
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateShape
 from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
@@ -125,11 +134,12 @@ def _decode_once(
 
 def prefill_forward(
     config: StepConfig, layout: PrefillDelta, params: Params, caches: Caches, rows: Rows, delta: Int[Array, " n"]
-) -> tuple[Caches, Rows, Float[Array, "R E"], Int[Array, " R"], Float[Array, "T E"]]:
+) -> tuple[Caches, Rows, Float[Array, "R E"], Int[Array, " R"], Unfinished]:
     """Any number of prompt chunks (and decode rows, chunks of one token) as flat ragged tokens.
 
     The rows' block tables already hold every block the chunks write. Returns what `decode_forward` does, with the
-    hidden state of each sequence's last token, and the hidden states of all tokens (for prompt log-probabilities).
+    hidden state of each sequence's last token, which alone passes all of the last layer; and all tokens as they are
+    before that (for prompt log-probabilities).
     """
     dummy, block_size = config.shape.max_num_seqs, config.shape.block_size
     tokens, cu_q_lens, row, starts, samples = layout.unpack(delta)
@@ -152,13 +162,16 @@ def prefill_forward(
     # The Mosaic kernel is half as fast again, but each bucket lowers its own, which takes seconds.
     in_mosaic = config.backend == "triton" and layout.num_tokens >= MIN_MOSAIC_TOKENS
     attend = _attend(config, "ragged_prefill", slots, attention, "mosaic" if in_mosaic else config.backend)
-    hidden, caches = transformer(
+    unfinished, caches = transformer_until_last(
         params, config.model, tokens, position, caches, attend, config.axis_name, config.backend
     )
     ints = rows["ints"].at[slot_row, RowInt.NUM_TOKENS].set(context_lens)
-    last = hidden[jnp.maximum(cu_q_lens[1:] - 1, 0)]
+    ends = jnp.maximum(cu_q_lens[1:] - 1, 0)
+    last = jax.tree.map(lambda tokens: tokens[ends], unfinished)
+    norm, backend = params["final_norm"], config.backend
+    hidden = finish(params["layers"][-1], norm, config.model, last, config.axis_name, backend, table_of(params))
     sampled_rows = jnp.where(active & (samples == 1), row, -1)
-    return caches, rows | {"ints": ints}, last, sampled_rows, hidden
+    return caches, rows | {"ints": ints}, hidden, sampled_rows, unfinished
 
 
 def _attend(

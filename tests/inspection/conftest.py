@@ -6,8 +6,8 @@ from nanovllm_jax.step.programs import Programs
 
 @pytest.fixture(scope="session")
 def on_cpu():
-    """The tiny model's step, compiled for the CPU."""
-    return inspected("tiny", gpu=None, programs=lambda c: Programs(c, command_buffers=True), dtype="bfloat16")
+    """A small model's step, compiled for the CPU."""
+    return inspected("five layers", gpu=None, programs=lambda c: Programs(c, command_buffers=True), dtype="bfloat16")
 
 
 @pytest.fixture(scope="session")

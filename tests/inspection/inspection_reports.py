@@ -28,6 +28,7 @@ def shape(hidden, mlp, layers, heads, kv_heads, head_dim, vocab, *, tied=False, 
 
 SHAPES = {
     "tiny": shape(64, 128, 3, 4, 2, 16, 512, tied=True),
+    "five layers": shape(64, 128, 5, 4, 2, 16, 512, tied=True),  # XLA compiles the first and the last in its own way
     "deep": shape(64, 128, 28, 4, 2, 16, 512, tied=True),
     "qwen3-0.6b": shape(1024, 3072, 28, 16, 8, 128, 151_936, tied=True),
     "qwen3-8b": shape(4096, 12_288, 36, 32, 8, 128, 151_936),

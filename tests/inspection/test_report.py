@@ -60,7 +60,9 @@ def test_compiled_program_has_xlas_account_of_memory(on_cpu):
 def test_layers_are_shown_once_with_their_scopes(for_h200, text):
     for program in for_h200.programs[:2]:
         shown = program.texts[text]
-        assert sum("×28" in line for line in shown.lines) == 1
+        # A prefill's last layer is apart: only the last tokens pass all of it.
+        layers = 28 if program.kind == "decode" else 27
+        assert sum(f"×{layers}" in line for line in shown.lines) == 1
         scopes = {program.scopes[index] for index in shown.scopes}
         kernel = "paged_decode" if program.kind == "decode" else "ragged_prefill"
         assert {"layer*/attention/rope_cache_write", f"layer*/attention/{kernel}"} <= scopes

@@ -136,7 +136,7 @@ def test_a_click_marks_one_scope_in_all_three_texts_and_in_the_table(page):
     assert page.locator("#scope button").all_text_contents() == ["layer*", "mlp", "down", "tf,fe->te", "✕"]
     page.locator("#scope button", has_text="mlp").click()
     scopes = {one.get_attribute("title") for one in page.locator(".line.marked").all()}
-    assert {"layer*/mlp/down", "layer*/mlp/down/tf,fe->te"} <= scopes
+    assert {"layer*/mlp/gate_up", "layer*/mlp/down/tf,fe->te"} <= scopes
     assert all(scope.startswith("layer*/mlp") for scope in scopes)
     page.locator("#scope button", has_text="✕").click()
     assert page.locator(".marked").count() == 0

@@ -119,3 +119,15 @@ def relative_error(got, expected):
     size = np.linalg.norm(expected, axis=1)
     distance = np.linalg.norm(got - expected, axis=1)
     return (distance / np.where(size > 0, size, 1)).max(initial=0)
+
+
+def add_rms_norm_oracle(x, update, weight, *, eps):
+    """The sum, and the norm of the sum as the dtype holds it: that rounding is part of what is asked for."""
+    total = x.astype(np.float64) + update
+    held = total.astype(x.dtype).astype(np.float64)
+    return total, held / np.sqrt(np.mean(held**2, axis=1, keepdims=True) + eps) * weight.astype(np.float64)
+
+
+def silu_mul_oracle(gate_up):
+    gate, up = gate_up.astype(np.float64).swapaxes(0, 1)
+    return gate / 2 * (1 + np.tanh(gate / 2)) * up

@@ -15,15 +15,19 @@ import jax.numpy as jnp
 import pytest
 
 from nanovllm_kernels import (
+    add_rms_norm,
     lowering_for,
     paged_decode,
     ragged_prefill,
     rope_cache_write,
     sample,
+    silu_mul,
     skinny_matmul,
     split_counters,
 )
 from nanovllm_kernels._compat import import_jax_triton
+from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
+from nanovllm_kernels.silu_mul.cases import CASES as SILU_CASES
 from nanovllm_kernels.skinny_matmul.cases import CASES as SKINNY_CASES
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, skinny_inputs
 
@@ -123,6 +127,27 @@ def test_kernels_of_float8_caches_compile(compiled, architecture, operation):
     _, limit = lower(operation, architecture, scales, **QWEN3, cache_dtype="float8_e4m3fn")
     assert compiled
     assert all(shared <= limit for _, shared in compiled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
+def test_add_rms_norm_compiles_to_one_kernel(compiled, architecture, case):
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(case.dtype))
+    x, weight = shape((case.num_tokens, case.size)), shape((case.size,))
+    with lowering_for(architecture):
+        traced = jax.jit(lambda *args: add_rms_norm(*args, eps=1e-6, backend="triton")).trace(x, x, weight)
+        traced.lower(lowering_platforms=("cuda",))
+    assert [name for name, _ in compiled] == ["add_rms_norm_kernel"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", SILU_CASES, ids=lambda case: case.name)
+def test_silu_mul_compiles_to_one_kernel(compiled, architecture, case):
+    gate_up = jax.ShapeDtypeStruct((case.num_tokens, 2, case.size), jnp.dtype(case.dtype))
+    with lowering_for(architecture):
+        traced = jax.jit(lambda gate_up: silu_mul(gate_up, backend="triton")).trace(gate_up)
+        traced.lower(lowering_platforms=("cuda",))
+    assert [name for name, _ in compiled] == ["silu_mul_kernel"]
 
 
 def lower_sample(architecture, rows, vocab_size, filters):

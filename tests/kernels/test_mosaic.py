@@ -5,6 +5,7 @@ import importlib
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -52,22 +53,30 @@ def lengths(draw):
     return np.array(q_lens), np.array(prefixes)
 
 
+UNITS, PROGRAMS = 3, 5
+
+
 @functools.cache
 def jitted(tile_queries):
-    return jax.jit(lambda *args: work_list(*args, num_tokens=NUM_TOKENS, tile_queries=tile_queries))
+    sizes = {"num_tokens": NUM_TOKENS, "tile_queries": tile_queries, "units": UNITS, "programs": PROGRAMS}
+    return jax.jit(lambda *args: work_list(*args, **sizes))
 
 
 @pytest.mark.parametrize("tile_queries", [64, 128])
 @settings(deadline=None)
 @given(lengths=lengths())
-def test_work_list_has_each_row_once_and_the_costliest_tiles_first(tile_queries, lengths):
+def test_work_list_has_each_row_and_unit_once_and_rounds_begin_with_the_costliest_tiles(tile_queries, lengths):
     q_lens, prefixes = lengths
     cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
     contexts = (q_lens + prefixes).astype(np.int32)
     work = jax.tree.map(np.asarray, jitted(tile_queries)(contexts, cu_q_lens))
     count = work.count[0]
     assert count <= work.row.size
-    assert not (np.diff(work.keys[:count]) > 0).any()
+    order = work.order[: count * UNITS]
+    assert sorted(order) == list(range(count * UNITS))
+    keys = work.keys[order // UNITS]
+    for start in range(0, order.size, PROGRAMS):
+        assert not (np.diff(keys[start : start + PROGRAMS]) > 0).any()
     # What each row of q should be given: its sequence and position, or nothing for padding.
     seqs = np.repeat(np.arange(NUM_SEQS), q_lens)
     positions = np.arange(cu_q_lens[-1]) - cu_q_lens[seqs] + prefixes[seqs]
@@ -85,3 +94,14 @@ def test_work_list_has_each_row_once_and_the_costliest_tiles_first(tile_queries,
             else:
                 assert work.keys[tile] == 0
     assert (times == 1).all()
+
+
+def test_programs_read_the_same_keys_at_the_same_time():
+    units, programs = 8, 132
+    contexts, cu_q_lens = jnp.full(16, 8192, jnp.int32), 1024 * jnp.arange(17, dtype=jnp.int32)
+    work = work_list(contexts, cu_q_lens, num_tokens=16384, tile_queries=64, units=units, programs=programs)
+    work = jax.tree.map(np.asarray, work)
+    order = work.order[: work.count[0] * units]
+    for start in range(0, order.size, programs):
+        tile, unit = np.divmod(order[start : start + programs], units)
+        assert len(set(zip(work.seq[tile], unit, strict=True))) <= 10  # of 128

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from kernel_oracle import (
+    add_rms_norm_oracle,
     decode_oracle,
     dequantised,
     prefill_oracle,
     relative_error,
+    silu_mul_oracle,
     skinny_oracle,
     write_oracle,
 )
@@ -19,15 +21,19 @@ from sample_oracle import assert_draws, kept
 from scipy import stats
 
 from nanovllm_kernels import (
+    add_rms_norm,
     add_shards,
     paged_decode,
     ragged_prefill,
     rope_cache_write,
     sample,
+    silu_mul,
     skinny_matmul,
     split_counters,
 )
 from nanovllm_kernels._cases import AttentionCase, attention_inputs
+from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
+from nanovllm_kernels.add_rms_norm.cases import add_rms_norm_inputs
 from nanovllm_kernels.add_shards.cases import CASES as SUM_CASES
 from nanovllm_kernels.add_shards.exchange import make_exchange, programs_that_failed
 from nanovllm_kernels.paged_decode.cases import CASES as DECODE_CASES
@@ -37,6 +43,8 @@ from nanovllm_kernels.rope_cache_write.cases import CASES as WRITE_CASES
 from nanovllm_kernels.rope_cache_write.cases import rope_cache_write_inputs
 from nanovllm_kernels.sample.cases import BENCHMARKS as SAMPLE_CASES
 from nanovllm_kernels.sample.cases import hard_inputs, sample_inputs
+from nanovllm_kernels.silu_mul.cases import CASES as SILU_CASES
+from nanovllm_kernels.silu_mul.cases import silu_mul_inputs
 from nanovllm_kernels.skinny_matmul.cases import CASES as SKINNY_CASES
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, skinny_inputs
 
@@ -85,6 +93,21 @@ def test_rope_cache_write(case):
         assert relative_error(got, stored.reshape(-1, case.head_dim)) < tolerance
     # What is copied and what is kept is equal to the bit; float8 rounds as XLA does.
     np.testing.assert_array_equal(np.asarray(caches[1]).view(np.uint8), np.asarray(results["xla"][2]).view(np.uint8))
+
+
+@pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
+def test_add_rms_norm(case):
+    arrays = add_rms_norm_inputs(case)
+    got = jax.jit(lambda *arrays: add_rms_norm(*arrays, eps=1e-6, backend="triton"))(*arrays)
+    for one, expected in zip(got, add_rms_norm_oracle(*arrays, eps=1e-6), strict=True):
+        assert relative_error(one, expected) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("case", SILU_CASES, ids=lambda case: case.name)
+def test_silu_mul(case):
+    gate_up = silu_mul_inputs(case)
+    got = jax.jit(lambda gate_up: silu_mul(gate_up, backend="triton"))(gate_up)
+    assert relative_error(got, silu_mul_oracle(gate_up)) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -66,7 +66,7 @@ def lowered_for_cuda(key: ProgramKey, shards: int) -> str:
 
 @pytest.mark.parametrize("key", catalogue("triton").all_keys(), ids=str)
 def test_every_program_lowers_for_cuda(key):
-    runs_kernels = key.kind.startswith(("decode", "prefill")) or key.kind in ("plain", "filtered", "full")
+    runs_kernels = not key.kind.startswith("update")
     assert ("triton" in lowered_for_cuda(key, 1)) == runs_kernels
 
 
@@ -95,8 +95,9 @@ def test_a_split_step_sums_twice_a_layer_and_once_for_the_embedding(shards):
     for key in STEPS:
         text = lowered_for_cuda(key, shards)
         assert "triton" in text
-        # The layer is one function that is called for each: its two sums, and the embedding's.
-        assert text.count("stablehlo.all_reduce") == 3
+        # The layer is one function that is called for each: its two sums, and the embedding's. What follows attention
+        # in a prefill's last layer is apart, for the last tokens alone.
+        assert text.count("stablehlo.all_reduce") == (5 if key.kind == "prefill" else 3)
         # Where the step samples, each shard's best score and its id are merged.
         assert text.count("stablehlo.all_gather") == (2 if key.kind == "decode" else 0)
         assert not [name for name in ("all_to_all", "permute") if f"stablehlo.{name}" in text]

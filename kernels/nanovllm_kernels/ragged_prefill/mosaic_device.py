@@ -133,9 +133,10 @@ def for_each_tile(work: Any, shape: KernelShape, visit: Callable[[Tile, Any], An
 
     def load(ordinal: Any) -> Tile:
         index = jnp.minimum(index_of(ordinal), total - 1)
-        entry = lax.div(index, shape.units)
+        place = work.order[index]
+        entry, unit = lax.div(place, shape.units), lax.rem(place, shape.units)
         names = ("row", "first", "last", "position", "keys", "seq", "context")
-        return Tile(**{name: getattr(work, name)[entry] for name in names}, unit=lax.rem(index, shape.units))
+        return Tile(**{name: getattr(work, name)[entry] for name in names}, unit=unit)
 
     def step(ordinal: Any, carry: Any) -> Any:
         tile, steps = carry
