@@ -16,7 +16,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,62 +58,72 @@ class LoweringWorkers:
         program of the longest run.
         """
         count = min(MOST_WORKERS, (os.cpu_count() or 1) * 3 // 4, len(keys) // _LEAST_PROGRAMS)
-        runs = [deque(keys[i * len(keys) // count : (i + 1) * len(keys) // count]) for i in range(count)]
-        lock, done = threading.Lock(), queue.SimpleQueue[tuple[ProgramKey, Lowered | None]]()
-
-        def next_key(run: deque[ProgramKey]) -> ProgramKey | None:
-            with lock:
-                if run:
-                    return run.popleft()
-                longest = max(runs, key=len)
-                return longest.pop() if longest else None
-
-        def work(run: deque[ProgramKey]) -> None:
-            with closing(_Worker(self._module, self._order)) as worker:
-                while (key := next_key(run)) is not None:
-                    done.put((key, worker.lower(key)))
-
-        for run in runs:
-            threading.Thread(target=work, args=(run,), daemon=True).start()
-        if not runs:
+        if count == 0:
             yield from ((key, None) for key in keys)
             return
-        for _ in keys:
-            yield done.get()
+        runs = [deque(keys[i * len(keys) // count : (i + 1) * len(keys) // count]) for i in range(count)]
+        workers = [_Worker(self._module, self._order) for _ in runs]
+        lock, idle = threading.Lock(), queue.SimpleQueue[tuple[_Worker, deque[ProgramKey]]]()
+        for pair in zip(workers, runs, strict=True):
+            idle.put(pair)
+
+        def lower_next() -> tuple[ProgramKey, Lowered | None]:
+            worker, run = idle.get()
+            with lock:
+                key = run.popleft() if run else max(runs, key=len).pop()
+            try:
+                return key, worker.lower(key)
+            finally:
+                idle.put((worker, run))
+
+        pool = ThreadPoolExecutor(count)
+        try:
+            for future in as_completed([pool.submit(lower_next) for _ in keys]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for worker in workers:
+                worker.close()
 
 
 class _Worker:
-    """One process; after its first failure it lowers nothing more."""
+    """One process, started for its first key; after a failure it lowers nothing more."""
 
     def __init__(self, module: str, order: bytes) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        self._module, self._order = module, order
+        self._process: subprocess.Popen[bytes] | None = None
         self._failed = False
-        self._send(order)
-
-    def close(self) -> None:
-        """Let the process end."""
-        with suppress(OSError):
-            self._process.communicate()
 
     def lower(self, key: ProgramKey) -> Lowered | None:
-        """The program; None, and a warning, if the worker fails."""
-        assert self._process.stdout is not None
+        """The program; None, and a warning, if the process fails."""
         if self._failed:
             return None
         try:
-            self._send(pickle.dumps(key))
+            if self._process is None:
+                self._process = self._start()
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(pickle.dumps(key))
+            self._process.stdin.flush()
             return pickle.load(self._process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever went wrong there, this process can lower too
             logger.warning("a lowering process ended at %s (%r); its programs are lowered here, slowly", key, error)
             self._failed = True
             return None
 
-    def _send(self, message: bytes) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(message)
-        self._process.stdin.flush()
+    def close(self) -> None:
+        """Let the process end."""
+        if self._process is not None:
+            with suppress(OSError):
+                self._process.communicate()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", self._module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        assert process.stdin is not None
+        process.stdin.write(self._order)
+        return process

@@ -42,10 +42,9 @@ def test_programs_lowered_elsewhere_are_the_same(shards, eight_cores):
     ordered = order(shards)
     catalogue = ordered.catalogue()
     programs = Programs(catalogue, command_buffers=False, workers=LoweringWorkers(WORKER, ordered))
-    keys = catalogue.all_keys()
+    keys = [ProgramKey("decode", 4), ProgramKey("prefill", 64), ProgramKey("full", 4), ProgramKey("update_rows")]
     programs.compile(keys)
-    assert programs.compiled().keys() == set(keys)
-    for key in (ProgramKey("decode", 4), ProgramKey("prefill", 64), ProgramKey("full", 4)):
+    for key in keys[:3]:
         here = catalogue.trace(key).lower().compile()
         there = programs[key]
         assert scopes(there) == scopes(here) != set()
@@ -63,13 +62,3 @@ def test_a_gpus_kernels_are_lowered_elsewhere(eight_cores):
     for key, lowered in LoweringWorkers(WORKER, ordered).lower(keys):
         text = catalogue.trace_exported(key, lowered.exported).lower(lowering_platforms=("cuda",)).as_text()
         assert "triton_kernel_call_ffi" in text
-
-
-def test_a_worker_that_fails_leaves_its_programs_to_this_process(eight_cores, caplog):
-    ordered = order()
-    catalogue = ordered.catalogue()
-    programs = Programs(catalogue, command_buffers=False, workers=LoweringWorkers("json.decoder", ordered))
-    keys = [ProgramKey("update_rows"), ProgramKey("update_extras"), *catalogue.all_keys()[-4:-2]]
-    programs.compile(keys)
-    assert programs.compiled().keys() == set(keys)
-    assert "its programs are lowered here" in caplog.text
