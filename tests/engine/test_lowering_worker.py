@@ -60,5 +60,6 @@ def test_a_gpus_kernels_are_lowered_elsewhere(eight_cores):
     keys = [ProgramKey("prefill", size) for size in catalogue.prefill_sizes]
     keys += [ProgramKey("decode", size) for size in catalogue.decode_sizes]
     for key, lowered in LoweringWorkers(WORKER, ordered).lower(keys):
+        assert lowered is not None
         text = catalogue.trace_exported(key, lowered.exported).lower(lowering_platforms=("cuda",)).as_text()
         assert "triton_kernel_call_ffi" in text
