@@ -8,12 +8,15 @@ from typing import Any
 
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
+from nanovllm_jax.step.draw import LOGPROB_CHUNK
 from nanovllm_jax.step.programs import Programs
 
 logger = logging.getLogger(__name__)
 
 # Command buffers, collectives' buffers and the allocator's rounding.
 RESERVE_BYTES = 1 << 30
+# What cuBLAS may use beside its operands: 32 MB for products on Hopper, twice that to be sure.
+WORKSPACE_BYTES = 64 << 20
 # Block counts are multiples of this, so that a start finds the programs that the last start compiled.
 BLOCK_MULTIPLE = 256
 # Host memory that the cache may take where there is no GPU.
@@ -37,17 +40,18 @@ def largest_programs(catalogue: Catalogue) -> list[ProgramKey]:
 
 
 def expected_temporary_bytes(catalogue: Catalogue) -> int:
-    """A generous estimate of `temporary_bytes`, from shapes alone: compiling for it would delay all other programs.
+    """A generous estimate of `temporary_bytes`, from shapes alone: compiling to find out would delay other programs.
 
     A prefill holds the residual stream, the projections and the MLP's activations of all its tokens, some of them
-    twice; the full sampler holds its rows' logits at each stage from raw to drawn.
+    twice; the full sampler and prompt log-probabilities hold their rows' logits at several stages.
     """
-    model, rows, tokens = catalogue.config.model, catalogue.decode_sizes[-1], catalogue.prefill_sizes[-1]
+    model, tokens = catalogue.config.model, catalogue.prefill_sizes[-1]
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     split = 3 * heads + 4 * model.intermediate_size  # elements a token
     activations = tokens * (4 * model.hidden_size + split // catalogue.mesh.size)
-    logits = rows * model.vocab_size // catalogue.mesh.size
-    return max(activations * catalogue.params["embed"].dtype.itemsize, 8 * logits * 4)
+    rows = max(catalogue.decode_sizes[-1], LOGPROB_CHUNK)
+    logits = 8 * 4 * rows * model.vocab_size // catalogue.mesh.size
+    return max(activations * catalogue.params["embed"].dtype.itemsize, logits) + WORKSPACE_BYTES
 
 
 def temporary_bytes(programs: Programs) -> int:
