@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -44,6 +45,7 @@ def main() -> None:
     """Answer each key that comes in until no more do."""
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the replies
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which ends this process
     order: LoweringOrder = pickle.load(requests)
     jax.config.update("jax_num_cpu_devices", order.config.tensor_parallel_size)
     jax.config.update("jax_export_ignore_forward_compatibility", True)  # the same version compiles it
