@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,25 @@ import jax
 from jax.sharding import Mesh
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
-from nanovllm_jax.engine.capacity import Planned, plan_programs
 from nanovllm_jax.engine.engine import Engine
-from nanovllm_jax.engine.plan import weight_dtype
+from nanovllm_jax.engine.lowering_worker import LoweringOrder
+from nanovllm_jax.engine.plan import abstract_weights, cache_dtype, describe_programs, smallest_shape, weight_dtype
 from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
 from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, split_heads
-from nanovllm_jax.step.memory import claim_device_memory, largest_programs, temporary_bytes
-from nanovllm_jax.step.programs import use_persistent_cache
+from nanovllm_jax.step.lowering import LoweringWorkers
+from nanovllm_jax.step.memory import (
+    blocks_that_fit,
+    claim_device_memory,
+    expected_temporary_bytes,
+    largest_programs,
+    temporary_bytes,
+)
+from nanovllm_jax.step.programs import Programs, cache_folder, use_persistent_cache
 from nanovllm_jax.step.runner import Runner
-from nanovllm_jax.step.state import StateShape
+from nanovllm_jax.step.state import StateShape, abstract_extras, abstract_rows, block_bytes, device_bytes
 from nanovllm_jax.weights import (
     GenerationDefaults,
     ModelSource,
@@ -36,6 +42,7 @@ from nanovllm_jax.weights import (
     load_tokenizer,
     locate,
 )
+from nanovllm_kernels._compat import current_target
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +72,26 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     use_persistent_cache()
     with ThreadPoolExecutor(2) as pool:
         # The tokenizer and the weights are read while JAX starts the device and programs are loaded or compiled.
-        reading = pool.submit(lambda: None if skip_tokenizer else load_tokenizer(tokenizer or source))
+        reading = None if skip_tokenizer else pool.submit(load_tokenizer, tokenizer or source)
         _check_gpu_is_used()
         mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
         model_config = split_heads(whole, config.tensor_parallel_size)
         device = mesh.devices.flat[0]
         dtype = weight_dtype(config.dtype, model_config, on_gpu=device.platform != "cpu")
+        weights = abstract_weights(model_config, dtype, mesh)
         loading = pool.submit(_load, source, model_config, dtype, mesh, config)
-        planned = _compiled(model_config, config, mesh, (reading, loading))
-        words, shape, runner = reading.result(), planned.shape, Runner(planned.programs, loading.result())
+        planned = model_config, config, weights, cache_dtype(config, dtype), mesh, device
+        programs, shape = _plan(*planned)
+        for future in (reading, loading):
+            if future and future.done():
+                future.result()  # raises at once what is wrong with the tokenizer or the weights
+        _compile(programs, config)
+        needed = temporary_bytes(programs) if _is_estimated(config, device) else 0
+        if needed > expected_temporary_bytes(programs.catalogue):
+            logger.warning("programs need %.2f GB beside the cache: compiling for fewer blocks", needed / 1e9)
+            programs, shape = _plan(*planned, temporary=needed)
+            _compile(programs, config)
+        words, runner = reading.result() if reading else None, Runner(programs, loading.result())
     if not config.enforce_eager:
         _warm_up(runner)
     scheduler = Scheduler(
@@ -86,7 +104,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
             scheduling_policy=config.scheduling_policy,
             batching=config.batching,
             enable_prefix_caching=config.enable_prefix_caching,
-            decode_steps=planned.programs.catalogue.config.decode_steps,
+            decode_steps=programs.catalogue.config.decode_steps,
         )
     )
     engine = Engine(
@@ -116,37 +134,86 @@ def _load(source: ModelSource, model: ModelConfig, dtype: Any, mesh: Mesh, confi
     return params
 
 
-def _compiled(
+def _plan(
     model: ModelConfig,
     config: EngineConfig,
+    params: Params,
+    kv_dtype: Any,
     mesh: Mesh,
-    reading: Iterable[Future[Any]],
+    device: Any,
     temporary: int | None = None,
-) -> Planned:
-    """The programs, ready to run; with `enforce_eager` only those that may need the most memory.
+) -> tuple[Programs, StateShape]:
+    """Choose the number of cache blocks and describe the programs for it; `temporary` bytes are theirs to work with."""
+    on_gpu = device.platform != "cpu"
+    one_block = block_bytes(model, config.block_size, kv_dtype) // config.tensor_parallel_size
+    shape = smallest_shape(model, config)
+    max_model_len = shape.max_model_len
 
-    Room for temporaries is planned before anything compiles, and checked when XLA knows what the programs need.
-    """
-    planned = plan_programs(model, config, mesh, temporary)
-    for future in reading:
-        if future.done():
-            future.result()  # raises at once what is wrong with the weights or the tokenizer
-    programs, start = planned.programs, time.perf_counter()
+    def programs(shape: StateShape) -> Programs:
+        catalogue = describe_programs(model, config, shape, params, kv_dtype, mesh, on_gpu=on_gpu)
+        kept_in = cache_folder() / "executables" if on_gpu else None  # XLA's own cache does as much on a CPU
+        workers = None
+        if on_gpu and mesh.size == 1:  # an order describes a model's weights, not what shards may have beside them
+            order = LoweringOrder(model, config, shape, params["embed"].dtype, kv_dtype, current_target())
+            workers = LoweringWorkers("nanovllm_jax.engine.lowering_worker", order)
+        return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in, workers=workers)
+
+    if config.num_gpu_blocks_override is not None:
+        num_blocks = config.num_gpu_blocks_override
+    else:
+        if temporary is None:
+            temporary = expected_temporary_bytes(programs(shape).catalogue)
+        num_blocks = blocks_that_fit(
+            device,
+            fixed_bytes=device_bytes((params, abstract_rows(shape, mesh), abstract_extras(model, shape, mesh))),
+            temporary=temporary,
+            block_bytes=one_block,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+        )
+        if not on_gpu:
+            num_blocks = min(num_blocks, config.max_num_seqs * shape.blocks_per_row)
+    capacity = num_blocks * config.block_size
+    if num_blocks < config.max_num_seqs:
+        raise DeviceError(
+            f"The KV cache has {num_blocks} blocks of {one_block / 1e6:.2f} MB, fewer than one for each of the "
+            f"max_num_seqs {config.max_num_seqs} requests: raise gpu_memory_utilization or lower max_num_seqs."
+        )
+    if capacity < max_model_len:
+        if config.max_model_len is not None and config.num_gpu_blocks_override is None:
+            raise DeviceError(
+                f"The KV cache holds {capacity} tokens, less than one request of max_model_len {max_model_len}: "
+                "raise gpu_memory_utilization or lower max_model_len."
+            )
+        logger.warning("max_model_len is lowered from %d to the cache's %d tokens", max_model_len, capacity)
+        max_model_len = capacity
+    shape = replace(shape, num_blocks=num_blocks, max_model_len=max_model_len)
+    logger.info(
+        "KV cache: %d tokens in %d blocks, %.2f GB of %s; %.1f requests of %d tokens at once",
+        capacity,
+        num_blocks,
+        num_blocks * one_block / 1e9,
+        kv_dtype,
+        capacity / max_model_len,
+        max_model_len,
+    )
+    return programs(shape), shape
+
+
+def _is_estimated(config: EngineConfig, device: Any) -> bool:
+    """Whether the number of blocks depends on an estimate of the programs' temporary memory."""
+    return device.platform != "cpu" and config.num_gpu_blocks_override is None
+
+
+def _compile(programs: Programs, config: EngineConfig) -> None:
+    """Have every program; with `enforce_eager` those alone that tell how much memory they need."""
+    start = time.perf_counter()
     if not config.enforce_eager:
         programs.compile_all()
-    elif planned.temporary is not None:
+    elif _is_estimated(config, programs.catalogue.mesh.devices.flat[0]):
         programs.compile(largest_programs(programs.catalogue))
     log = programs.compile_log
     hits, seconds = sum(record.cache_hit for record in log), time.perf_counter() - start
     logger.info("compiled %d programs in %.1f s, %d of them from the cache", len(log), seconds, hits)
-    if planned.temporary is not None and (needed := temporary_bytes(programs)) > planned.temporary:
-        logger.warning(
-            "programs need %.2f GB of temporary memory, more than the %.2f GB expected: compiling with fewer blocks",
-            needed / 1e9,
-            planned.temporary / 1e9,
-        )
-        return _compiled(model, config, mesh, reading, needed)
-    return planned
 
 
 def _warm_up(runner: Runner) -> None:
