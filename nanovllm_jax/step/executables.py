@@ -43,7 +43,7 @@ class ExecutableStore:
         options: XLA's options that they are compiled with.
     """
 
-    def __init__(self, root: Path, catalogue: Catalogue, options: Mapping[str, Any]) -> None:
+    def __init__(self, root: Path, catalogue: Catalogue, options: Mapping[str, Any] | None) -> None:
         self.folder = root / _digest(catalogue, options)
         self._devices = list(catalogue.mesh.devices.flat)
         if self._devices[0].platform == "gpu":
@@ -91,7 +91,7 @@ class ExecutableStore:
         os.replace(file.name, self.folder / name)
 
 
-def _digest(catalogue: Catalogue, options: Mapping[str, Any]) -> str:
+def _digest(catalogue: Catalogue, options: Mapping[str, Any] | None) -> str:
     device = catalogue.mesh.devices.flat[0]
     abstract = jax.tree.map(
         lambda x: (x.shape, str(x.dtype), str(x.sharding.spec)), (catalogue.params, catalogue.caches)
@@ -100,7 +100,7 @@ def _digest(catalogue: Catalogue, options: Mapping[str, Any]) -> str:
         catalogue.config,
         abstract,
         catalogue.num_logprobs,
-        sorted(options.items()),
+        sorted((options or {}).items()),
         tuple(catalogue.mesh.shape.items()),
         (device.platform, device.device_kind, device.client.platform_version),
         [(name, _version(name)) for name in _PACKAGES],

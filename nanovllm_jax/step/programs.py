@@ -23,11 +23,6 @@ from nanovllm_jax.step.lowering import Lowered, LoweringWorkers
 
 logger = logging.getLogger(__name__)
 
-# While it compiles, XLA also compiles and times dozens of its own kernels for each product and two kinds of code for
-# each fusion. For the products of long prefills and for the output head it then keeps cuBLAS's kernel, or one as fast.
-_TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
-_FEWER_TRIALS = {_TRITON_PRODUCTS: False, "xla_gpu_experimental_enable_fusion_autotuner": False}
-
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 _cache_hits: Counter[int] = Counter()  # by thread: compilation reports its hits on the thread that asked
 
@@ -88,15 +83,15 @@ class Programs:
         kept_in: Path | None = None,
         workers: LoweringWorkers | None = None,
     ) -> None:
-        self.catalogue, self._workers = catalogue, workers
+        self.catalogue = catalogue
         self.compile_log: list[CompileRecord] = []
-        self._options: dict[str, Any] = {}
-        if catalogue.mesh.devices.flat[0].platform == "gpu":
-            # Under a profiler XLA would otherwise launch kernel by kernel, and the trace show a step bound by the host.
-            recorded = {"xla_enable_command_buffers_during_profiling": True}
-            self._options = _FEWER_TRIALS | (recorded if command_buffers else {"xla_gpu_enable_command_buffer": ""})
+        on_gpu = catalogue.mesh.devices.flat[0].platform == "gpu"
+        # Under a profiler XLA would otherwise launch kernel by kernel, and the trace show a step bound by the host.
+        recorded = {"xla_enable_command_buffers_during_profiling": True}
+        self._options = (recorded if command_buffers else {"xla_gpu_enable_command_buffer": ""}) if on_gpu else None
         self.store = None if kept_in is None else ExecutableStore(kept_in, catalogue, self._options)
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
+        self._workers = workers
 
     def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:
         """The compiled program; compiles it now if it is not yet there."""
@@ -131,10 +126,21 @@ class Programs:
             for future in [pool.submit(copy_context().run, self._make, *one) for one in lowered]:
                 future.result()
 
-    def _options_of(self, key: ProgramKey) -> dict[str, Any]:
-        """XLA's options; decode steps of so many rows that their layers' products are XLA's try its own kernels too."""
-        many_rows = key.kind.startswith("decode") and key.size > MAX_FUSED_ROWS
-        return {name: value for name, value in self._options.items() if name != _TRITON_PRODUCTS or not many_rows}
+    def _options_of(self, key: ProgramKey) -> dict[str, Any] | None:
+        """XLA's options for a program.
+
+        While it compiles, XLA would also compile and time dozens of its own kernels for each product and two kinds of
+        code for each fusion. For the products of long prefills and for the output head it then keeps cuBLAS's kernel,
+        or one as fast; those of decode steps of many rows gain from the trial.
+        """
+        if self._options is None:
+            return None
+        trials = key.kind.startswith("decode") and key.size > MAX_FUSED_ROWS
+        return {
+            "xla_gpu_experimental_enable_fusion_autotuner": False,
+            "xla_gpu_enable_triton_gemm": trials,
+            **self._options,
+        }
 
     def _load(self, key: ProgramKey) -> bool:
         """Take a program that an earlier start has kept; whether there is one."""
