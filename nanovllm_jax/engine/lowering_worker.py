@@ -34,8 +34,8 @@ class LoweringOrder:
     target: Target | None  # None: the CPU
 
     def catalogue(self) -> Catalogue:
-        """The programs, over devices of this process that stand for the GPUs."""
-        mesh = make_mesh(self.config.tensor_parallel_size, self.config.data_parallel_size)
+        """The programs of one replica, over devices of this process that stand for its GPUs."""
+        mesh = make_mesh(self.config.tensor_parallel_size, 1)
         weights = abstract_weights(self.model, self.weight_dtype, mesh)
         on_gpu = self.target is not None
         return describe_programs(self.model, self.config, self.shape, weights, self.kv_dtype, mesh, on_gpu=on_gpu)

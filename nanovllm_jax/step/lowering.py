@@ -27,7 +27,7 @@ from nanovllm_jax.step.catalogue import ProgramKey
 
 logger = logging.getLogger(__name__)
 
-MOST_WORKERS = 12  # each starts with 2 to 3 s of imports, which more workers would not earn back
+MOST_WORKERS = 12  # each starts with two seconds of imports, which more workers would not earn back
 _LEAST_PROGRAMS = 4  # that are worth a worker
 
 
@@ -84,6 +84,8 @@ class LoweringWorkers:
             pool.shutdown(cancel_futures=True)
             for worker in workers:
                 worker.close()
+            for worker in workers:
+                worker.wait()
 
 
 class _Worker:
@@ -114,8 +116,14 @@ class _Worker:
     def close(self) -> None:
         """Let the process end."""
         if self._process is not None:
-            with suppress(OSError):
-                self._process.communicate()
+            for pipe in filter(None, (self._process.stdin, self._process.stdout)):
+                with suppress(OSError):
+                    pipe.close()
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        if self._process is not None:
+            self._process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
