@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.engine import Engine
+from nanovllm_jax.engine.lowering_worker import LoweringOrder
 from nanovllm_jax.engine.plan import abstract_weights, cache_dtype, describe_programs, smallest_shape, weight_dtype
 from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
@@ -22,7 +23,14 @@ from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
 from nanovllm_jax.parallel.collectives import can_exchange, check_exchange, exchange_params
 from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, split_heads
-from nanovllm_jax.step.memory import blocks_that_fit, claim_device_memory, temporary_bytes
+from nanovllm_jax.step.lowering import LoweringWorkers
+from nanovllm_jax.step.memory import (
+    blocks_that_fit,
+    claim_device_memory,
+    expected_temporary_bytes,
+    largest_programs,
+    temporary_bytes,
+)
 from nanovllm_jax.step.programs import Programs, cache_folder, use_persistent_cache
 from nanovllm_jax.step.runner import Runner
 from nanovllm_jax.step.state import StateShape, abstract_extras, abstract_rows, block_bytes, device_bytes
@@ -35,6 +43,7 @@ from nanovllm_jax.weights import (
     load_tokenizer,
     locate,
 )
+from nanovllm_kernels._compat import current_target
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +71,8 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     source = locate(model)
     whole, defaults = load_model_config(source), load_generation_defaults(source)
     use_persistent_cache()
-    with ThreadPoolExecutor(1) as pool:
-        # The tokenizer is read while JAX starts the device, and the weights while programs compile.
+    with ThreadPoolExecutor(2) as pool:
+        # The tokenizer and the weights are read while JAX starts the device and programs are loaded or compiled.
         reading = None if skip_tokenizer else pool.submit(load_tokenizer, tokenizer or source)
         _check_gpu_is_used()
         mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
@@ -73,13 +82,19 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         exchanged = can_exchange(mesh)
         weights = abstract_weights(model_config, dtype, mesh)
         weights |= exchange_params(mesh, exchanged=exchanged, abstract=True)
-        words = reading.result() if reading else None
         loading = pool.submit(_load, source, model_config, dtype, mesh, config)
-        programs, shape = _plan(model_config, config, weights, cache_dtype(config, dtype), mesh, device)
-        if loading.done():
-            loading.result()  # raises at once what is wrong with the weights
-        if not config.enforce_eager:
-            _compile(programs)
+        planned = model_config, config, weights, cache_dtype(config, dtype), mesh, device
+        programs, shape = _plan(*planned)
+        for future in (reading, loading):
+            if future and future.done():
+                future.result()  # raises at once what is wrong with the tokenizer or the weights
+        _compile(programs, config)
+        needed = temporary_bytes(programs) if _is_estimated(config, device) else 0
+        if needed > expected_temporary_bytes(programs.catalogue):
+            logger.warning("programs need %.2f GB beside the cache: compiling for fewer blocks", needed / 1e9)
+            programs, shape = _plan(*planned, temporary=needed)
+            _compile(programs, config)
+        words = reading.result() if reading else None
         params = loading.result() | exchange_params(mesh, exchanged=exchanged)
         runner = Runner(programs, params)
     if not config.enforce_eager:
@@ -126,9 +141,15 @@ def _load(source: ModelSource, model: ModelConfig, dtype: Any, mesh: Mesh, confi
 
 
 def _plan(
-    model: ModelConfig, config: EngineConfig, params: Params, kv_dtype: Any, mesh: Mesh, device: Any
+    model: ModelConfig,
+    config: EngineConfig,
+    params: Params,
+    kv_dtype: Any,
+    mesh: Mesh,
+    device: Any,
+    temporary: int | None = None,
 ) -> tuple[Programs, StateShape]:
-    """Choose the number of cache blocks and describe the programs for it."""
+    """Choose the number of cache blocks and describe the programs for it; `temporary` bytes are theirs to work with."""
     on_gpu = device.platform != "cpu"
     one_block = block_bytes(model, config.block_size, kv_dtype) // config.tensor_parallel_size
     shape = smallest_shape(model, config)
@@ -137,15 +158,21 @@ def _plan(
     def programs(shape: StateShape) -> Programs:
         catalogue = describe_programs(model, config, shape, params, kv_dtype, mesh, on_gpu=on_gpu)
         kept_in = cache_folder() / "executables" if on_gpu else None  # XLA's own cache does as much on a CPU
-        return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in)
+        workers = None
+        if on_gpu and mesh.size == 1:  # an order describes a model's weights, not what shards may have beside them
+            order = LoweringOrder(model, config, shape, params["embed"].dtype, kv_dtype, current_target())
+            workers = LoweringWorkers("nanovllm_jax.engine.lowering_worker", order)
+        return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in, workers=workers)
 
     if config.num_gpu_blocks_override is not None:
         num_blocks = config.num_gpu_blocks_override
     else:
+        if temporary is None:
+            temporary = expected_temporary_bytes(programs(shape).catalogue)
         num_blocks = blocks_that_fit(
             device,
             fixed_bytes=device_bytes((params, abstract_rows(shape, mesh), abstract_extras(model, shape, mesh))),
-            temporary=temporary_bytes(programs(shape)) if on_gpu else 0,
+            temporary=temporary,
             block_bytes=one_block,
             gpu_memory_utilization=config.gpu_memory_utilization,
         )
@@ -178,9 +205,18 @@ def _plan(
     return programs(shape), shape
 
 
-def _compile(programs: Programs) -> None:
+def _is_estimated(config: EngineConfig, device: Any) -> bool:
+    """Whether the number of blocks depends on an estimate of the programs' temporary memory."""
+    return device.platform != "cpu" and config.num_gpu_blocks_override is None
+
+
+def _compile(programs: Programs, config: EngineConfig) -> None:
+    """Have every program; with `enforce_eager` those alone that tell how much memory they need."""
     start = time.perf_counter()
-    programs.compile_all()
+    if not config.enforce_eager:
+        programs.compile_all()
+    elif _is_estimated(config, programs.catalogue.mesh.devices.flat[0]):
+        programs.compile(largest_programs(programs.catalogue))
     log = programs.compile_log
     hits, seconds = sum(record.cache_hit for record in log), time.perf_counter() - start
     logger.info("compiled %d programs in %.1f s, %d of them from the cache", len(log), seconds, hits)

@@ -8,13 +8,11 @@ from.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import pickle
 import shutil
 import tempfile
-import zlib
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +29,6 @@ from nanovllm_kernels._compat import register_gpu_runtimes
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton")
-COMPRESSION = 1  # zlib's fastest
 KEPT_FOLDERS = 8  # one for each combination of model, arguments and versions; the least recently used goes first
 
 
@@ -58,7 +55,7 @@ class ExecutableStore:
         if not path.exists():
             return None
         try:
-            payload, in_tree, out_tree = pickle.loads(zlib.decompress(path.read_bytes()))
+            payload, in_tree, out_tree = pickle.loads(path.read_bytes())
             return serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, backend=self._devices[0].client, execution_devices=self._devices
             )
@@ -69,24 +66,10 @@ class ExecutableStore:
     def save(self, key: ProgramKey, compiled: jax.stages.Compiled) -> None:
         """Keep a program; a full disk or a back end that cannot is worth a warning."""
         try:
-            content = pickle.dumps(serialize_executable.serialize(compiled))
-            self._write(self._path(key).name, zlib.compress(content, COMPRESSION))
+            # As it is: kernels are compressed already, so that zlib would gain 8% and take as long as serialising does.
+            self._write(self._path(key).name, pickle.dumps(serialize_executable.serialize(compiled)))
         except Exception as error:
             logger.warning("%s is not kept for the next start: %s", key, error)
-
-    def load_figure(self, name: str) -> int | None:
-        """A number kept by `save_figure`."""
-        try:
-            return int(json.loads((self.folder / f"{name}.json").read_text()))
-        except (OSError, ValueError):
-            return None
-
-    def save_figure(self, name: str, value: int) -> None:
-        """Keep a number that took compiling to find out."""
-        try:
-            self._write(f"{name}.json", json.dumps(value).encode())
-        except OSError as error:
-            logger.warning("%s is not kept for the next start: %s", name, error)
 
     def mark_used(self) -> None:
         """Make this the most recently used store, and remove the least recently used beyond `KEPT_FOLDERS`."""
