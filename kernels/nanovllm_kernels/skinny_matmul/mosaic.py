@@ -14,7 +14,6 @@ Refs and scalars of a kernel have no Python type that says more than Any.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,36 +25,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from nanovllm_kernels._device import ceil_div
+from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, Tiling
 
-CONSUMERS = 2
-ROWS = 64  # of a consumer: the M of wgmma
-ROW_ALIGNMENT = 8  # what TMA moves under swizzle
 _CLUSTER_AXES = ("cluster_col", "cluster_row")
-_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Launch parameters: a program's tile, tiles in flight, and programs of a cluster along columns and rows.
-
-    Raises:
-        ValueError: if the consumers cannot share the tile out. With 64 rows they take the stages in turn, and each stage
-            of the ring must belong to one of them.
-    """
-
-    rows: int
-    cols: int
-    inputs: int
-    stages: int
-    cluster_cols: int = 1
-    cluster_rows: int = 1
-
-    def __post_init__(self) -> None:
-        if self.rows not in (ROWS, CONSUMERS * ROWS) or (self.rows == ROWS and self.stages % CONSUMERS):
-            raise ValueError(
-                f"a tile of {self.rows} rows with {self.stages} stages; it must have {CONSUMERS * ROWS} rows, or {ROWS} "
-                f"and stages in multiples of {CONSUMERS}."
-            )
+_ROW_LAYOUT, _COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclass(frozen=True)
@@ -67,10 +40,10 @@ class ProductShape:
     num_outputs: int
     gated: bool
     norm: bool
+    bias: bool
     residual: bool
     eps: float
     dtype: Any
-    out_dtype: Any
     tiling: Tiling
     interpreted: bool = False
 
@@ -80,50 +53,54 @@ class ProductShape:
         return 1 + self.gated
 
     @property
-    def splits_inputs(self) -> bool:
-        """Whether the consumers divide the inputs, for want of rows."""
-        return self.tiling.rows == ROWS
-
-    @property
     def consumer_steps(self) -> int:
         """Stages that a consumer takes."""
-        return self.steps // CONSUMERS if self.splits_inputs else self.steps
+        return self.steps // CONSUMERS if self.tiling.splits_inputs else self.steps
 
     @property
     def steps(self) -> int:
         """Stages that pass through the ring."""
-        return self.num_inputs // self.tiling.inputs
+        return self.num_inputs // self.tiling.tile_inputs
 
 
 def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
     """Shared memory and barriers by name."""
     tile = shape.tiling
-    swizzled = functools.partial(_swizzled, cols=tile.cols)
+    swizzled = functools.partial(_swizzled, cols=tile.tile_cols)
     types = {
-        "x": plgpu.SMEM((tile.stages, tile.rows, tile.inputs), shape.dtype, transforms=swizzled(shape.dtype)),
-        "w": plgpu.SMEM(
-            (tile.stages, shape.parts, tile.inputs, tile.cols), shape.dtype, transforms=swizzled(shape.dtype)
+        "x": plgpu.SMEM(
+            (tile.num_stages, tile.tile_rows, tile.tile_inputs), shape.dtype, transforms=swizzled(shape.dtype)
         ),
-        "out": plgpu.SMEM((tile.rows, tile.cols), shape.out_dtype, transforms=swizzled(shape.out_dtype)),
-        "ready": plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=tile.stages),
+        "w": plgpu.SMEM(
+            (tile.num_stages, shape.parts, tile.tile_inputs, tile.tile_cols),
+            shape.dtype,
+            transforms=swizzled(shape.dtype),
+        ),
+        "out": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=swizzled(shape.dtype)),
+        "ready": plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=tile.num_stages),
         "free": plgpu.ClusterBarrier(
             collective_axes=_CLUSTER_AXES,
-            num_arrivals=1 if shape.splits_inputs else CONSUMERS,
-            num_barriers=tile.stages,
+            num_arrivals=1 if shape.tiling.splits_inputs else CONSUMERS,
+            num_barriers=tile.num_stages,
         ),
     }
-    if shape.splits_inputs:
-        sums = (shape.parts, ROWS, tile.cols)
+    if shape.tiling.splits_inputs:
+        sums = (shape.parts, CONSUMER_ROWS, tile.tile_cols)
         types |= {
             "sums": plgpu.SMEM(sums, jnp.float32, transforms=_transforms(128, 32)),
-            "squares": plgpu.SMEM((ROWS,), jnp.float32),
+            "squares": plgpu.SMEM((CONSUMER_ROWS,), jnp.float32),
             "sums_ready": plgpu.Barrier(),
         }
     if shape.norm:
-        types |= {"norm": plgpu.SMEM((shape.steps, tile.inputs), shape.dtype), "norm_ready": plgpu.Barrier()}
+        types |= {"norm": plgpu.SMEM((shape.steps, tile.tile_inputs), shape.dtype), "norm_ready": plgpu.Barrier()}
+    if shape.bias:
+        types |= {
+            "bias": plgpu.SMEM((shape.parts, tile.tile_cols), shape.dtype),
+            "bias_ready": plgpu.Barrier(num_arrivals=shape.parts),
+        }
     if shape.residual:
         types |= {
-            "residual": plgpu.SMEM((tile.rows, tile.cols), shape.dtype, transforms=swizzled(shape.dtype)),
+            "residual": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=swizzled(shape.dtype)),
             "residual_ready": plgpu.Barrier(),
         }
     return types
@@ -145,8 +122,8 @@ def _product(operands: dict[str, Array], *, shape: ProductShape, interpret: Any)
     tile = shape.tiling
 
     def kernel(operands: Any, out: Any, scratch: Any) -> None:
-        first_col = (lax.axis_index("col") * tile.cluster_cols + lax.axis_index("cluster_col")) * tile.cols
-        first_row = (lax.axis_index("row") * tile.cluster_rows + lax.axis_index("cluster_row")) * tile.rows
+        first_col = (lax.axis_index("col") * tile.cluster_cols + lax.axis_index("cluster_col")) * tile.tile_cols
+        first_row = (lax.axis_index("row") * tile.cluster_rows + lax.axis_index("cluster_row")) * tile.tile_rows
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < CONSUMERS)
@@ -161,11 +138,11 @@ def _product(operands: dict[str, Array], *, shape: ProductShape, interpret: Any)
 
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((shape.num_rows, shape.num_outputs), shape.out_dtype),
+        out_type=jax.ShapeDtypeStruct((shape.num_rows, shape.num_outputs), shape.dtype),
         scratch_types=[scratch_types_of(shape)],
         grid=(
-            ceil_div(shape.num_outputs, tile.cols * tile.cluster_cols),
-            ceil_div(shape.num_rows, tile.rows * tile.cluster_rows),
+            ceil_div(shape.num_outputs, tile.tile_cols * tile.cluster_cols),
+            ceil_div(shape.num_rows, tile.tile_rows * tile.cluster_rows),
         ),
         grid_names=("col", "row"),
         cluster=(tile.cluster_cols, tile.cluster_rows),
@@ -181,16 +158,16 @@ def _product(operands: dict[str, Array], *, shape: ProductShape, interpret: Any)
 def _produce(operands: Any, scratch: Any, shape: ProductShape, first_row: Any, first_col: Any) -> None:
     """Fetches everything that the program reads."""
     tile = shape.tiling
-    rows, cols = pl.ds(first_row, tile.rows), pl.ds(first_col, tile.cols)
+    rows, cols = pl.ds(first_row, tile.tile_rows), pl.ds(first_col, tile.tile_cols)
     along_cols = "cluster_col" if tile.cluster_cols > 1 else None
     along_rows = "cluster_row" if tile.cluster_rows > 1 else None
     if shape.norm:
         plgpu.copy_gmem_to_smem(operands["norm"], scratch["norm"], scratch["norm_ready"])
 
     def fetch(step: Any, _: Any) -> None:
-        stage = lax.rem(step, tile.stages)
-        pl.when(step >= tile.stages)(lambda: plgpu.barrier_wait(scratch["free"].at[stage]))
-        inputs, ready = pl.ds(step * tile.inputs, tile.inputs), scratch["ready"].at[stage]
+        stage = lax.rem(step, tile.num_stages)
+        pl.when(step >= tile.num_stages)(lambda: plgpu.barrier_wait(scratch["free"].at[stage]))
+        inputs, ready = pl.ds(step * tile.tile_inputs, tile.tile_inputs), scratch["ready"].at[stage]
         for part in range(shape.parts):
             source = operands["w"].at[inputs, part, cols] if shape.gated else operands["w"].at[inputs, cols]
             plgpu.copy_gmem_to_smem(source, scratch["w"].at[stage, part], ready, collective_axes=along_rows)
@@ -199,24 +176,27 @@ def _produce(operands: Any, scratch: Any, shape: ProductShape, first_row: Any, f
         )
 
     lax.fori_loop(0, shape.steps, fetch, None)
+    if shape.bias:
+        for part in range(shape.parts):
+            plgpu.copy_gmem_to_smem(operands["bias"].at[part, cols], scratch["bias"].at[part], scratch["bias_ready"])
     if shape.residual:
         plgpu.copy_gmem_to_smem(operands["residual"].at[rows, cols], scratch["residual"], scratch["residual_ready"])
     # Nothing is left unobserved: a barrier must not be taken down under an arrival to come, here or in the cluster.
-    for step in range(max(0, shape.steps - tile.stages), shape.steps):
-        plgpu.barrier_wait(scratch["free"].at[step % tile.stages])
+    for step in range(max(0, shape.steps - tile.num_stages), shape.steps):
+        plgpu.barrier_wait(scratch["free"].at[step % tile.num_stages])
 
 
 def _consume(out: Any, scratch: Any, shape: ProductShape, consumer: Any, first_row: Any, first_col: Any) -> None:
     """One consumer's part of the tile: half of its rows, or, of 64 rows, the sums over half of the inputs."""
-    accumulators = [plgpu.ACC((ROWS, shape.tiling.cols), jnp.float32)] * shape.parts
+    accumulators = [plgpu.ACC((CONSUMER_ROWS, shape.tiling.tile_cols), jnp.float32)] * shape.parts
 
     def accumulate(*accs: Any) -> tuple[list[Array], Any]:
         squares = (_multiply_scaled if shape.norm else _multiply)(accs, scratch, shape, consumer)
         return [acc[...] for acc in accs], squares
 
     sums, squares = pl.run_scoped(accumulate, *accumulators)
-    if not shape.splits_inputs:
-        row = consumer * ROWS
+    if not shape.tiling.splits_inputs:
+        row = consumer * CONSUMER_ROWS
         _finish(sums, squares, out, scratch, shape, row, first_row + row, first_col)
         return
 
@@ -251,10 +231,19 @@ def _finish(
     first_col: Any,
 ) -> None:
     """Everything after the product, and the store, of the 64 rows that begin at `row` of the tile."""
-    rows = pl.ds(row, ROWS)
+    rows = pl.ds(row, CONSUMER_ROWS)
     if shape.norm:
         scale = lax.rsqrt(squares * (1 / shape.num_inputs) + shape.eps)
         sums = [each * lax.broadcast_in_dim(scale, each.shape, [0]) for each in sums]
+    if shape.bias:
+        plgpu.barrier_wait(scratch["bias_ready"])
+        biases = [
+            plgpu.load(scratch["bias"].at[part], layout=_COL_LAYOUT, optimized=False) for part in range(shape.parts)
+        ]
+        sums = [
+            each + lax.broadcast_in_dim(bias.astype(jnp.float32), each.shape, [1])
+            for each, bias in zip(sums, biases, strict=True)
+        ]
     result = sums[0]
     if shape.gated:
         gate, up = sums
@@ -263,26 +252,26 @@ def _finish(
         plgpu.barrier_wait(scratch["residual_ready"])
         residual = plgpu.load(scratch["residual"].at[rows], layout=plgpu.Layout.WGMMA)
         result = result + residual.astype(jnp.float32)
-    scratch["out"].at[rows][...] = result.astype(shape.out_dtype)
+    scratch["out"].at[rows][...] = result.astype(shape.dtype)
     plgpu.commit_smem()
-    target = out.at[pl.ds(first_row, ROWS), pl.ds(first_col, shape.tiling.cols)]
+    target = out.at[pl.ds(first_row, CONSUMER_ROWS), pl.ds(first_col, shape.tiling.tile_cols)]
     plgpu.copy_smem_to_gmem(scratch["out"].at[rows], target)
     plgpu.wait_smem_to_gmem(0)
 
 
 def _position(index: Any, shape: ProductShape, consumer: Any) -> Any:
     """Of a consumer's step among the stages that pass through the ring."""
-    return index * CONSUMERS + consumer if shape.splits_inputs else index
+    return index * CONSUMERS + consumer if shape.tiling.splits_inputs else index
 
 
 def _x_tile(scratch: Any, shape: ProductShape, stage: Any, consumer: Any) -> Any:
     """A consumer's 64 rows of a stage."""
-    return scratch["x"].at[stage, pl.ds(0 if shape.splits_inputs else consumer * ROWS, ROWS)]
+    return scratch["x"].at[stage, pl.ds(0 if shape.tiling.splits_inputs else consumer * CONSUMER_ROWS, CONSUMER_ROWS)]
 
 
 def _multiply(accs: Any, scratch: Any, shape: ProductShape, consumer: Any) -> None:
     """x @ w from shared memory; a stage is handed back when the product after it is under way."""
-    stages = shape.tiling.stages
+    stages = shape.tiling.num_stages
 
     def step(index: Any, _: Any) -> None:
         stage = lax.rem(_position(index, shape, consumer), stages)
@@ -305,11 +294,11 @@ def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any
 
     def step(index: Any, squares: Any) -> Any:
         position = _position(index, shape, consumer)
-        stage = lax.rem(position, shape.tiling.stages)
+        stage = lax.rem(position, shape.tiling.num_stages)
         x_tile = _x_tile(scratch, shape, stage, consumer)
         plgpu.barrier_wait(scratch["ready"].at[stage])
         x = plgpu.load(x_tile, layout=plgpu.Layout.WGMMA)
-        norm = plgpu.load(scratch["norm"].at[position], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        norm = plgpu.load(scratch["norm"].at[position], layout=_COL_LAYOUT, optimized=False)
         operand = x * lax.broadcast_in_dim(norm, x.shape, [1])
         if shape.interpreted:  # the interpreter knows wgmma on two references only
             x_tile[...] = operand
@@ -322,21 +311,24 @@ def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any
         plgpu.barrier_arrive(scratch["free"].at[stage])
         return squares
 
-    zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _ROW_LAYOUT)
+    zeros = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), _ROW_LAYOUT)
     return lax.fori_loop(0, shape.consumer_steps, step, zeros)
 
 
-def product_mosaic(
+def skinny_matmul_mosaic(
     x: Float[Array, "M K"],
     w: Array,
     *,
     norm: Float[Array, " K"] | None,
     eps: float,
+    bias: Array | None,
     residual: Float[Array, "M N"] | None,
-    out_dtype: jnp.dtype,
     tiling: Tiling,
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
+    """As `skinny_matmul` for 16-bit weights [K, N] or [K, 2, N] that `tiling` fits; norm, bias and residual are cast to
+    x's dtype. `interpret`: parameters of Mosaic's interpreter.
+    """
     (num_rows, num_inputs), gated = x.shape, w.ndim == 3
     shape = ProductShape(
         num_rows=num_rows,
@@ -344,16 +336,18 @@ def product_mosaic(
         num_outputs=w.shape[-1],
         gated=gated,
         norm=norm is not None,
+        bias=bias is not None,
         residual=residual is not None,
         eps=eps,
         dtype=x.dtype,
-        out_dtype=out_dtype,
         tiling=tiling,
         interpreted=interpret is not None,
     )
     operands = {"x": x, "w": w}
     if norm is not None:
-        operands["norm"] = norm.astype(x.dtype).reshape(shape.steps, tiling.inputs)
+        operands["norm"] = norm.astype(x.dtype).reshape(shape.steps, tiling.tile_inputs)
+    if bias is not None:
+        operands["bias"] = bias.astype(x.dtype).reshape(shape.parts, shape.num_outputs)
     if residual is not None:
-        operands["residual"] = residual
+        operands["residual"] = residual.astype(x.dtype)
     return _product(operands, shape=shape, interpret=interpret)
