@@ -114,8 +114,8 @@ def rope_cache_write_triton(
     num_blocks, _, block_size, _ = k_cache.shape
     group, half = heads - 2, head_dim // 2
     tile_half = next_power_of_2(half)
-    # A decode step has few tokens: a program for each head then, which waits for memory once, and smaller tiles, so that
-    # every multiprocessor takes some.
+    # A decode step has few tokens: a program for each head then, which waits for memory once, and smaller tiles, so
+    # that every multiprocessor takes some.
     apart = num_tokens <= _FEW_TOKENS
     programs = num_kv_heads * (heads if apart else 1)
     spread = next_power_of_2(num_tokens * programs // current_target().multiprocessors)

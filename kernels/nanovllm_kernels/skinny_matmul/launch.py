@@ -55,8 +55,8 @@ class Tiling:
     """Of the Mosaic kernel: a program's tile, tiles in flight, and programs of a cluster along columns and rows.
 
     Raises:
-        ValueError: if the consumers cannot share the tile out. With 64 rows they take the stages in turn, and each stage
-            of the ring must belong to one of them.
+        ValueError: if the consumers cannot share the tile out. With 64 rows they take the stages in turn, and each
+            stage of the ring must belong to one of them.
     """
 
     tile_rows: int

@@ -1,0 +1,218 @@
+"""Device code of the Mosaic implementation: a program computes one tile of the output.
+
+Its producer warpgroup fills a ring of tiles of x and w by TMA. Two consumer warpgroups share the tile out: 64 rows
+each, or, of 64 rows, every other stage of the ring, whose sums are added at the end. Programs of a cluster that have
+rows in common share the copies of x, and those that have columns in common share the copies of w (TMA multicast), so
+that a tile leaves L2 once a cluster.
+
+As in the Triton kernel, (x * norm) @ w is scaled by the row's 1 / rms at the end. x * norm is formed in registers, from
+where wgmma takes its left side.
+
+Refs and scalars of a kernel have no Python type that says more than Any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, Tiling
+
+CLUSTER_COL, CLUSTER_ROW = "cluster_col", "cluster_row"
+_ROW_LAYOUT, _COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """What the kernel is compiled for."""
+
+    num_rows: int
+    num_inputs: int
+    num_outputs: int
+    gated: bool
+    norm: bool
+    bias: bool
+    residual: bool
+    eps: float
+    dtype: Any
+    tiling: Tiling
+    interpreted: bool = False
+
+    @property
+    def parts(self) -> int:
+        """2 with gate and up, whose columns one program computes."""
+        return 1 + self.gated
+
+    @property
+    def consumer_steps(self) -> int:
+        """Stages that a consumer takes."""
+        return self.steps // CONSUMERS if self.tiling.splits_inputs else self.steps
+
+    @property
+    def steps(self) -> int:
+        """Stages that pass through the ring."""
+        return self.num_inputs // self.tiling.tile_inputs
+
+
+def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, first_row: Any, first_col: Any) -> None:
+    """Fetches everything that the program reads."""
+    tile = shape.tiling
+    rows, cols = pl.ds(first_row, tile.tile_rows), pl.ds(first_col, tile.tile_cols)
+    along_cols = CLUSTER_COL if tile.cluster_cols > 1 else None
+    along_rows = CLUSTER_ROW if tile.cluster_rows > 1 else None
+    if shape.norm:
+        plgpu.copy_gmem_to_smem(others["norm"], scratch["norm"], scratch["norm_ready"])
+
+    def fetch(step: Any, _: Any) -> None:
+        stage = lax.rem(step, tile.num_stages)
+        pl.when(step >= tile.num_stages)(lambda: plgpu.barrier_wait(scratch["free"].at[stage]))
+        inputs, ready = pl.ds(step * tile.tile_inputs, tile.tile_inputs), scratch["ready"].at[stage]
+        for part in range(shape.parts):
+            source = w.at[inputs, part, cols] if shape.gated else w.at[inputs, cols]
+            plgpu.copy_gmem_to_smem(source, scratch["w"].at[stage, part], ready, collective_axes=along_rows)
+        plgpu.copy_gmem_to_smem(x.at[rows, inputs], scratch["x"].at[stage], ready, collective_axes=along_cols)
+
+    lax.fori_loop(0, shape.steps, fetch, None)
+    if shape.bias:
+        for part in range(shape.parts):
+            plgpu.copy_gmem_to_smem(others["bias"].at[part, cols], scratch["bias"].at[part], scratch["bias_ready"])
+    if shape.residual:
+        plgpu.copy_gmem_to_smem(others["residual"].at[rows, cols], scratch["residual"], scratch["residual_ready"])
+    # Nothing is left unobserved: a barrier must not be taken down under an arrival to come, here or in the cluster.
+    for step in range(max(0, shape.steps - tile.num_stages), shape.steps):
+        plgpu.barrier_wait(scratch["free"].at[step % tile.num_stages])
+
+
+def consume(out: Any, scratch: Any, shape: ProductShape, consumer: Any, first_row: Any, first_col: Any) -> None:
+    """One consumer's part of the tile: half of its rows, or, of 64 rows, the sums over half of the inputs."""
+    accumulators = [plgpu.ACC((CONSUMER_ROWS, shape.tiling.tile_cols), jnp.float32)] * shape.parts
+
+    def accumulate(*accs: Any) -> tuple[list[Array], Any]:
+        squares = (_multiply_scaled if shape.norm else _multiply)(accs, scratch, shape, consumer)
+        return [acc[...] for acc in accs], squares
+
+    sums, squares = pl.run_scoped(accumulate, *accumulators)
+    if not shape.tiling.splits_inputs:
+        row = consumer * CONSUMER_ROWS
+        _finish(sums, squares, out, scratch, shape, row, first_row + row, first_col)
+        return
+
+    @pl.when(consumer == 1)
+    def _() -> None:
+        for part in range(shape.parts):
+            scratch["sums"].at[part][...] = sums[part]
+        if shape.norm:
+            scratch["squares"][...] = squares
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch["sums_ready"])
+
+    @pl.when(consumer == 0)
+    def _() -> None:
+        plgpu.barrier_wait(scratch["sums_ready"])
+        others = [plgpu.load(scratch["sums"].at[part], layout=plgpu.Layout.WGMMA) for part in range(shape.parts)]
+        totals = [own + other for own, other in zip(sums, others, strict=True)]
+        total_squares = None
+        if shape.norm:
+            total_squares = squares + plgpu.load(scratch["squares"], layout=_ROW_LAYOUT, optimized=False)
+        _finish(totals, total_squares, out, scratch, shape, 0, first_row, first_col)
+
+
+def _finish(
+    sums: list[Array],
+    squares: Any,
+    out: Any,
+    scratch: Any,
+    shape: ProductShape,
+    row: Any,
+    first_row: Any,
+    first_col: Any,
+) -> None:
+    """Everything after the product, and the store, of the 64 rows that begin at `row` of the tile."""
+    rows = pl.ds(row, CONSUMER_ROWS)
+    if shape.norm:
+        scale = lax.rsqrt(squares * (1 / shape.num_inputs) + shape.eps)
+        sums = [each * lax.broadcast_in_dim(scale, each.shape, [0]) for each in sums]
+    if shape.bias:
+        plgpu.barrier_wait(scratch["bias_ready"])
+        biases = [
+            plgpu.load(scratch["bias"].at[part], layout=_COL_LAYOUT, optimized=False) for part in range(shape.parts)
+        ]
+        sums = [
+            each + lax.broadcast_in_dim(bias.astype(jnp.float32), each.shape, [1])
+            for each, bias in zip(sums, biases, strict=True)
+        ]
+    result = sums[0]
+    if shape.gated:
+        gate, up = sums
+        result = gate / (1 + jnp.exp(-gate)) * up
+    if shape.residual:
+        plgpu.barrier_wait(scratch["residual_ready"])
+        residual = plgpu.load(scratch["residual"].at[rows], layout=plgpu.Layout.WGMMA)
+        result = result + residual.astype(jnp.float32)
+    scratch["out"].at[rows][...] = result.astype(shape.dtype)
+    plgpu.commit_smem()
+    target = out.at[pl.ds(first_row, CONSUMER_ROWS), pl.ds(first_col, shape.tiling.tile_cols)]
+    plgpu.copy_smem_to_gmem(scratch["out"].at[rows], target)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _position(index: Any, shape: ProductShape, consumer: Any) -> Any:
+    """Of a consumer's step among the stages that pass through the ring."""
+    return index * CONSUMERS + consumer if shape.tiling.splits_inputs else index
+
+
+def _x_tile(scratch: Any, shape: ProductShape, stage: Any, consumer: Any) -> Any:
+    """A consumer's 64 rows of a stage."""
+    return scratch["x"].at[stage, pl.ds(0 if shape.tiling.splits_inputs else consumer * CONSUMER_ROWS, CONSUMER_ROWS)]
+
+
+def _multiply(accs: Any, scratch: Any, shape: ProductShape, consumer: Any) -> None:
+    """The product from shared memory; a stage is handed back when the product after it is under way."""
+    stages = shape.tiling.num_stages
+
+    def step(index: Any, _: Any) -> None:
+        stage = lax.rem(_position(index, shape, consumer), stages)
+        plgpu.barrier_wait(scratch["ready"].at[stage])
+        for part, acc in enumerate(accs):
+            plgpu.wgmma(acc, _x_tile(scratch, shape, stage, consumer), scratch["w"].at[stage, part])
+        plgpu.wgmma_wait(len(accs))
+        before = lax.rem(_position(index - 1, shape, consumer) + stages, stages)
+        pl.when(index > 0)(lambda: plgpu.barrier_arrive(scratch["free"].at[before]))
+
+    lax.fori_loop(0, shape.consumer_steps, step, None)
+    plgpu.wgmma_wait(0)
+    last = lax.rem(_position(shape.consumer_steps - 1, shape, consumer), stages)
+    plgpu.barrier_arrive(scratch["free"].at[last])
+
+
+def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any) -> Float[Array, " rows"]:
+    """(x * norm) @ w with x from registers; returns the sums of x squared over the inputs that it took."""
+    plgpu.barrier_wait(scratch["norm_ready"])
+
+    def step(index: Any, squares: Any) -> Any:
+        position = _position(index, shape, consumer)
+        stage = lax.rem(position, shape.tiling.num_stages)
+        x_tile = _x_tile(scratch, shape, stage, consumer)
+        plgpu.barrier_wait(scratch["ready"].at[stage])
+        x = plgpu.load(x_tile, layout=plgpu.Layout.WGMMA)
+        norm = plgpu.load(scratch["norm"].at[position], layout=_COL_LAYOUT, optimized=False)
+        operand = x * lax.broadcast_in_dim(norm, x.shape, [1])
+        if shape.interpreted:  # the interpreter knows wgmma on two references only
+            x_tile[...] = operand
+            operand = x_tile
+        for part, acc in enumerate(accs):
+            plgpu.wgmma(acc, operand, scratch["w"].at[stage, part])
+        wide = x.astype(jnp.float32)
+        squares = squares + jnp.sum(wide * wide, axis=1)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(scratch["free"].at[stage])
+        return squares
+
+    zeros = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), _ROW_LAYOUT)
+    return lax.fori_loop(0, shape.consumer_steps, step, zeros)
