@@ -150,4 +150,5 @@ def skinny_matmul_mosaic(
         others["bias"] = bias.astype(x.dtype).reshape(shape.parts, shape.num_outputs)
     if residual is not None:
         others["residual"] = residual.astype(x.dtype)
-    return _product(x, w, others, shape=shape, interpret=interpret)
+    with jax.named_scope("product_mosaic"):  # a Mosaic kernel has no name of its own
+        return _product(x, w, others, shape=shape, interpret=interpret)
