@@ -155,7 +155,7 @@ def repeats(weights) -> int:
 def call_with(one: Launch, in_kernel_merge: bool):
     """A call whose launch is fixed while it is traced."""
     import_jax_triton()
-    module = importlib.import_module("nanovllm_kernels.skinny_matmul.triton")
+    module = importlib.import_module("nanovllm_kernels.skinny_matmul")
 
     def call(arrays, w, counters):
         chosen, module.launch_parameters = module.launch_parameters, lambda *_, **__: one

@@ -91,7 +91,7 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, firs
 
 def consume(out: Any, scratch: Any, shape: ProductShape, consumer: Any, first_row: Any, first_col: Any) -> None:
     """One consumer's part of the tile: half of its rows, or, of 64 rows, the sums over half of the inputs."""
-    accumulators = [plgpu.ACC((CONSUMER_ROWS, shape.tiling.tile_cols), jnp.float32)] * shape.parts
+    accumulators = [plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, shape.tiling.tile_cols), jnp.float32)] * shape.parts
 
     def accumulate(*accs: Any) -> tuple[list[Array], Any]:
         squares = (_multiply_scaled if shape.norm else _multiply)(accs, scratch, shape, consumer)
