@@ -70,9 +70,9 @@ def plan_pieces(
     """Cuts rows into pieces of whole tiles, at least one a row and at most `most_pieces` + B in all.
 
     Returns for each piece its row (-1 if there is no such piece), the context of the row, where the piece begins and
-    ends, and whether it is all of the row; and for each row that is cut the row, its first piece and their number (0
-    where there are fewer such rows). Pieces of rows that are cut come first: they are the longest, and what starts
-    last should be short. Plain XLA, the same for every layer of a step, so it runs once.
+    ends, and which of the rows that are cut it belongs to (-1 if it is all of its row); and for each row that is cut the
+    row, its first piece and their number (0 where there are fewer such rows). Longer pieces come first, since what starts last should be short. Plain XLA, the
+    same for every layer of a step, so it runs once.
     """
     num_rows = len(context_lens)
     first_tile = jnp.maximum(context_lens - window, 0) // tile_tokens if window else jnp.zeros_like(context_lens)
@@ -82,17 +82,19 @@ def plan_pieces(
     # Sums over [B, B] and [pieces, B] are one small kernel each; sorts and cumulative sums would be several.
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     whole = counts == 1
-    earlier = jnp.where(whole[:, None] == whole, rows < rows[:, None], whole[:, None])
+    length = (tiles + counts - 1) // counts
+    earlier = (length > length[:, None]) | ((length == length[:, None]) & (rows < rows[:, None]))
     starts = jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=jnp.int32)
     pieces = jnp.arange(num_rows + most_pieces, dtype=jnp.int32)[:, None]
     own = (pieces >= starts) & (pieces < starts + counts)
-    length = (tiles + counts - 1) // counts * tile_tokens
-    begins = first_tile * tile_tokens + (pieces - starts) * length
-    columns = [rows + 1, context_lens, begins, jnp.minimum(context_lens, begins + length), whole]
+    cut_index = jnp.sum(~whole & (rows < rows[:, None]), axis=1, dtype=jnp.int32)
+    begins = (first_tile + (pieces - starts) * length) * tile_tokens
+    ends = jnp.minimum(context_lens, begins + length * tile_tokens)
+    columns = [rows + 1, context_lens, begins, ends, jnp.where(whole, -1, cut_index)]
     values = [jnp.sum(jnp.where(own, column, 0), axis=1, dtype=jnp.int32) for column in columns]
     # A row that is cut holds more than one of `most_pieces` equal parts of all tiles, so there are fewer of them.
     cuts = jnp.arange(min(num_rows, most_pieces), dtype=jnp.int32)[:, None]
-    cut = ~whole & (cuts == jnp.sum(~whole & (rows < rows[:, None]), axis=1))
+    cut = ~whole & (cuts == cut_index)
     cut_rows = [jnp.sum(jnp.where(cut, column, 0), axis=1, dtype=jnp.int32) for column in (rows, starts, counts)]
     return jnp.stack([values[0] - 1, *values[1:]], axis=1), jnp.stack(cut_rows, axis=1)
 

@@ -55,8 +55,8 @@ class Tiling:
     """Of the Mosaic kernel: a program's tile, tiles in flight, and programs of a cluster along columns and rows.
 
     Raises:
-        ValueError: if the consumers cannot share the tile out. With 64 rows they take the stages in turn, and each
-            stage of the ring must belong to one of them.
+        ValueError: if the consumers cannot share the tile out, or would wait for ever. With 64 rows they take the stages
+            in turn, and each stage of the ring must belong to one of them; each looks one stage ahead.
     """
 
     tile_rows: int
@@ -67,11 +67,11 @@ class Tiling:
     cluster_rows: int = 1
 
     def __post_init__(self) -> None:
-        most = CONSUMERS * CONSUMER_ROWS
-        if self.tile_rows not in (CONSUMER_ROWS, most) or (self.splits_inputs and self.num_stages % CONSUMERS):
+        most, owners = CONSUMERS * CONSUMER_ROWS, CONSUMERS if self.splits_inputs else 1
+        if self.tile_rows not in (CONSUMER_ROWS, most) or self.num_stages % owners or self.num_stages < 2 * owners:
             raise ValueError(
-                f"a tile of {self.tile_rows} rows with {self.num_stages} stages; it must have {most} rows, or "
-                f"{CONSUMER_ROWS} and stages in multiples of {CONSUMERS}."
+                f"a tile of {self.tile_rows} rows with {self.num_stages} stages; it must have {most} rows and 2 stages "
+                f"or more, or {CONSUMER_ROWS} rows and {2 * CONSUMERS}, {3 * CONSUMERS}, ... stages."
             )
 
     @property

@@ -69,16 +69,16 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, firs
     if shape.norm:
         plgpu.copy_gmem_to_smem(others["norm"], scratch["norm"], scratch["norm_ready"])
 
-    def fetch(step: Any, _: Any) -> None:
-        stage = lax.rem(step, tile.num_stages)
+    def fetch(step: Any, stage: Any) -> Any:
         pl.when(step >= tile.num_stages)(lambda: plgpu.barrier_wait(scratch["free"].at[stage]))
         inputs, ready = pl.ds(step * tile.tile_inputs, tile.tile_inputs), scratch["ready"].at[stage]
         for part in range(shape.parts):
             source = w.at[inputs, part, cols] if shape.gated else w.at[inputs, cols]
             plgpu.copy_gmem_to_smem(source, scratch["w"].at[stage, part], ready, collective_axes=along_rows)
         plgpu.copy_gmem_to_smem(x.at[rows, inputs], scratch["x"].at[stage], ready, collective_axes=along_cols)
+        return jnp.where(stage + 1 == tile.num_stages, 0, stage + 1)
 
-    lax.fori_loop(0, shape.steps, fetch, None)
+    lax.fori_loop(0, shape.steps, fetch, jnp.int32(0))
     if shape.bias:
         for part in range(shape.parts):
             plgpu.copy_gmem_to_smem(others["bias"].at[part, cols], scratch["bias"].at[part], scratch["bias_ready"])
@@ -162,57 +162,81 @@ def _finish(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _position(index: Any, shape: ProductShape, consumer: Any) -> Any:
-    """Of a consumer's step among the stages that pass through the ring."""
-    return index * CONSUMERS + consumer if shape.tiling.splits_inputs else index
-
-
 def _x_tile(scratch: Any, shape: ProductShape, stage: Any, consumer: Any) -> Any:
     """A consumer's 64 rows of a stage."""
     return scratch["x"].at[stage, pl.ds(0 if shape.tiling.splits_inputs else consumer * CONSUMER_ROWS, CONSUMER_ROWS)]
 
 
+def _next_stage(stage: Any, shape: ProductShape) -> Any:
+    """The stage of a consumer's next step; a remainder would cost a third of the step."""
+    later = stage + (CONSUMERS if shape.tiling.splits_inputs else 1)
+    return jnp.where(later >= shape.tiling.num_stages, later - shape.tiling.num_stages, later)
+
+
+def _first_stage(shape: ProductShape, consumer: Any) -> Any:
+    return consumer if shape.tiling.splits_inputs else jnp.int32(0)
+
+
 def _multiply(accs: Any, scratch: Any, shape: ProductShape, consumer: Any) -> None:
     """The product from shared memory; a stage is handed back when the product after it is under way."""
-    stages = shape.tiling.num_stages
 
-    def step(index: Any, _: Any) -> None:
-        stage = lax.rem(_position(index, shape, consumer), stages)
+    def step(index: Any, stages: Any) -> Any:
+        stage, before = stages
         plgpu.barrier_wait(scratch["ready"].at[stage])
         for part, acc in enumerate(accs):
             plgpu.wgmma(acc, _x_tile(scratch, shape, stage, consumer), scratch["w"].at[stage, part])
         plgpu.wgmma_wait(len(accs))
-        before = lax.rem(_position(index - 1, shape, consumer) + stages, stages)
         pl.when(index > 0)(lambda: plgpu.barrier_arrive(scratch["free"].at[before]))
+        return _next_stage(stage, shape), stage
 
-    lax.fori_loop(0, shape.consumer_steps, step, None)
+    first = _first_stage(shape, consumer)
+    _, last = lax.fori_loop(0, shape.consumer_steps, step, (first, first))
     plgpu.wgmma_wait(0)
-    last = lax.rem(_position(shape.consumer_steps - 1, shape, consumer), stages)
     plgpu.barrier_arrive(scratch["free"].at[last])
 
 
 def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any) -> Float[Array, " rows"]:
-    """(x * norm) @ w with x from registers; returns the sums of x squared over the inputs that it took."""
+    """(x * norm) @ w with x from registers; returns the sums of x squared over the inputs that it took.
+
+    While a step's product runs, the next step's x is fetched from shared memory. It is scaled after that product only:
+    ptxas runs wgmma one by one if what one of them reads is written while another is under way.
+    """
+    stride = CONSUMERS if shape.tiling.splits_inputs else 1
     plgpu.barrier_wait(scratch["norm_ready"])
 
-    def step(index: Any, squares: Any) -> Any:
-        position = _position(index, shape, consumer)
-        stage = lax.rem(position, shape.tiling.num_stages)
-        x_tile = _x_tile(scratch, shape, stage, consumer)
+    def fetch(position: Any, stage: Any, squares: Any) -> tuple[Array, Array, Any]:
         plgpu.barrier_wait(scratch["ready"].at[stage])
-        x = plgpu.load(x_tile, layout=plgpu.Layout.WGMMA)
+        x = plgpu.load(_x_tile(scratch, shape, stage, consumer), layout=plgpu.Layout.WGMMA)
         norm = plgpu.load(scratch["norm"].at[position], layout=_COL_LAYOUT, optimized=False)
+        wide = x.astype(jnp.float32)
+        return x, norm, squares + jnp.sum(wide * wide, axis=1)
+
+    def multiply(x: Array, norm: Array, stage: Any) -> None:
         operand = x * lax.broadcast_in_dim(norm, x.shape, [1])
         if shape.interpreted:  # the interpreter knows wgmma on two references only
+            x_tile = _x_tile(scratch, shape, stage, consumer)
             x_tile[...] = operand
             operand = x_tile
         for part, acc in enumerate(accs):
             plgpu.wgmma(acc, operand, scratch["w"].at[stage, part])
-        wide = x.astype(jnp.float32)
-        squares = squares + jnp.sum(wide * wide, axis=1)
+
+    def finish(stage: Any) -> None:
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(scratch["free"].at[stage])
-        return squares
 
-    zeros = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), _ROW_LAYOUT)
-    return lax.fori_loop(0, shape.consumer_steps, step, zeros)
+    def step(_: Any, carry: Any) -> Any:
+        x, norm, position, stage, squares = carry
+        multiply(x, norm, stage)
+        position, following = position + stride, _next_stage(stage, shape)
+        x, norm, squares = fetch(position, following, squares)
+        finish(stage)
+        return x, norm, position, following, squares
+
+    first = _first_stage(shape, consumer)
+    squares = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), _ROW_LAYOUT)
+    x, norm, squares = fetch(first, first, squares)
+    carry = (x, norm, first, first, squares)
+    x, norm, _, stage, squares = lax.fori_loop(0, shape.consumer_steps - 1, step, carry)
+    multiply(x, norm, stage)
+    finish(stage)
+    return squares
