@@ -55,8 +55,8 @@ class Tiling:
     """Of the Mosaic kernel: a program's tile, tiles in flight, and programs of a cluster along columns and rows.
 
     Raises:
-        ValueError: if the consumers cannot share the tile out, or would wait for ever. With 64 rows they take the stages
-            in turn, and each stage of the ring must belong to one of them; each looks one stage ahead.
+        ValueError: if the consumers cannot share the tile out, or would wait for ever. With 64 rows they take the
+            stages in turn, and each stage of the ring must belong to one of them; each looks one stage ahead.
     """
 
     tile_rows: int
