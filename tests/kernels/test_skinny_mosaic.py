@@ -1,14 +1,20 @@
 """The Mosaic kernel of `skinny_matmul` in the interpreter, which follows every barrier and copy, also of clusters."""
 
+import math
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_oracle import relative_error, skinny_oracle
 
 from nanovllm_kernels.skinny_matmul.cases import SkinnyCase, skinny_inputs
-from nanovllm_kernels.skinny_matmul.launch import Tiling
-from nanovllm_kernels.skinny_matmul.mosaic import skinny_matmul_mosaic
+from nanovllm_kernels.skinny_matmul.launch import Tiling, load_table, table_path
+from nanovllm_kernels.skinny_matmul.mosaic import scratch_types_of, skinny_matmul_mosaic
+from nanovllm_kernels.skinny_matmul.mosaic_device import ProductShape
+
+ENTRIES = load_table(table_path("NVIDIA H200"))
 
 
 @pytest.mark.parametrize(
@@ -56,3 +62,21 @@ def test_a_tile_that_the_consumers_cannot_share_is_refused(rows, stages):
 )
 def test_whole_tiles_must_cover_inputs_and_outputs(sizes, fits):
     assert Tiling(64, 64, 64, 4, 2, 1).fits(**sizes) == fits
+
+
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if isinstance(entry.launch, Tiling)], ids=str)
+def test_tuned_tiles_fit_in_shared_memory_with_every_option(entry):
+    shape = ProductShape(
+        num_rows=entry.rows,
+        num_inputs=entry.inputs,
+        num_outputs=entry.outputs,
+        gated=entry.gated,
+        norm=True,
+        bias=True,
+        residual=True,
+        eps=1e-6,
+        dtype=jnp.dtype("bfloat16"),
+        tiling=entry.launch,
+    )
+    arrays = [each for each in scratch_types_of(shape).values() if hasattr(each, "transforms")]
+    assert sum(math.prod(each.shape) * jnp.dtype(each.dtype).itemsize for each in arrays) < 226 * 1024
