@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -23,17 +24,17 @@ _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 216, 40
 def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
     """Shared memory and barriers by name."""
     tile = shape.tiling
-    swizzled = functools.partial(_swizzled, cols=tile.tile_cols)
+    in_columns = _swizzled(shape.dtype, tile.tile_cols)
+    # Wgmma wants both its sides alike, if both come from shared memory.
+    x_transforms = _swizzled(shape.dtype, tile.tile_inputs) if shape.norm else in_columns
     types = {
-        "x": plgpu.SMEM(
-            (tile.num_stages, tile.tile_rows, tile.tile_inputs), shape.dtype, transforms=swizzled(shape.dtype)
-        ),
+        "x": plgpu.SMEM((tile.num_stages, tile.tile_rows, tile.tile_inputs), shape.dtype, transforms=x_transforms),
         "w": plgpu.SMEM(
             (tile.num_stages, shape.parts, tile.tile_inputs, tile.tile_cols),
             shape.dtype,
-            transforms=swizzled(shape.dtype),
+            transforms=in_columns,
         ),
-        "out": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=swizzled(shape.dtype)),
+        "out": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=in_columns),
         "ready": plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=tile.num_stages),
         "free": plgpu.ClusterBarrier(
             collective_axes=(CLUSTER_COL, CLUSTER_ROW),
@@ -44,7 +45,7 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
     if tile.splits_inputs:
         sums = (shape.parts, CONSUMER_ROWS, tile.tile_cols)
         types |= {
-            "sums": plgpu.SMEM(sums, jnp.float32, transforms=_transforms(128, 32)),
+            "sums": plgpu.SMEM(sums, jnp.float32, transforms=_swizzled(jnp.float32, tile.tile_cols)),
             "squares": plgpu.SMEM((CONSUMER_ROWS,), jnp.float32),
             "sums_ready": plgpu.Barrier(),
         }
@@ -57,20 +58,17 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
         }
     if shape.residual:
         types |= {
-            "residual": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=swizzled(shape.dtype)),
+            "residual": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=in_columns),
             "residual_ready": plgpu.Barrier(),
         }
     return types
 
 
-def _swizzled(dtype: Any, cols: int) -> tuple[Any, ...]:
-    """Of tiles of x and w: wgmma wants both alike, and w's rows are `cols` wide."""
-    num_bytes = min(128, cols * jnp.dtype(dtype).itemsize)
-    return _transforms(num_bytes, num_bytes // jnp.dtype(dtype).itemsize)
-
-
-def _transforms(num_bytes: int, elements: int) -> tuple[Any, ...]:
-    return (plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(num_bytes))  # pyright: ignore[reportAbstractUsage]
+def _swizzled(dtype: Any, width: int) -> tuple[Any, ...]:
+    """Of tiles whose rows are `width` elements: the widest swizzle that divides them."""
+    itemsize = jnp.dtype(dtype).itemsize
+    num_bytes = math.gcd(width * itemsize, 128)
+    return (plgpu.TilingTransform((8, num_bytes // itemsize)), plgpu.SwizzleTransform(num_bytes))  # pyright: ignore[reportAbstractUsage]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "interpret"))
