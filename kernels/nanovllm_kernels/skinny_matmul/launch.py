@@ -79,6 +79,10 @@ class Tiling:
         """Whether the consumers divide the inputs, for want of rows."""
         return self.tile_rows == CONSUMER_ROWS
 
+    def stage_bytes(self, *, gated: bool) -> int:
+        """Shared memory of one stage of the ring, of 16-bit elements."""
+        return self.tile_inputs * (self.tile_rows + self.tile_cols * (1 + gated)) * 2
+
     def fits(self, *, rows: int, inputs: int, outputs: int) -> bool:
         """Whether whole tiles cover K and N, and TMA can move x."""
         shared_inputs = self.tile_inputs * (CONSUMERS if self.splits_inputs else 1)
