@@ -167,9 +167,7 @@ def _attend(
     """What each layer does between its projections: write the new tokens to `slots`, then run the kernel `name`."""
     model, backend = config.model, config.backend
 
-    def attend(
-        qkv: Array, layer: Params, rope: Rope, cache: LayerCache, counters: jax.Ref | None
-    ) -> tuple[Array, LayerCache]:
+    def attend(qkv: Array, layer: Params, rope: Rope, cache: LayerCache) -> tuple[Array, LayerCache]:
         scales = {"k_scale": layer.get("k_scale"), "v_scale": layer.get("v_scale")}
         with jax.named_scope("rope_cache_write"):
             norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
@@ -179,8 +177,6 @@ def _attend(
             )
         with jax.named_scope(name):
             options = {"scale": model.head_dim**-0.5, "sliding_window": model.sliding_window}
-            if name == "paged_decode":
-                options["counters"] = counters
             out = attention(q, k_cache, v_cache, **options, **scales, backend=attention_backend)
         return out, (k_cache, v_cache)
 

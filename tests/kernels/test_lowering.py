@@ -84,13 +84,12 @@ def arguments(
     return (shape((tokens, heads, head_dim)), *caches, index((rows, table_width)), *lengths)
 
 
-def lower(operation, architecture, options=None, donate=(), backend="triton", counted=False, **shapes):
+def lower(operation, architecture, options=None, donate=(), backend="triton", **shapes):
     """The StableHLO of one call, and the shared memory that one block may use."""
     keywords = (options or {}) if operation is rope_cache_write else {"scale": 0.1, **(options or {})}
 
     def call(*args):
-        counters = {"counters": jax.new_ref(split_counters())} if counted else {}
-        return operation(*args, **keywords, **counters, backend=backend)
+        return operation(*args, **keywords, backend=backend)
 
     with lowering_for(architecture) as target:
         traced = jax.jit(call, donate_argnums=donate).trace(*arguments(operation, **shapes))
@@ -107,10 +106,9 @@ QWEN3 = {"group": 2, "head_dim": 128, "block_size": 16, "dtype": "bfloat16"}
         (rope_cache_write, ["rope_cache_write_kernel"], {}),
         (paged_decode, ["decode_kernel", "merge_kernel"], {"rows": 1}),
         (paged_decode, ["decode_kernel", "merge_kernel"], {"queries": (4,)}),
-        (paged_decode, ["decode_kernel"], {"rows": 64, "counted": True}),
         (ragged_prefill, ["prefill_kernel"], {"tokens": 4096}),
     ],
-    ids=["rope_cache_write", "paged_decode", "paged_decode_4_queries", "paged_decode_counted", "ragged_prefill"],
+    ids=["rope_cache_write", "paged_decode", "paged_decode_4_queries", "ragged_prefill"],
 )
 def test_kernels_compile_and_fit_in_shared_memory(compiled, architecture, operation, kernels, shapes):
     text, limit = lower(operation, architecture, **QWEN3, **shapes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -27,7 +26,6 @@ def paged_decode(
     soft_cap: float | None = None,
     k_scale: Float[Array, " K"] | None = None,
     v_scale: Float[Array, " K"] | None = None,
-    counters: jax.Ref | None = None,
     backend: Literal["xla", "triton"],
 ) -> Float[Array, "B *queries H D"]:
     """Softmax attention of each row's newest tokens over the row's context, grouped queries.
@@ -43,9 +41,6 @@ def paged_decode(
     the newest w tokens up to the query are seen. Sums are float32, products of float32 inputs too. dtypes: float32,
     bfloat16, float16; caches also float8_e4m3fn, whose keys count times `k_scale` of their KV head and whose values
     times `v_scale` (None means 1). The output has q's dtype.
-
-    `counters`: a `jax.new_ref` of `split_counters()`, all zero before and after. With them the Triton implementation is
-    one kernel, whose last program for a row that is cut merges its pieces; without them a second kernel does.
 
     Raises:
         ValueError: if shapes, dtypes or options do not fit together, or the backend is unknown.
@@ -80,5 +75,5 @@ def paged_decode(
         import_jax_triton()
         from nanovllm_kernels.paged_decode.triton import paged_decode_triton
 
-        out = paged_decode_triton(queries, k_cache, v_cache, block_tables, context_lens, **options, counters=counters)
+        out = paged_decode_triton(queries, k_cache, v_cache, block_tables, context_lens, **options)
     return out.reshape(q.shape)

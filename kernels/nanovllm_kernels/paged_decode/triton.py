@@ -1,11 +1,9 @@
-"""Triton implementation: a program attends a piece of one row's context for one KV head.
+"""Triton implementation: a program attends a piece of one row's context for one KV head; a second kernel merges.
 
 The query heads of a KV head share every key and value that is read (Flash-Decoding,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html). How a row is cut into pieces is decided on the device from
 all rows' lengths: pieces are about as long as what one resident program would get if all keys were dealt out evenly,
 so one long row among many short ones, or one row alone, is spread over the whole chip, and equal rows are not cut.
-The pieces of a row that is cut are merged by the last program to finish one, which an atomic counter tells, or by a
-second kernel.
 """
 
 # ruff: noqa: ANN001, ANN201 (what a device function takes are Triton's values, which have no Python type)
@@ -39,7 +37,7 @@ from nanovllm_kernels._device import (
 # tl.dot maps to tensor cores with 16 rows or more; smaller query groups are padded up to that.
 _MIN_DOT = 16
 _TILE_BYTES = 16 * 1024  # of K, and as many of V, in flight for each stage
-_MERGE_PARTS = 32  # pieces of a row that the merge reads at a time
+_MERGE_PARTS = 64  # pieces of a row that the merge reads at a time
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,9 @@ def plan_pieces(
     """Cuts rows into pieces of whole tiles, at least one a row and at most `most_pieces` + B in all.
 
     Returns for each piece its row (-1 if there is no such piece), the context of the row, where the piece begins and
-    ends, and which of the rows that are cut it belongs to (-1 if it is all of its row); and for each row that is cut
-    the row, its first piece and their number (0 where there are fewer such rows). Longer pieces come first, since what
-    starts last should be short. Plain XLA, the same for every layer of a step, so it runs once.
+    ends, and whether it is all of the row; and for each row that is cut the row, its first piece and their number (0
+    where there are fewer such rows). Longer pieces come first, since what starts last should be short. Plain XLA, the
+    same for every layer of a step, so it runs once.
     """
     num_rows = len(context_lens)
     first_tile = jnp.maximum(context_lens - window, 0) // tile_tokens if window else jnp.zeros_like(context_lens)
@@ -89,14 +87,13 @@ def plan_pieces(
     starts = jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=jnp.int32)
     pieces = jnp.arange(num_rows + most_pieces, dtype=jnp.int32)[:, None]
     own = (pieces >= starts) & (pieces < starts + counts)
-    cut_index = jnp.sum(~whole & (rows < rows[:, None]), axis=1, dtype=jnp.int32)
     begins = (first_tile + (pieces - starts) * length) * tile_tokens
     ends = jnp.minimum(context_lens, begins + length * tile_tokens)
-    columns = [rows + 1, context_lens, begins, ends, jnp.where(whole, -1, cut_index)]
+    columns = [rows + 1, context_lens, begins, ends, whole]
     values = [jnp.sum(jnp.where(own, column, 0), axis=1, dtype=jnp.int32) for column in columns]
     # A row that is cut holds more than one of `most_pieces` equal parts of all tiles, so there are fewer of them.
     cuts = jnp.arange(min(num_rows, most_pieces), dtype=jnp.int32)[:, None]
-    cut = ~whole & (cuts == cut_index)
+    cut = ~whole & (cuts == jnp.sum(~whole & (rows < rows[:, None]), axis=1))
     cut_rows = [jnp.sum(jnp.where(cut, column, 0), axis=1, dtype=jnp.int32) for column in (rows, starts, counts)]
     return jnp.stack([values[0] - 1, *values[1:]], axis=1), jnp.stack(cut_rows, axis=1)
 
@@ -179,58 +176,12 @@ def attend_piece(
 
 @triton.jit
 @no_type_check
-def merge_pieces(
-    parts_ptr,
-    lse_ptr,
-    cuts_ptr,
-    out_ptr,
-    cut,
-    num_kv_heads,
-    kv_head,
-    member,
-    QUERIES: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_DIM: tl.constexpr,
-    TILE_PARTS: tl.constexpr,
-):
-    """Writes one query head of a row that was cut. Loads bypass L1, which may hold older values."""
-    row = tl.load(cuts_ptr + 3 * cut).to(tl.int64)
-    begin = tl.load(cuts_ptr + 3 * cut + 1)
-    end = begin + tl.load(cuts_ptr + 3 * cut + 2)
-    dims = tl.arange(0, TILE_DIM)
-    maximum = float("-inf")
-    total = 0.0
-    acc = tl.zeros([TILE_DIM], tl.float32)
-    for start in range(begin, end, TILE_PARTS):
-        pieces = start + tl.arange(0, TILE_PARTS)
-        parts = (pieces.to(tl.int64) * num_kv_heads + kv_head) * (QUERIES * GROUP) + member
-        lse = tl.load(lse_ptr + parts, mask=pieces < end, other=float("-inf"), cache_modifier=".cg")
-        present = (pieces < end)[:, None] & (dims[None, :] < HEAD_DIM)
-        sources = parts_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :]
-        values = tl.load(sources, mask=present, other=0.0, cache_modifier=".cg")
-        new_maximum = tl.maximum(maximum, tl.max(lse, 0))
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(lse - shift)
-        decay = tl.exp2(maximum - shift)
-        total = total * decay + tl.sum(weights, 0)
-        acc = acc * decay + tl.sum(values * weights[:, None], 0)
-        maximum = new_maximum
-    out = acc / tl.where(total > 0, total, 1.0)
-    head = ((row * QUERIES + member // GROUP) * num_kv_heads + kv_head) * GROUP + member % GROUP
-    tl.store(out_ptr + head * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
-
-
-@triton.jit
-@no_type_check
 def decode_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
     block_tables_ptr,
     pieces_ptr,  # int32 [pieces, 5], see `plan_pieces`
-    cuts_ptr,  # int32 [cuts, 3], likewise
-    counters_ptr,  # int32 [cuts * K], zero before and after; None: another kernel merges
     k_scale_ptr,
     v_scale_ptr,
     num_kv_heads,
@@ -248,7 +199,6 @@ def decode_kernel(
     TILE_HEADS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_DIM: tl.constexpr,
-    TILE_PARTS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PAIRS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -259,7 +209,7 @@ def decode_kernel(
     context = tl.load(pieces_ptr + piece * 5 + 1)
     begin = tl.load(pieces_ptr + piece * 5 + 2)
     end = tl.load(pieces_ptr + piece * 5 + 3)
-    cut = tl.load(pieces_ptr + piece * 5 + 4)
+    whole = tl.load(pieces_ptr + piece * 5 + 4)
     if row < 0:
         return
     first = 0  # the oldest position that any query sees
@@ -304,26 +254,13 @@ def decode_kernel(
         dims = tl.arange(0, TILE_DIM)
     out = acc * (load_scale(v_scale_ptr, kv_head, SCALED) / tl.where(total > 0, total, 1.0))[:, None]
     stored = present[:, None] & (dims[None, :] < HEAD_DIM)
-    if cut < 0:
+    if whole:
         target = (heads * HEAD_DIM)[:, None] + dims[None, :]
         tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=stored)
     else:
         parts = (piece.to(tl.int64) * num_kv_heads + kv_head) * (QUERIES * GROUP) + members
         tl.store(lse_ptr + parts, maximum + tl.log2(total), mask=present)
         tl.store(parts_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :], out, mask=stored)
-        if counters_ptr is not None:
-            # The barrier orders this program's stores before its release, and the acquire orders the others'
-            # before what follows.
-            tl.debug_barrier()
-            counter = counters_ptr + cut * num_kv_heads + kv_head
-            arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-            if arrived == tl.load(cuts_ptr + 3 * cut + 2) - 1:
-                for member in range(QUERIES * GROUP):
-                    merge_pieces(
-                        parts_ptr, lse_ptr, cuts_ptr, out_ptr, cut, num_kv_heads, kv_head, member,
-                        QUERIES, GROUP, HEAD_DIM, TILE_DIM, TILE_PARTS,
-                    )  # fmt: skip
-                tl.store(counter, 0)
 
 
 @triton.jit
@@ -341,11 +278,34 @@ def merge_kernel(
     TILE_PARTS: tl.constexpr,
 ):
     cut = tl.program_id(0)
-    if tl.load(cuts_ptr + 3 * cut + 2) > 0:
-        merge_pieces(
-            parts_ptr, lse_ptr, cuts_ptr, out_ptr, cut, num_kv_heads, tl.program_id(1), tl.program_id(2),
-            QUERIES, GROUP, HEAD_DIM, TILE_DIM, TILE_PARTS,
-        )  # fmt: skip
+    kv_head = tl.program_id(1)
+    member = tl.program_id(2)
+    row = tl.load(cuts_ptr + 3 * cut).to(tl.int64)
+    begin = tl.load(cuts_ptr + 3 * cut + 1)
+    num_pieces = tl.load(cuts_ptr + 3 * cut + 2)
+    end = begin + num_pieces
+    if num_pieces == 0:
+        return
+    dims = tl.arange(0, TILE_DIM)
+    maximum = float("-inf")
+    total = 0.0
+    acc = tl.zeros([TILE_DIM], tl.float32)
+    for start in range(begin, end, TILE_PARTS):
+        pieces = start + tl.arange(0, TILE_PARTS)
+        parts = (pieces.to(tl.int64) * num_kv_heads + kv_head) * (QUERIES * GROUP) + member
+        lse = tl.load(lse_ptr + parts, mask=pieces < end, other=float("-inf"))
+        present = (pieces < end)[:, None] & (dims[None, :] < HEAD_DIM)
+        values = tl.load(parts_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :], mask=present, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(lse, 0))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(lse - shift)
+        decay = tl.exp2(maximum - shift)
+        total = total * decay + tl.sum(weights, 0)
+        acc = acc * decay + tl.sum(values * weights[:, None], 0)
+        maximum = new_maximum
+    out = acc / tl.where(total > 0, total, 1.0)
+    head = ((row * QUERIES + member // GROUP) * num_kv_heads + kv_head) * GROUP + member % GROUP
+    tl.store(out_ptr + head * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def paged_decode_triton(
@@ -360,7 +320,6 @@ def paged_decode_triton(
     soft_cap: float | None,
     k_scale: Float[Array, " K"] | None,
     v_scale: Float[Array, " K"] | None,
-    counters: jax.Ref | None,
 ) -> Float[Array, "B Q H D"]:
     num_rows, queries, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -374,16 +333,12 @@ def paged_decode_triton(
     most_pieces = min(wanted, useful)
     plan, cuts = plan_pieces(context_lens, window=seen, tile_tokens=launch.tile_tokens, most_pieces=most_pieces)
     pieces = num_rows + most_pieces
-    if counters is not None and len(cuts) * num_kv_heads > counters.shape[0]:
-        counters = None
     out, parts, lse = triton_call(
         q,
         k_cache,
         v_cache,
         block_tables,
         plan,
-        cuts,
-        counters,
         plan if k_scale is None else k_scale,  # not read where there are no scales
         plan if v_scale is None else v_scale,
         num_kv_heads,
@@ -407,14 +362,10 @@ def paged_decode_triton(
         TILE_HEADS=max(_MIN_DOT, next_power_of_2(queries * group)),
         TILE_TOKENS=launch.tile_tokens,
         TILE_DIM=tile_dim,
-        TILE_PARTS=_MERGE_PARTS,
         DOT_DTYPE=dot_dtype(q.dtype, k_cache.dtype),
         PAIRS=k_cache.dtype == FP8,
         SCALED=k_scale is not None,
     )
-
-    if counters is not None:
-        return out
 
     def merge(out: jax.Ref) -> None:
         triton_call(

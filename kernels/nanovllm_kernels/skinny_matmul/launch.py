@@ -52,7 +52,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Of the Mosaic kernel: a program's tile, tiles in flight, and programs of a cluster along columns and rows.
+    """Of the Mosaic kernel: a program's tile, and tiles in flight.
 
     Raises:
         ValueError: if the consumers cannot share the tile out, or would wait for ever. With 64 rows they take the
@@ -63,8 +63,6 @@ class Tiling:
     tile_cols: int
     tile_inputs: int
     num_stages: int
-    cluster_cols: int = 1
-    cluster_rows: int = 1
 
     def __post_init__(self) -> None:
         most, owners = CONSUMERS * CONSUMER_ROWS, CONSUMERS if self.splits_inputs else 1
@@ -86,8 +84,7 @@ class Tiling:
     def fits(self, *, rows: int, inputs: int, outputs: int) -> bool:
         """Whether whole tiles cover K and N, and TMA can move x."""
         shared_inputs = self.tile_inputs * (CONSUMERS if self.splits_inputs else 1)
-        cluster_outputs = self.tile_cols * self.cluster_cols
-        return rows % ROW_ALIGNMENT == 0 and inputs % shared_inputs == 0 and outputs % cluster_outputs == 0
+        return rows % ROW_ALIGNMENT == 0 and inputs % shared_inputs == 0 and outputs % self.tile_cols == 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from nanovllm_kernels._device import ceil_div
 from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, Tiling
-from nanovllm_kernels.skinny_matmul.mosaic_device import CLUSTER_COL, CLUSTER_ROW, ProductShape, consume, produce
+from nanovllm_kernels.skinny_matmul.mosaic_device import ProductShape, consume, produce
 
 # Three warpgroups start with 168 each, which is what they can shift between them.
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 216, 40
@@ -36,11 +36,7 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
         ),
         "out": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=in_columns),
         "ready": plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=tile.num_stages),
-        "free": plgpu.ClusterBarrier(
-            collective_axes=(CLUSTER_COL, CLUSTER_ROW),
-            num_arrivals=1 if tile.splits_inputs else CONSUMERS,
-            num_barriers=tile.num_stages,
-        ),
+        "free": plgpu.Barrier(num_arrivals=1 if tile.splits_inputs else CONSUMERS, num_barriers=tile.num_stages),
     }
     if tile.splits_inputs:
         sums = (shape.parts, CONSUMER_ROWS, tile.tile_cols)
@@ -79,8 +75,8 @@ def _product(
     tile = shape.tiling
 
     def kernel(x: Any, w: Any, others: Any, out: Any, scratch: Any) -> None:
-        first_col = (lax.axis_index("col") * tile.cluster_cols + lax.axis_index(CLUSTER_COL)) * tile.tile_cols
-        first_row = (lax.axis_index("row") * tile.cluster_rows + lax.axis_index(CLUSTER_ROW)) * tile.tile_rows
+        first_col = lax.axis_index("col") * tile.tile_cols
+        first_row = lax.axis_index("row") * tile.tile_rows
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < CONSUMERS)
@@ -97,13 +93,8 @@ def _product(
         kernel,
         out_type=jax.ShapeDtypeStruct((shape.num_rows, shape.num_outputs), shape.dtype),
         scratch_types=[scratch_types_of(shape)],
-        grid=(
-            ceil_div(shape.num_outputs, tile.tile_cols * tile.cluster_cols),
-            ceil_div(shape.num_rows, tile.tile_rows * tile.cluster_rows),
-        ),
+        grid=(shape.num_outputs // tile.tile_cols, ceil_div(shape.num_rows, tile.tile_rows)),
         grid_names=("col", "row"),
-        cluster=(tile.cluster_cols, tile.cluster_rows),
-        cluster_names=(CLUSTER_COL, CLUSTER_ROW),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         # Warpgroups touch shared memory between explicit barriers and commits only.

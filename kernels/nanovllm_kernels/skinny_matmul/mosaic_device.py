@@ -1,9 +1,7 @@
 """Device code of the Mosaic implementation: a program computes one tile of the output.
 
 Its producer warpgroup fills a ring of tiles of x and w by TMA. Two consumer warpgroups share the tile out: 64 rows
-each, or, of 64 rows, every other stage of the ring, whose sums are added at the end. Programs of a cluster that have
-rows in common share the copies of x, and those that have columns in common share the copies of w (TMA multicast), so
-that a tile leaves L2 once a cluster.
+each, or, of 64 rows, every other stage of the ring, whose sums are added at the end.
 
 As in the Triton kernel, (x * norm) @ w is scaled by the row's 1 / rms at the end. x * norm is formed in registers, from
 where wgmma takes its left side.
@@ -24,7 +22,6 @@ from jaxtyping import Array, Float
 
 from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, Tiling
 
-CLUSTER_COL, CLUSTER_ROW = "cluster_col", "cluster_row"
 _ROW_LAYOUT, _COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -64,8 +61,6 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, firs
     """Fetches everything that the program reads."""
     tile = shape.tiling
     rows, cols = pl.ds(first_row, tile.tile_rows), pl.ds(first_col, tile.tile_cols)
-    along_cols = CLUSTER_COL if tile.cluster_cols > 1 else None
-    along_rows = CLUSTER_ROW if tile.cluster_rows > 1 else None
     if shape.norm:
         plgpu.copy_gmem_to_smem(others["norm"], scratch["norm"], scratch["norm_ready"])
 
@@ -74,8 +69,8 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, firs
         inputs, ready = pl.ds(step * tile.tile_inputs, tile.tile_inputs), scratch["ready"].at[stage]
         for part in range(shape.parts):
             source = w.at[inputs, part, cols] if shape.gated else w.at[inputs, cols]
-            plgpu.copy_gmem_to_smem(source, scratch["w"].at[stage, part], ready, collective_axes=along_rows)
-        plgpu.copy_gmem_to_smem(x.at[rows, inputs], scratch["x"].at[stage], ready, collective_axes=along_cols)
+            plgpu.copy_gmem_to_smem(source, scratch["w"].at[stage, part], ready)
+        plgpu.copy_gmem_to_smem(x.at[rows, inputs], scratch["x"].at[stage], ready)
         return jnp.where(stage + 1 == tile.num_stages, 0, stage + 1)
 
     lax.fori_loop(0, shape.steps, fetch, jnp.int32(0))
@@ -84,7 +79,7 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, firs
             plgpu.copy_gmem_to_smem(others["bias"].at[part, cols], scratch["bias"].at[part], scratch["bias_ready"])
     if shape.residual:
         plgpu.copy_gmem_to_smem(others["residual"].at[rows, cols], scratch["residual"], scratch["residual_ready"])
-    # Nothing is left unobserved: a barrier must not be taken down under an arrival to come, here or in the cluster.
+    # Nothing is left unobserved: a barrier must not be taken down under an arrival to come.
     for step in range(max(0, shape.steps - tile.num_stages), shape.steps):
         plgpu.barrier_wait(scratch["free"].at[step % tile.num_stages])
 
