@@ -256,7 +256,9 @@ def tune_skinny_matmul(options: argparse.Namespace) -> None:
         raise SystemExit(f"no table can be named after the device kind {device.device_kind!r}")
     end = time.perf_counter() + options.time_limit
     models = list(PRODUCTS) if options.model == "all" else [options.model]
-    kept = {shape_key(entry): entry for entry in launches.load_table(path)}
+    kept: dict[tuple, list[Entry]] = {}
+    for entry in launches.load_table(path):
+        kept.setdefault((entry.rows, entry.inputs, entry.outputs, entry.gated, entry.w_bytes), []).append(entry)
     ratios: dict[str, list[float]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Rows first, so that a short run covers every product at some of them.
@@ -268,17 +270,19 @@ def tune_skinny_matmul(options: argparse.Namespace) -> None:
                 case = replace(product, rows=rows)
                 timed, xla = tune(case, pool)
                 best = report(model, case, timed, xla, verbose=options.verbose)
-                entry = Entry(**shape_of(case), launch=best.launch)
-                kept[shape_key(entry)] = entry
+                kept[tuple(shape_of(case).values())] = entries_of(case, timed)
                 ratios.setdefault(f"{model} x {rows}", []).append(xla / best.seconds)
     for name, values in ratios.items():
         print(f"{name}: geometric mean {math.prod(values) ** (1 / len(values)):.2f} x XLA over {len(values)} products")
-    launches.save_table(path, list(kept.values()), **results_log.measured_here())
-    print(f"wrote {len(kept)} entries to {path}")
+    launches.save_table(path, list(itertools.chain(*kept.values())), **results_log.measured_here())
+    print(f"wrote {len(kept)} shapes to {path}")
 
 
-def shape_key(entry: Entry) -> tuple:
-    return entry.rows, entry.inputs, entry.outputs, entry.gated, entry.w_bytes
+def entries_of(case: SkinnyCase, timed: list[Timed]) -> list[Entry]:
+    """The best launch, and beside one of the Mosaic kernel the best of Triton, for what the other does not take."""
+    merged = [each.launch for each in timed if each.in_kernel_merge]
+    in_triton = next(one for one in merged if isinstance(one, Launch))
+    return [Entry(**shape_of(case), launch=one) for one in dict.fromkeys((merged[0], in_triton))]
 
 
 def main() -> None:
