@@ -16,6 +16,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +26,22 @@ import results_log
 from nanovllm_kernels import skinny_matmul, split_counters
 from nanovllm_kernels._compat import current_target, import_jax_triton
 from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels.skinny_matmul import has_mosaic_kernel
 from nanovllm_kernels.skinny_matmul import launch as launches
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase
-from nanovllm_kernels.skinny_matmul.launch import Entry, Launch
+from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, Entry, Launch, Tiling
 
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
 MAX_CALLS, MIN_CALLS, RUNS = 48, 8, 4
-MAX_CANDIDATES = 12
+MAX_CANDIDATES, MAX_TILINGS = 12, 5
 
 
 @dataclass(frozen=True)
 class Timed:
     """Best seconds a call."""
 
-    launch: Launch | None
+    launch: Launch | Tiling
     seconds: float
     in_kernel_merge: bool = True
 
@@ -79,8 +81,30 @@ def candidates(case: SkinnyCase) -> list[Launch]:
     return list(dict.fromkeys([default, *swapped, *found]))[:MAX_CANDIDATES]
 
 
+def tilings(case: SkinnyCase) -> list[Tiling]:
+    """Of the Mosaic kernel, where it runs: one program for most multiprocessors, rings as deep as they fit."""
+    if case.rows < CONSUMER_ROWS or not has_mosaic_kernel():
+        return []
+    target, found = current_target(), []
+    shapes = itertools.product((CONSUMER_ROWS, CONSUMERS * CONSUMER_ROWS), (32, 48, 64, 128), (64, 128))
+    for rows, cols, inputs in shapes:
+        one = Tiling(rows, cols, inputs, 2 * CONSUMERS)
+        # Outputs, residual and norm, and float32 sums where the consumers divide the inputs.
+        others = 4 * rows * cols + 2 * case.inputs + one.splits_inputs * 4 * rows * cols * (1 + case.gated)
+        fitting = (target.shared_bytes - 1024 - others) // one.stage_bytes(gated=case.gated)
+        stages = min(12, fitting // CONSUMERS * CONSUMERS)
+        fits = one.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)
+        if fits and stages >= 2 * CONSUMERS and tiles_of(case, one) <= target.multiprocessors:
+            found.append(replace(one, num_stages=stages))
+    return sorted(found, key=lambda one: -tiles_of(case, one))[:MAX_TILINGS]
+
+
+def tiles_of(case: SkinnyCase, one: Launch | Tiling) -> int:
+    return ceil_div(case.rows, one.tile_rows) * ceil_div(case.outputs, one.tile_cols)
+
+
 def programs(case: SkinnyCase, one: Launch) -> int:
-    return ceil_div(case.rows, one.tile_rows) * ceil_div(case.outputs, one.tile_cols) * one.splits
+    return tiles_of(case, one) * one.splits
 
 
 def shape_of(case: SkinnyCase) -> dict:
@@ -152,10 +176,10 @@ def repeats(weights) -> int:
     return ceil_div(MIN_CALLS, len(weights))
 
 
-def call_with(one: Launch, in_kernel_merge: bool):
+def call_with(one: Launch | Tiling, in_kernel_merge: bool):
     """A call whose launch is fixed while it is traced."""
     import_jax_triton()
-    module = importlib.import_module("nanovllm_kernels.skinny_matmul.triton")
+    module: Any = importlib.import_module("nanovllm_kernels.skinny_matmul")
 
     def call(arrays, w, counters):
         chosen, module.launch_parameters = module.launch_parameters, lambda *_, **__: one
@@ -173,6 +197,7 @@ def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float
     wanted = [(one, True) for one in launches_tried]
     # What the merge inside the kernel is worth: the first that splits, with a second kernel instead.
     wanted += [(one, False) for one in launches_tried if one.splits > 1][:1]
+    wanted += [(one, True) for one in tilings(case)]
     # Tracing holds Python's lock; Triton, XLA and ptxas run in threads.
     futures = [pool.submit(trace_chain(call_with(*each), case).lower().compile) for each in wanted]
     compiled = {}
@@ -216,7 +241,10 @@ def report(model: str, case: SkinnyCase, timed: list[Timed], xla: float, *, verb
 
 def short(each: Timed) -> str:
     one = each.launch
-    tile = f"{one.tile_rows} x {one.tile_cols} x {one.tile_inputs}{' swapped' if one.swap else ''}"
+    tile = f"{one.tile_rows} x {one.tile_cols} x {one.tile_inputs}"
+    if isinstance(one, Tiling):
+        return f"{tile}, {one.num_stages} stages, Mosaic"
+    tile += " swapped" if one.swap else ""
     merge = "" if one.splits == 1 or each.in_kernel_merge else " (second kernel merges)"
     return f"{tile}, {one.splits} splits{merge}, {one.num_warps} warps, {one.num_stages} stages"
 
@@ -228,7 +256,9 @@ def tune_skinny_matmul(options: argparse.Namespace) -> None:
         raise SystemExit(f"no table can be named after the device kind {device.device_kind!r}")
     end = time.perf_counter() + options.time_limit
     models = list(PRODUCTS) if options.model == "all" else [options.model]
-    kept = {shape_key(entry): entry for entry in launches.load_table(path)}
+    kept: dict[tuple, list[Entry]] = {}
+    for entry in launches.load_table(path):
+        kept.setdefault((entry.rows, entry.inputs, entry.outputs, entry.gated, entry.w_bytes), []).append(entry)
     ratios: dict[str, list[float]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Rows first, so that a short run covers every product at some of them.
@@ -240,17 +270,19 @@ def tune_skinny_matmul(options: argparse.Namespace) -> None:
                 case = replace(product, rows=rows)
                 timed, xla = tune(case, pool)
                 best = report(model, case, timed, xla, verbose=options.verbose)
-                entry = Entry(**shape_of(case), launch=best.launch)
-                kept[shape_key(entry)] = entry
+                kept[tuple(shape_of(case).values())] = entries_of(case, timed)
                 ratios.setdefault(f"{model} x {rows}", []).append(xla / best.seconds)
     for name, values in ratios.items():
         print(f"{name}: geometric mean {math.prod(values) ** (1 / len(values)):.2f} x XLA over {len(values)} products")
-    launches.save_table(path, list(kept.values()), **results_log.measured_here())
-    print(f"wrote {len(kept)} entries to {path}")
+    launches.save_table(path, list(itertools.chain(*kept.values())), **results_log.measured_here())
+    print(f"wrote {len(kept)} shapes to {path}")
 
 
-def shape_key(entry: Entry) -> tuple:
-    return entry.rows, entry.inputs, entry.outputs, entry.gated, entry.w_bytes
+def entries_of(case: SkinnyCase, timed: list[Timed]) -> list[Entry]:
+    """The best launch, and beside one of the Mosaic kernel the best of Triton, for what the other does not take."""
+    merged = [each.launch for each in timed if each.in_kernel_merge]
+    in_triton = next(one for one in merged if isinstance(one, Launch))
+    return [Entry(**shape_of(case), launch=one) for one in dict.fromkeys((merged[0], in_triton))]
 
 
 def main() -> None:

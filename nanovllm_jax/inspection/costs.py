@@ -84,9 +84,9 @@ def _count_call(found: Counted, visit: Visit) -> None:
     if operation is not None:
         sides = (visit.eqn.invars, visit.eqn.outvars)
         operands, results = ([getattr(var.aval, "inner_aval", var.aval) for var in side] for side in sides)
-        name = f"{operation} {' x '.join(one.str_short(True) for one in operands[:2])}"
-        work = BY_OPERANDS[operation](Call(kernel, operands, results))
-        _add(found.shaped, (name, scope, language), work, visit.times)
+        call = Call(kernel, operands, results)
+        name = f"{operation} {' x '.join(one.str_short(True) for one in call.leading)}"
+        _add(found.shaped, (name, scope, language), BY_OPERANDS[operation](call), visit.times)
 
 
 def _add(rows: dict[Any, list[float]], key: tuple[str, ...], work: Work, times: int) -> None:

@@ -135,20 +135,33 @@ class Shaped(Protocol):
     shape: tuple[int, ...]
     dtype: Any
 
+    def str_short(self, short_dtypes: bool = False) -> str:
+        """As in "bf16[8,1024]"."""
+        ...
+
 
 @dataclass(frozen=True)
 class Call:
     """One call of a kernel.
 
     Attributes:
-        kernel: name of the device function.
-        operands: in the order of the call.
-        results: likewise.
+        kernel: name of the device function; none for Mosaic.
+        operands: in the order of the call; Mosaic's in the order of their use, results among them.
+        results: in the order of the call.
     """
 
     kernel: str
     operands: Sequence[Shaped]
     results: Sequence[Shaped]
+
+    @property
+    def leading(self) -> Sequence[Shaped]:
+        """The first two operands: activations [M, K] and a weight, where it is a product."""
+        if self.kernel:
+            return self.operands[:2]
+        weight = max(self.operands, key=array_bytes)
+        matrices = [one for one in self.operands if len(one.shape) == 2 and one is not weight]
+        return next(one for one in matrices if one.shape[1] == weight.shape[0]), weight
 
     @property
     def bytes(self) -> float:
@@ -180,7 +193,7 @@ def _paged_attention(site: Site) -> Work:
 
 def _skinny_matmul(call: Call) -> Work:
     """Activations [M, K] and a weight read, [M, N] written; gate and up columns give one column each."""
-    x, weight = call.operands[:2]
+    x, weight = call.leading
     rows, width = x.shape
     outputs = math.prod(weight.shape) // width // (2 if len(weight.shape) == 3 else 1)
     moved = array_bytes(x) + array_bytes(weight) + rows * outputs * x.dtype.itemsize
@@ -225,5 +238,6 @@ BY_OPERANDS: dict[str, Callable[[Call], Work]] = {
     "add_shards_kernel": _add_shards,
     "add_rms_norm_kernel": _add_rms_norm,
     "silu_mul_kernel": _silu_mul,
+    "product_mosaic": _skinny_matmul,
     "sample": _sample,
 }

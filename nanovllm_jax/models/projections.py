@@ -19,8 +19,10 @@ from nanovllm_jax.models.params import Params
 from nanovllm_jax.parallel.collectives import sum_shards
 from nanovllm_kernels import add_rms_norm, silu_mul, skinny_matmul, split_counters
 from nanovllm_kernels.norm import rms_norm
+from nanovllm_kernels.skinny_matmul import has_mosaic_kernel
 
-MAX_FUSED_ROWS = 128  # past that XLA's products are the faster ones
+# Past that XLA's products are the faster ones; GPUs with a kernel for many rows take twice as many.
+MAX_FUSED_ROWS = 128
 
 Backend = Literal["xla", "triton"]
 
@@ -43,8 +45,10 @@ class Residual(NamedTuple):
 
 def fused_counters(backend: Backend, num_tokens: int, dtype: DTypeLike) -> Int[Array, " tiles"] | None:
     """What the fused kernels of a step share, or None where its products are XLA's."""
-    fused = backend == "triton" and num_tokens <= MAX_FUSED_ROWS and jnp.dtype(dtype).itemsize == 2
-    return split_counters() if fused else None
+    if backend != "triton" or jnp.dtype(dtype).itemsize != 2:
+        return None
+    most = MAX_FUSED_ROWS * (2 if has_mosaic_kernel() else 1)
+    return split_counters() if num_tokens <= most else None
 
 
 def poison_unless_zero(x: Float[Array, "T E"], counters: Int[Array, " tiles"]) -> Float[Array, "T E"]:

@@ -6,19 +6,21 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 SMALLEST_PREFILL = 64  # tokens
+ROW_TILE = 64  # rows that a product of many rows computes together
 
 
 def decode_buckets(max_num_seqs: int, *, fine: bool) -> list[int]:
     """Row counts of decode steps, up to and including `max_num_seqs`.
 
     With `fine` (GPUs, where a step's time follows its rows) powers of two, and above 16 also steps of a quarter of
-    the power, so that padding is at most a quarter; else powers of four, since each program costs seconds to compile.
+    the power, so that padding is at most a quarter; from 64 on of no less than 64 rows, since products take tiles of
+    as many, and attention has no work for padding. Else powers of four, since each program costs seconds to compile.
     """
     if not fine:
         return sampling_buckets(max_num_seqs)
     sizes = set(_powers(1, max_num_seqs, 2))
     for power in _powers(16, max_num_seqs, 2):
-        sizes.update(power + power // 4 * quarter for quarter in (1, 2, 3))
+        sizes.update(range(power, 2 * power, power // 4 if power < ROW_TILE else max(ROW_TILE, power // 4)))
     return sorted(size for size in sizes if size <= max_num_seqs)
 
 

@@ -30,6 +30,7 @@ from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
 from nanovllm_kernels.silu_mul.cases import CASES as SILU_CASES
 from nanovllm_kernels.skinny_matmul.cases import CASES as SKINNY_CASES
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, skinny_inputs
+from nanovllm_kernels.skinny_matmul.launch import Launch, Tiling, launch_parameters
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 FP8_ARCHITECTURES = (89, 90, 100)
@@ -255,6 +256,21 @@ def test_skinny_matmul_compiles_and_splits_are_merged_inside_with_counters(compi
     assert [kernel for kernel, _ in compiled] == ([] if old else ["product_kernel"])
     assert text.count("custom_call @triton_kernel_call_ffi") == (not old)
     assert all(shared <= limit for _, shared in compiled)
+
+
+@pytest.mark.parametrize("rows", [128, 192, 256])
+@pytest.mark.parametrize("case", PRODUCTS["qwen3_0_6b"], ids=lambda case: case.name)
+def test_skinny_matmul_of_many_rows_lowers_to_the_kernel_that_the_table_names(compiled, case, rows):
+    case = dataclasses.replace(case, rows=rows)
+    sizes = {"rows": rows, "inputs": case.inputs, "outputs": case.outputs, "gated": case.gated, "w_bytes": 2}
+    with lowering_for(90) as target:
+        chosen = launch_parameters(target, **sizes, mosaic=True)
+    text, _ = lower_skinny(case, 90, in_kernel_merge=True)
+    assert text.count("custom_call @mosaic_gpu_v2") == isinstance(chosen, Tiling)
+    assert len(compiled) == isinstance(chosen, Launch)
+    # Other GPUs have no such kernel.
+    text, _ = lower_skinny(case, 80, in_kernel_merge=True)
+    assert "mosaic_gpu" not in text
 
 
 def test_skinny_matmul_merges_splits_in_a_second_kernel_without_counters(compiled):

@@ -1,4 +1,5 @@
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ NAMES = ("smollm2", "multi_query", "block_8", "block_256", "float16", "window", 
 SHAPES = [case for case in CASES if case.name in NAMES]
 TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-5}
 MAX_LENGTH = 270
+TILE_TOKENS = 64
 
 
 @functools.cache
@@ -98,3 +100,42 @@ def test_triton_without_a_gpu_says_what_to_do():
     inputs = attention_inputs(AttentionCase("any", (5,), 2, 1, 16))
     with pytest.raises(RuntimeError, match="use backend='xla'"):
         paged_decode(*map(jnp.asarray, inputs.args), scale=1.0, backend="triton")
+
+
+@functools.cache
+def jitted_plan(num_rows, window, most_pieces):
+    # What is imported here would make the whole module need triton.
+    triton = importlib.import_module("nanovllm_kernels.paged_decode.triton")
+    return jax.jit(
+        functools.partial(triton.plan_pieces, window=window, tile_tokens=TILE_TOKENS, most_pieces=most_pieces)
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    contexts=st.lists(st.integers(0, 40) | st.integers(0, 5000), min_size=9, max_size=9),
+    window=st.sampled_from([0, 100]),
+    most_pieces=st.sampled_from([1, 2, 9, 66]),
+)
+def test_pieces_cover_each_row_once_and_the_longest_come_first(contexts, window, most_pieces):
+    pytest.importorskip("triton")
+    pytest.importorskip("jax_triton")
+    pieces, cuts = map(np.asarray, jitted_plan(9, window, most_pieces)(jnp.array(contexts, jnp.int32)))
+    assert len(pieces) == 9 + most_pieces
+    real = pieces[pieces[:, 0] >= 0]
+    np.testing.assert_array_equal(pieces[: len(real)], real)
+    lengths = []
+    for row, context in enumerate(contexts):
+        (mine,) = np.nonzero(real[:, 0] == row)
+        np.testing.assert_array_equal(mine, np.arange(mine[0], mine[0] + len(mine)))
+        first = max(context - window, 0) // TILE_TOKENS * TILE_TOKENS if window else 0
+        edges = [first, *real[mine, 3]]
+        np.testing.assert_array_equal(real[mine, 2], edges[:-1])
+        assert edges[-1] == context
+        assert set(real[mine, 1]) == {context}
+        assert set(real[mine, 4]) == {len(mine) == 1}
+        assert (len(mine) > 1) == ([row, mine[0], len(mine)] in cuts.tolist())
+        lengths += [(mine[0], -(-(edges[1] - edges[0]) // TILE_TOKENS))]
+    assert np.count_nonzero(cuts[:, 2]) == sum(np.bincount(real[:, 0]) > 1)
+    in_order = [length for _, length in sorted(lengths)]
+    assert in_order == sorted(in_order, reverse=True)

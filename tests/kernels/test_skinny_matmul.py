@@ -136,6 +136,22 @@ def test_a_tuned_shape_is_used_for_the_nearest_shapes_and_no_others(tmp_path, mo
         launch.load_table.cache_clear()
 
 
+def test_a_tuned_mosaic_tile_is_used_where_the_operands_suit_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    mosaic, triton = launch.Tiling(64, 64, 64, 8), launch.Launch(64, 32, 64, 2, 4, 3)
+    entries = [launch.Entry(128, 1024, 4096, False, 2, it) for it in (triton, mosaic)]
+    launch.save_table(launch.table_path("NVIDIA H200"), entries)
+    try:
+        with lowering_for(90) as target:
+            chosen = functools.partial(launch.launch_parameters, target, inputs=1024, gated=False, w_bytes=2)
+            assert chosen(rows=128, outputs=4096, mosaic=True) == mosaic
+            assert chosen(rows=128, outputs=4096) == triton
+            assert chosen(rows=100, outputs=4096, mosaic=True) == triton  # TMA moves rows by eights
+            assert chosen(rows=128, outputs=4000, mosaic=True) == triton  # columns that no whole tiles cover
+    finally:
+        launch.load_table.cache_clear()
+
+
 def test_a_table_of_another_format_is_refused(tmp_path):
     (tmp_path / "h200.json").write_text('{"format": 0, "entries": []}')
     with pytest.raises(ValueError, match="format 0; this version reads 1: tune again"):

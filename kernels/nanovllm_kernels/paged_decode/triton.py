@@ -66,13 +66,13 @@ def launch_parameters(*, head_dim: int, itemsize: int) -> Launch:
 
 def plan_pieces(
     context_lens: Int[Array, " B"], *, window: int, tile_tokens: int, most_pieces: int
-) -> tuple[Int[Array, "pieces 5"], Int[Array, "B 2"]]:
+) -> tuple[Int[Array, "pieces 5"], Int[Array, "cuts 3"]]:
     """Cuts rows into pieces of whole tiles, at least one a row and at most `most_pieces` + B in all.
 
     Returns for each piece its row (-1 if there is no such piece), the context of the row, where the piece begins and
-    ends, and whether it is all of the row; and for each row its first piece and their number. Pieces of rows that are
-    cut come first: they are the longest, and what starts last should be short. Plain XLA, the same for every layer of
-    a step, so it runs once.
+    ends, and whether it is all of the row; and for each row that is cut the row, its first piece and their number (0
+    where there are fewer such rows). Longer pieces come first, since what starts last should be short. Plain XLA, the
+    same for every layer of a step, so it runs once.
     """
     num_rows = len(context_lens)
     first_tile = jnp.maximum(context_lens - window, 0) // tile_tokens if window else jnp.zeros_like(context_lens)
@@ -82,15 +82,20 @@ def plan_pieces(
     # Sums over [B, B] and [pieces, B] are one small kernel each; sorts and cumulative sums would be several.
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     whole = counts == 1
-    earlier = jnp.where(whole[:, None] == whole, rows < rows[:, None], whole[:, None])
+    length = (tiles + counts - 1) // counts
+    earlier = (length > length[:, None]) | ((length == length[:, None]) & (rows < rows[:, None]))
     starts = jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=jnp.int32)
     pieces = jnp.arange(num_rows + most_pieces, dtype=jnp.int32)[:, None]
     own = (pieces >= starts) & (pieces < starts + counts)
-    length = (tiles + counts - 1) // counts * tile_tokens
-    begins = first_tile * tile_tokens + (pieces - starts) * length
-    columns = [rows + 1, context_lens, begins, jnp.minimum(context_lens, begins + length), whole]
+    begins = (first_tile + (pieces - starts) * length) * tile_tokens
+    ends = jnp.minimum(context_lens, begins + length * tile_tokens)
+    columns = [rows + 1, context_lens, begins, ends, whole]
     values = [jnp.sum(jnp.where(own, column, 0), axis=1, dtype=jnp.int32) for column in columns]
-    return jnp.stack([values[0] - 1, *values[1:]], axis=1), jnp.stack([starts, counts], axis=1)
+    # A row that is cut holds more than one of `most_pieces` equal parts of all tiles, so there are fewer of them.
+    cuts = jnp.arange(min(num_rows, most_pieces), dtype=jnp.int32)[:, None]
+    cut = ~whole & (cuts == jnp.sum(~whole & (rows < rows[:, None]), axis=1))
+    cut_rows = [jnp.sum(jnp.where(cut, column, 0), axis=1, dtype=jnp.int32) for column in (rows, starts, counts)]
+    return jnp.stack([values[0] - 1, *values[1:]], axis=1), jnp.stack(cut_rows, axis=1)
 
 
 @triton.jit
@@ -263,7 +268,7 @@ def decode_kernel(
 def merge_kernel(
     parts_ptr,
     lse_ptr,
-    rows_ptr,  # int32 [B, 2], see `plan_pieces`
+    cuts_ptr,  # int32 [cuts, 3], see `plan_pieces`
     out_ptr,
     num_kv_heads,
     QUERIES: tl.constexpr,
@@ -272,13 +277,14 @@ def merge_kernel(
     TILE_DIM: tl.constexpr,
     TILE_PARTS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    cut = tl.program_id(0)
     kv_head = tl.program_id(1)
     member = tl.program_id(2)
-    begin = tl.load(rows_ptr + 2 * row)
-    num_pieces = tl.load(rows_ptr + 2 * row + 1)
+    row = tl.load(cuts_ptr + 3 * cut).to(tl.int64)
+    begin = tl.load(cuts_ptr + 3 * cut + 1)
+    num_pieces = tl.load(cuts_ptr + 3 * cut + 2)
     end = begin + num_pieces
-    if num_pieces == 1:
+    if num_pieces == 0:
         return
     dims = tl.arange(0, TILE_DIM)
     maximum = float("-inf")
@@ -325,7 +331,7 @@ def paged_decode_triton(
     useful = num_rows * ceil_div(block_tables.shape[1] * block_size, launch.tile_tokens)
     wanted = ceil_div(target.multiprocessors * launch.programs_per_multiprocessor, num_kv_heads)
     most_pieces = min(wanted, useful)
-    plan, rows = plan_pieces(context_lens, window=seen, tile_tokens=launch.tile_tokens, most_pieces=most_pieces)
+    plan, cuts = plan_pieces(context_lens, window=seen, tile_tokens=launch.tile_tokens, most_pieces=most_pieces)
     pieces = num_rows + most_pieces
     out, parts, lse = triton_call(
         q,
@@ -365,12 +371,12 @@ def paged_decode_triton(
         triton_call(
             parts,
             lse,
-            rows,
+            cuts,
             out,
             num_kv_heads,
             kernel=merge_kernel,
             out_type=(),
-            grid=(num_rows, num_kv_heads, queries * group),
+            grid=(len(cuts), num_kv_heads, queries * group),
             num_warps=4,
             num_stages=1,
             QUERIES=queries,

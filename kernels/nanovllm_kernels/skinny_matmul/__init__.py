@@ -11,11 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_backend, check_float, check_shape
 from nanovllm_kernels._compat import current_target, import_jax_triton
-from nanovllm_kernels.skinny_matmul.reference import skinny_matmul_xla
+from nanovllm_kernels.skinny_matmul.launch import Tiling, launch_parameters
+from nanovllm_kernels.skinny_matmul.reference import rms_norm_xla, skinny_matmul_xla
 
 # One counter for each output tile of the largest launch that splits K; see `split_counters`.
 NUM_COUNTERS = 4096
 _FP8 = jnp.dtype("float8_e4m3fn")
+_MOSAIC_CAPABILITY = 90  # wgmma, which later GPUs do not have
 _FP8_CAPABILITY = 89  # the first GPUs that convert e4m3 in hardware
 
 
@@ -84,9 +86,32 @@ def skinny_matmul(
     too_old = w.dtype == _FP8 and current_target().compute_capability < _FP8_CAPABILITY
     if x.dtype == jnp.float32 or too_old:
         return skinny_matmul_xla(x, w, **options)
+    if norm is not None and x.dtype == jnp.float16:
+        # x * norm, which is not yet divided by the row's rms, may be past float16's largest number.
+        options |= {"norm": None}
+        x = rms_norm_xla(x, norm, eps)
+    launch = launch_parameters(
+        current_target(),
+        rows=x.shape[0],
+        inputs=x.shape[1],
+        outputs=num_outputs,
+        gated=w.ndim == 3,
+        w_bytes=w.dtype.itemsize,
+        mosaic=has_mosaic_kernel() and w_layout == "kn" and w.dtype == x.dtype and dtype == x.dtype,
+    )
+    if isinstance(launch, Tiling):
+        from nanovllm_kernels.skinny_matmul.mosaic import skinny_matmul_mosaic
+
+        parts = {name: options[name] for name in ("norm", "eps", "bias", "residual")}
+        return skinny_matmul_mosaic(x, w, **parts, tiling=launch)
     from nanovllm_kernels.skinny_matmul.triton import skinny_matmul_triton
 
-    return skinny_matmul_triton(x, w, **options, counters=counters)
+    return skinny_matmul_triton(x, w, **options, counters=counters, launch=launch)
+
+
+def has_mosaic_kernel() -> bool:
+    """Whether many rows have a kernel of their own on the GPU that kernels are compiled for."""
+    return current_target().compute_capability == _MOSAIC_CAPABILITY
 
 
 def _check(

@@ -1,5 +1,7 @@
 """Launch parameters of `skinny_matmul`: the tuned table of the GPU's kind, else reasoned defaults.
 
+An entry's parameters also say which kernel runs: `Launch` is for Triton, `Tiling` for Mosaic GPU.
+
 A table is `tuning/<kind>.json`, kind as in "h200"; `python benchmarks/tune_kernels.py skinny_matmul` writes it on
 the GPU at hand. Nothing is timed when a model runs.
 """
@@ -22,6 +24,8 @@ FORMAT = 1
 _MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
 # A tuned entry serves a shape whose K and N together differ from its own by at most this factor.
 _NEAREST = 2.0
+# Of the Mosaic kernel: warpgroups that multiply, rows of each (the M of wgmma), and rows that TMA moves under swizzle.
+CONSUMERS, CONSUMER_ROWS, ROW_ALIGNMENT = 2, 64, 8
 _LEAST_SPLIT = 256  # inputs a program: below, adding the splits costs more than the products
 
 
@@ -47,6 +51,43 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """Of the Mosaic kernel: a program's tile, and tiles in flight.
+
+    Raises:
+        ValueError: if the consumers cannot share the tile out, or would wait for ever. With 64 rows they take the
+            stages in turn, and each stage of the ring must belong to one of them; each looks one stage ahead.
+    """
+
+    tile_rows: int
+    tile_cols: int
+    tile_inputs: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        most, owners = CONSUMERS * CONSUMER_ROWS, CONSUMERS if self.splits_inputs else 1
+        if self.tile_rows not in (CONSUMER_ROWS, most) or self.num_stages % owners or self.num_stages < 2 * owners:
+            raise ValueError(
+                f"a tile of {self.tile_rows} rows with {self.num_stages} stages; it must have {most} rows and 2 stages "
+                f"or more, or {CONSUMER_ROWS} rows and {2 * CONSUMERS}, {3 * CONSUMERS}, ... stages."
+            )
+
+    @property
+    def splits_inputs(self) -> bool:
+        """Whether the consumers divide the inputs, for want of rows."""
+        return self.tile_rows == CONSUMER_ROWS
+
+    def stage_bytes(self, *, gated: bool) -> int:
+        """Shared memory of one stage of the ring, of 16-bit elements."""
+        return self.tile_inputs * (self.tile_rows + self.tile_cols * (1 + gated)) * 2
+
+    def fits(self, *, rows: int, inputs: int, outputs: int) -> bool:
+        """Whether whole tiles cover K and N, and TMA can move x."""
+        shared_inputs = self.tile_inputs * (CONSUMERS if self.splits_inputs else 1)
+        return rows % ROW_ALIGNMENT == 0 and inputs % shared_inputs == 0 and outputs % self.tile_cols == 0
+
+
+@dataclass(frozen=True)
 class Entry:
     """A tuned shape: K, N, what the weight is, and the most rows the parameters are meant for."""
 
@@ -55,15 +96,21 @@ class Entry:
     outputs: int
     gated: bool
     w_bytes: int
-    launch: Launch
+    launch: Launch | Tiling
 
     def distance(self, inputs: int, outputs: int) -> float:
         """How many times larger or smaller K and N are."""
         return math.exp(abs(math.log(self.inputs / inputs)) + abs(math.log(self.outputs / outputs)))
 
 
-def launch_parameters(target: Target, *, rows: int, inputs: int, outputs: int, gated: bool, w_bytes: int) -> Launch:
-    """Those of the nearest shape in the GPU's table, else `default_launch`."""
+def launch_parameters(
+    target: Target, *, rows: int, inputs: int, outputs: int, gated: bool, w_bytes: int, mosaic: bool = False
+) -> Launch | Tiling:
+    """Those of the nearest shape in the GPU's table, else `default_launch`; a `Tiling` only with `mosaic`."""
+
+    def usable(launch: Launch | Tiling) -> bool:
+        return isinstance(launch, Launch) or (mosaic and launch.fits(rows=rows, inputs=inputs, outputs=outputs))
+
     candidates = [
         entry
         for entry in load_table(table_path(target.kind))
@@ -72,10 +119,16 @@ def launch_parameters(target: Target, *, rows: int, inputs: int, outputs: int, g
         and entry.rows >= rows
         and (rows > 1) == (entry.rows > 1)
         and entry.distance(inputs, outputs) <= _NEAREST
+        and usable(entry.launch)
     ]
     if not candidates:
         return default_launch(target, rows=rows, inputs=inputs, outputs=outputs, gated=gated, w_bytes=w_bytes)
-    return min(candidates, key=lambda entry: (entry.distance(inputs, outputs), entry.rows)).launch
+
+    def preference(entry: Entry) -> tuple[float, int, bool]:
+        """Where a shape has parameters for both kernels, Triton's are for what Mosaic's does not take."""
+        return entry.distance(inputs, outputs), entry.rows, isinstance(entry.launch, Launch)
+
+    return min(candidates, key=preference).launch
 
 
 def default_launch(target: Target, *, rows: int, inputs: int, outputs: int, gated: bool, w_bytes: int) -> Launch:
@@ -124,7 +177,11 @@ def load_table(path: Path | None) -> tuple[Entry, ...]:
             f"{path} has format {table.get('format')!r}; this version reads {FORMAT}: tune again with "
             "`python benchmarks/tune_kernels.py skinny_matmul`."
         )
-    return tuple(Entry(**{**entry, "launch": Launch(**entry["launch"])}) for entry in table["entries"])
+    return tuple(Entry(**{**entry, "launch": _parse(entry["launch"])}) for entry in table["entries"])
+
+
+def _parse(launch: dict[str, Any]) -> Launch | Tiling:
+    return Launch(**launch) if "num_warps" in launch else Tiling(**launch)
 
 
 def save_table(path: Path, entries: list[Entry], **about: Any) -> None:

@@ -20,10 +20,9 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float
 
-from nanovllm_kernels._compat import current_target, triton_call
+from nanovllm_kernels._compat import triton_call
 from nanovllm_kernels._device import ceil_div, dot_dtype, next_power_of_2
-from nanovllm_kernels.skinny_matmul.launch import launch_parameters
-from nanovllm_kernels.skinny_matmul.reference import rms_norm_xla
+from nanovllm_kernels.skinny_matmul.launch import Launch
 
 _MERGE_COLS = 128
 
@@ -326,22 +325,12 @@ def skinny_matmul_triton(
     w_layout: str,
     out_dtype: jnp.dtype,
     counters: jax.Ref | None,
+    launch: Launch,
 ) -> Float[Array, "M N"]:
-    if norm is not None and x.dtype == jnp.float16:
-        # x * norm, which is not yet divided by the row's rms, may be past float16's largest number.
-        x, norm = rms_norm_xla(x, norm, eps), None
     (num_rows, num_inputs), gated = x.shape, w.ndim == 3
     num_outputs = w.shape[0] if w_layout == "nk" else w.shape[-1]
     if norm is not None:
         norm = norm.astype(x.dtype)
-    launch = launch_parameters(
-        current_target(),
-        rows=num_rows,
-        inputs=num_inputs,
-        outputs=num_outputs,
-        gated=gated,
-        w_bytes=w.dtype.itemsize,
-    )
     splits = launch.splits
     tiles = ceil_div(num_rows, launch.tile_rows) * ceil_div(num_outputs, launch.tile_cols)
     if splits == 1 or (counters is not None and tiles > counters.shape[0]):

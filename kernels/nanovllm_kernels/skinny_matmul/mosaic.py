@@ -1,0 +1,143 @@
+"""Pallas Mosaic GPU implementation for sm_90: launch of the kernel in `mosaic_device.py`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from nanovllm_kernels._device import ceil_div
+from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, Tiling
+from nanovllm_kernels.skinny_matmul.mosaic_device import ProductShape, consume, produce
+
+# Three warpgroups start with 168 each, which is what they can shift between them.
+_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 216, 40
+
+
+def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
+    """Shared memory and barriers by name."""
+    tile = shape.tiling
+    in_columns = _swizzled(shape.dtype, tile.tile_cols)
+    # Wgmma wants both its sides alike, if both come from shared memory.
+    x_transforms = _swizzled(shape.dtype, tile.tile_inputs) if shape.norm else in_columns
+    types = {
+        "x": plgpu.SMEM((tile.num_stages, tile.tile_rows, tile.tile_inputs), shape.dtype, transforms=x_transforms),
+        "w": plgpu.SMEM(
+            (tile.num_stages, shape.parts, tile.tile_inputs, tile.tile_cols),
+            shape.dtype,
+            transforms=in_columns,
+        ),
+        "out": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=in_columns),
+        "ready": plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=tile.num_stages),
+        "free": plgpu.Barrier(num_arrivals=1 if tile.splits_inputs else CONSUMERS, num_barriers=tile.num_stages),
+    }
+    if tile.splits_inputs:
+        sums = (shape.parts, CONSUMER_ROWS, tile.tile_cols)
+        types |= {
+            "sums": plgpu.SMEM(sums, jnp.float32, transforms=_swizzled(jnp.float32, tile.tile_cols)),
+            "squares": plgpu.SMEM((CONSUMER_ROWS,), jnp.float32),
+            "sums_ready": plgpu.Barrier(),
+        }
+    if shape.norm:
+        types |= {"norm": plgpu.SMEM((shape.steps, tile.tile_inputs), shape.dtype), "norm_ready": plgpu.Barrier()}
+    if shape.bias:
+        types |= {
+            "bias": plgpu.SMEM((shape.parts, tile.tile_cols), shape.dtype),
+            "bias_ready": plgpu.Barrier(num_arrivals=shape.parts),
+        }
+    if shape.residual:
+        types |= {
+            "residual": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=in_columns),
+            "residual_ready": plgpu.Barrier(),
+        }
+    return types
+
+
+def _swizzled(dtype: Any, width: int) -> tuple[Any, ...]:
+    """Of tiles whose rows are `width` elements: the widest swizzle that divides them."""
+    itemsize = jnp.dtype(dtype).itemsize
+    num_bytes = math.gcd(width * itemsize, 128)
+    return (plgpu.TilingTransform((8, num_bytes // itemsize)), plgpu.SwizzleTransform(num_bytes))  # pyright: ignore[reportAbstractUsage]
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "interpret"))
+def _product(
+    x: Float[Array, "M K"], w: Array, others: dict[str, Array], *, shape: ProductShape, interpret: Any
+) -> Float[Array, "M N"]:
+    """The kernel; a jitted function of its own, so that the layers of a model lower it once."""
+    tile = shape.tiling
+
+    def kernel(x: Any, w: Any, others: Any, out: Any, scratch: Any) -> None:
+        first_col = lax.axis_index("col") * tile.tile_cols
+        first_row = lax.axis_index("row") * tile.tile_rows
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < CONSUMERS)
+        def _() -> None:
+            plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+            consume(out, scratch, shape, warpgroup, first_row, first_col)
+
+        @pl.when(warpgroup == CONSUMERS)
+        def _() -> None:
+            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+            produce(x, w, others, scratch, shape, first_row, first_col)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((shape.num_rows, shape.num_outputs), shape.dtype),
+        scratch_types=[scratch_types_of(shape)],
+        grid=(shape.num_outputs // tile.tile_cols, ceil_div(shape.num_rows, tile.tile_rows)),
+        grid_names=("col", "row"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        # Warpgroups touch shared memory between explicit barriers and commits only.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )(x, w, others)
+
+
+def skinny_matmul_mosaic(
+    x: Float[Array, "M K"],
+    w: Array,
+    *,
+    norm: Float[Array, " K"] | None,
+    eps: float,
+    bias: Array | None,
+    residual: Float[Array, "M N"] | None,
+    tiling: Tiling,
+    interpret: Any = None,
+) -> Float[Array, "M N"]:
+    """As `skinny_matmul`, for 16-bit weights [K, N] or [K, 2, N] that `tiling` fits.
+
+    Norm, bias and residual are cast to x's dtype. `interpret`: parameters of Mosaic's interpreter.
+    """
+    (num_rows, num_inputs), gated = x.shape, w.ndim == 3
+    shape = ProductShape(
+        num_rows=num_rows,
+        num_inputs=num_inputs,
+        num_outputs=w.shape[-1],
+        gated=gated,
+        norm=norm is not None,
+        bias=bias is not None,
+        residual=residual is not None,
+        eps=eps,
+        dtype=x.dtype,
+        tiling=tiling,
+        interpreted=interpret is not None,
+    )
+    others = {}
+    if norm is not None:
+        others["norm"] = norm.astype(x.dtype).reshape(shape.steps, tiling.tile_inputs)
+    if bias is not None:
+        others["bias"] = bias.astype(x.dtype).reshape(shape.parts, shape.num_outputs)
+    if residual is not None:
+        others["residual"] = residual.astype(x.dtype)
+    with jax.named_scope("product_mosaic"):  # a Mosaic kernel has no name of its own
+        return _product(x, w, others, shape=shape, interpret=interpret)

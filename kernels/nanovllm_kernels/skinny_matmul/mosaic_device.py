@@ -1,0 +1,237 @@
+"""Device code of the Mosaic implementation: a program computes one tile of the output.
+
+Its producer warpgroup fills a ring of tiles of x and w by TMA. Two consumer warpgroups share the tile out: 64 rows
+each, or, of 64 rows, every other stage of the ring, whose sums are added at the end.
+
+As in the Triton kernel, (x * norm) @ w is scaled by the row's 1 / rms at the end. x * norm is formed in registers, from
+where wgmma takes its left side.
+
+Refs and scalars of a kernel have no Python type that says more than Any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, Tiling
+
+_ROW_LAYOUT, _COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """What the kernel is compiled for."""
+
+    num_rows: int
+    num_inputs: int
+    num_outputs: int
+    gated: bool
+    norm: bool
+    bias: bool
+    residual: bool
+    eps: float
+    dtype: Any
+    tiling: Tiling
+    interpreted: bool = False
+
+    @property
+    def parts(self) -> int:
+        """2 with gate and up, whose columns one program computes."""
+        return 1 + self.gated
+
+    @property
+    def consumer_steps(self) -> int:
+        """Stages that a consumer takes."""
+        return self.steps // CONSUMERS if self.tiling.splits_inputs else self.steps
+
+    @property
+    def steps(self) -> int:
+        """Stages that pass through the ring."""
+        return self.num_inputs // self.tiling.tile_inputs
+
+
+def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, first_row: Any, first_col: Any) -> None:
+    """Fetches everything that the program reads."""
+    tile = shape.tiling
+    rows, cols = pl.ds(first_row, tile.tile_rows), pl.ds(first_col, tile.tile_cols)
+    if shape.norm:
+        plgpu.copy_gmem_to_smem(others["norm"], scratch["norm"], scratch["norm_ready"])
+
+    def fetch(step: Any, stage: Any) -> Any:
+        pl.when(step >= tile.num_stages)(lambda: plgpu.barrier_wait(scratch["free"].at[stage]))
+        inputs, ready = pl.ds(step * tile.tile_inputs, tile.tile_inputs), scratch["ready"].at[stage]
+        for part in range(shape.parts):
+            source = w.at[inputs, part, cols] if shape.gated else w.at[inputs, cols]
+            plgpu.copy_gmem_to_smem(source, scratch["w"].at[stage, part], ready)
+        plgpu.copy_gmem_to_smem(x.at[rows, inputs], scratch["x"].at[stage], ready)
+        return jnp.where(stage + 1 == tile.num_stages, 0, stage + 1)
+
+    lax.fori_loop(0, shape.steps, fetch, jnp.int32(0))
+    if shape.bias:
+        for part in range(shape.parts):
+            plgpu.copy_gmem_to_smem(others["bias"].at[part, cols], scratch["bias"].at[part], scratch["bias_ready"])
+    if shape.residual:
+        plgpu.copy_gmem_to_smem(others["residual"].at[rows, cols], scratch["residual"], scratch["residual_ready"])
+    # Nothing is left unobserved: a barrier must not be taken down under an arrival to come.
+    for step in range(max(0, shape.steps - tile.num_stages), shape.steps):
+        plgpu.barrier_wait(scratch["free"].at[step % tile.num_stages])
+
+
+def consume(out: Any, scratch: Any, shape: ProductShape, consumer: Any, first_row: Any, first_col: Any) -> None:
+    """One consumer's part of the tile: half of its rows, or, of 64 rows, the sums over half of the inputs."""
+    accumulators = [plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, shape.tiling.tile_cols), jnp.float32)] * shape.parts
+
+    def accumulate(*accs: Any) -> tuple[list[Array], Any]:
+        squares = (_multiply_scaled if shape.norm else _multiply)(accs, scratch, shape, consumer)
+        return [acc[...] for acc in accs], squares
+
+    sums, squares = pl.run_scoped(accumulate, *accumulators)
+    if not shape.tiling.splits_inputs:
+        row = consumer * CONSUMER_ROWS
+        _finish(sums, squares, out, scratch, shape, row, first_row + row, first_col)
+        return
+
+    @pl.when(consumer == 1)
+    def _() -> None:
+        for part in range(shape.parts):
+            scratch["sums"].at[part][...] = sums[part]
+        if shape.norm:
+            scratch["squares"][...] = squares
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch["sums_ready"])
+
+    @pl.when(consumer == 0)
+    def _() -> None:
+        plgpu.barrier_wait(scratch["sums_ready"])
+        others = [plgpu.load(scratch["sums"].at[part], layout=plgpu.Layout.WGMMA) for part in range(shape.parts)]
+        totals = [own + other for own, other in zip(sums, others, strict=True)]
+        total_squares = None
+        if shape.norm:
+            total_squares = squares + plgpu.load(scratch["squares"], layout=_ROW_LAYOUT, optimized=False)
+        _finish(totals, total_squares, out, scratch, shape, 0, first_row, first_col)
+
+
+def _finish(
+    sums: list[Array],
+    squares: Any,
+    out: Any,
+    scratch: Any,
+    shape: ProductShape,
+    row: Any,
+    first_row: Any,
+    first_col: Any,
+) -> None:
+    """Everything after the product, and the store, of the 64 rows that begin at `row` of the tile."""
+    rows = pl.ds(row, CONSUMER_ROWS)
+    if shape.norm:
+        scale = lax.rsqrt(squares * (1 / shape.num_inputs) + shape.eps)
+        sums = [each * lax.broadcast_in_dim(scale, each.shape, [0]) for each in sums]
+    if shape.bias:
+        plgpu.barrier_wait(scratch["bias_ready"])
+        biases = [
+            plgpu.load(scratch["bias"].at[part], layout=_COL_LAYOUT, optimized=False) for part in range(shape.parts)
+        ]
+        sums = [
+            each + lax.broadcast_in_dim(bias.astype(jnp.float32), each.shape, [1])
+            for each, bias in zip(sums, biases, strict=True)
+        ]
+    result = sums[0]
+    if shape.gated:
+        gate, up = sums
+        result = gate / (1 + jnp.exp(-gate)) * up
+    if shape.residual:
+        plgpu.barrier_wait(scratch["residual_ready"])
+        residual = plgpu.load(scratch["residual"].at[rows], layout=plgpu.Layout.WGMMA)
+        result = result + residual.astype(jnp.float32)
+    scratch["out"].at[rows][...] = result.astype(shape.dtype)
+    plgpu.commit_smem()
+    target = out.at[pl.ds(first_row, CONSUMER_ROWS), pl.ds(first_col, shape.tiling.tile_cols)]
+    plgpu.copy_smem_to_gmem(scratch["out"].at[rows], target)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _x_tile(scratch: Any, shape: ProductShape, stage: Any, consumer: Any) -> Any:
+    """A consumer's 64 rows of a stage."""
+    return scratch["x"].at[stage, pl.ds(0 if shape.tiling.splits_inputs else consumer * CONSUMER_ROWS, CONSUMER_ROWS)]
+
+
+def _next_stage(stage: Any, shape: ProductShape) -> Any:
+    """The stage of a consumer's next step; a remainder would cost a third of the step."""
+    later = stage + (CONSUMERS if shape.tiling.splits_inputs else 1)
+    return jnp.where(later >= shape.tiling.num_stages, later - shape.tiling.num_stages, later)
+
+
+def _first_stage(shape: ProductShape, consumer: Any) -> Any:
+    return consumer if shape.tiling.splits_inputs else jnp.int32(0)
+
+
+def _multiply(accs: Any, scratch: Any, shape: ProductShape, consumer: Any) -> None:
+    """The product from shared memory; a stage is handed back when the product after it is under way."""
+
+    def step(index: Any, stages: Any) -> Any:
+        stage, before = stages
+        plgpu.barrier_wait(scratch["ready"].at[stage])
+        for part, acc in enumerate(accs):
+            plgpu.wgmma(acc, _x_tile(scratch, shape, stage, consumer), scratch["w"].at[stage, part])
+        plgpu.wgmma_wait(len(accs))
+        pl.when(index > 0)(lambda: plgpu.barrier_arrive(scratch["free"].at[before]))
+        return _next_stage(stage, shape), stage
+
+    first = _first_stage(shape, consumer)
+    _, last = lax.fori_loop(0, shape.consumer_steps, step, (first, first))
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(scratch["free"].at[last])
+
+
+def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any) -> Float[Array, " rows"]:
+    """(x * norm) @ w with x from registers; returns the sums of x squared over the inputs that it took.
+
+    While a step's product runs, the next step's x is fetched from shared memory. It is scaled after that product only:
+    ptxas runs wgmma one by one if what one of them reads is written while another is under way.
+    """
+    stride = CONSUMERS if shape.tiling.splits_inputs else 1
+    plgpu.barrier_wait(scratch["norm_ready"])
+
+    def fetch(position: Any, stage: Any, squares: Any) -> tuple[Array, Array, Any]:
+        plgpu.barrier_wait(scratch["ready"].at[stage])
+        x = plgpu.load(_x_tile(scratch, shape, stage, consumer), layout=plgpu.Layout.WGMMA)
+        norm = plgpu.load(scratch["norm"].at[position], layout=_COL_LAYOUT, optimized=False)
+        wide = x.astype(jnp.float32)
+        return x, norm, squares + jnp.sum(wide * wide, axis=1)
+
+    def multiply(x: Array, norm: Array, stage: Any) -> None:
+        operand = x * lax.broadcast_in_dim(norm, x.shape, [1])
+        if shape.interpreted:  # the interpreter knows wgmma on two references only
+            x_tile = _x_tile(scratch, shape, stage, consumer)
+            x_tile[...] = operand
+            operand = x_tile
+        for part, acc in enumerate(accs):
+            plgpu.wgmma(acc, operand, scratch["w"].at[stage, part])
+
+    def finish(stage: Any) -> None:
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(scratch["free"].at[stage])
+
+    def step(_: Any, carry: Any) -> Any:
+        x, norm, position, stage, squares = carry
+        multiply(x, norm, stage)
+        position, following = position + stride, _next_stage(stage, shape)
+        x, norm, squares = fetch(position, following, squares)
+        finish(stage)
+        return x, norm, position, following, squares
+
+    first = _first_stage(shape, consumer)
+    squares = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), _ROW_LAYOUT)
+    x, norm, squares = fetch(first, first, squares)
+    carry = (x, norm, first, first, squares)
+    x, norm, _, stage, squares = lax.fori_loop(0, shape.consumer_steps - 1, step, carry)
+    multiply(x, norm, stage)
+    finish(stage)
+    return squares

@@ -1,0 +1,82 @@
+"""The Mosaic kernel of `skinny_matmul` in the interpreter, which follows every barrier and copy."""
+
+import math
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_oracle import relative_error, skinny_oracle
+
+from nanovllm_kernels.skinny_matmul.cases import SkinnyCase, skinny_inputs
+from nanovllm_kernels.skinny_matmul.launch import Tiling, load_table, table_path
+from nanovllm_kernels.skinny_matmul.mosaic import scratch_types_of, skinny_matmul_mosaic
+from nanovllm_kernels.skinny_matmul.mosaic_device import ProductShape
+
+ENTRIES = load_table(table_path("NVIDIA H200"))
+
+
+@pytest.mark.parametrize(
+    ("case", "tiling"),
+    [
+        # Two consumers take the stages of 64 rows in turn.
+        (SkinnyCase("norm_gated", 64, 256, 64, norm=True, gated=True), Tiling(64, 32, 64, 4)),
+        (SkinnyCase("residual_bias", 72, 512, 128, residual=True, bias=True), Tiling(64, 32, 64, 4)),
+        # Of 128 rows each takes half; the last tile is partly past the end.
+        (SkinnyCase("norm_bias", 200, 256, 128, norm=True, bias=True), Tiling(128, 64, 64, 3)),
+        (SkinnyCase("gated_bias", 136, 256, 64, gated=True, bias=True), Tiling(128, 64, 64, 2)),
+        (SkinnyCase("float16", 136, 384, 64, residual=True, dtype="float16"), Tiling(128, 32, 128, 2)),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_interpreted_kernel_matches_the_oracle(case, tiling):
+    arrays = skinny_inputs(case)
+    options = {"norm": None, "bias": None, "residual": None} | {name: arrays[name] for name in arrays if name != "x"}
+    assert tiling.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)
+    call = jax.jit(
+        lambda x, options: skinny_matmul_mosaic(
+            x, **options, eps=1e-6, tiling=tiling, interpret=plgpu.InterpretGPUParams()
+        )
+    )
+    got = call(arrays["x"], options)
+    assert got.dtype == arrays["x"].dtype
+    assert relative_error(got, skinny_oracle(arrays, case)) < 5e-3
+    np.testing.assert_array_equal(np.asarray(call(arrays["x"], options)), np.asarray(got))
+
+
+@pytest.mark.parametrize(("rows", "stages"), [(32, 4), (256, 4), (64, 2), (64, 5), (128, 1)])
+def test_a_tile_that_the_consumers_cannot_share_is_refused(rows, stages):
+    with pytest.raises(ValueError, match=f"a tile of {rows} rows with {stages} stages; it must have 128 rows and 2"):
+        Tiling(rows, 64, 64, stages)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fits"),
+    [
+        ({"rows": 200, "inputs": 256, "outputs": 128}, True),
+        ({"rows": 201, "inputs": 256, "outputs": 128}, False),  # TMA moves rows by eights
+        ({"rows": 200, "inputs": 192, "outputs": 128}, False),  # an odd number of stages for two consumers
+        ({"rows": 200, "inputs": 256, "outputs": 96}, False),
+    ],
+)
+def test_whole_tiles_must_cover_inputs_and_outputs(sizes, fits):
+    assert Tiling(64, 64, 64, 4).fits(**sizes) == fits
+
+
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if isinstance(entry.launch, Tiling)], ids=str)
+def test_tuned_tiles_fit_in_shared_memory_with_every_option(entry):
+    shape = ProductShape(
+        num_rows=entry.rows,
+        num_inputs=entry.inputs,
+        num_outputs=entry.outputs,
+        gated=entry.gated,
+        norm=True,
+        bias=True,
+        residual=True,
+        eps=1e-6,
+        dtype=jnp.dtype("bfloat16"),
+        tiling=entry.launch,
+    )
+    arrays = [each for each in scratch_types_of(shape).values() if hasattr(each, "transforms")]
+    assert sum(math.prod(each.shape) * jnp.dtype(each.dtype).itemsize for each in arrays) < 226 * 1024
