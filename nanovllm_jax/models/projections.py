@@ -21,9 +21,6 @@ from nanovllm_kernels import add_rms_norm, silu_mul, skinny_matmul, split_counte
 from nanovllm_kernels.norm import rms_norm
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel
 
-# Past that XLA's products are the faster ones; GPUs with a kernel for many rows take twice as many.
-MAX_FUSED_ROWS = 128
-
 Backend = Literal["xla", "triton"]
 
 
@@ -43,12 +40,16 @@ class Residual(NamedTuple):
         return Residual(typed_as(self.x, total)), normalised
 
 
+def most_fused_rows() -> int:
+    """Rows up to which a layer's products are the fused kernels; past that XLA's products are the faster ones."""
+    return 256 if has_mosaic_kernel() else 128
+
+
 def fused_counters(backend: Backend, num_tokens: int, dtype: DTypeLike) -> Int[Array, " tiles"] | None:
     """What the fused kernels of a step share, or None where its products are XLA's."""
     if backend != "triton" or jnp.dtype(dtype).itemsize != 2:
         return None
-    most = MAX_FUSED_ROWS * (2 if has_mosaic_kernel() else 1)
-    return split_counters() if num_tokens <= most else None
+    return split_counters() if num_tokens <= most_fused_rows() else None
 
 
 def poison_unless_zero(x: Float[Array, "T E"], counters: Int[Array, " tiles"]) -> Float[Array, "T E"]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from nanovllm_jax.models.projections import MAX_FUSED_ROWS
+from nanovllm_jax.models.projections import most_fused_rows
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.executables import ExecutableStore
 from nanovllm_jax.step.lowering import Lowered, LoweringWorkers
@@ -149,7 +149,7 @@ class Programs:
         """
         if self._options is None:
             return None
-        trials = key.kind.startswith("decode") and key.size > MAX_FUSED_ROWS
+        trials = key.kind.startswith("decode") and key.size > most_fused_rows()
         return {
             "xla_gpu_experimental_enable_fusion_autotuner": False,
             "xla_gpu_enable_triton_gemm": trials,
