@@ -47,10 +47,12 @@ def load_cached(
 
 @triton.jit
 @no_type_check
-def first_cached(
+def open_item(
     item,
     num_items,
     pieces_ptr,
+    cos_ptr,
+    sin_ptr,
     k_cache_ptr,
     v_cache_ptr,
     tables_ptr,
@@ -60,17 +62,40 @@ def first_cached(
     HEAD_DIM: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
 ):
-    """The first tile of an item, a piece of a row's context for one KV head; zeros if there is no such item."""
+    """All that an item, a piece of a row's context for one KV head, needs and that no other program writes.
+
+    Row, context, cached positions from where to where, whether the newest token is in the piece and whether it is all
+    of the row; rotary angles; the first tile of keys and values. There is nothing in an item past the last.
+    """
     piece_ptr = pieces_ptr + item // num_kv_heads * 5
     there = item < num_items
-    row = tl.load(piece_ptr, mask=there, other=-1)
+    row = tl.maximum(tl.load(piece_ptr, mask=there, other=0), 0)
     context = tl.load(piece_ptr + 1, mask=there, other=0)
     begin = tl.load(piece_ptr + 2, mask=there, other=0)
-    end = tl.minimum(tl.load(piece_ptr + 3, mask=there, other=0), context - 1)
-    return load_cached(
-        k_cache_ptr, v_cache_ptr, tables_ptr, tl.maximum(row, 0).to(tl.int64), begin, end, table_width, num_kv_heads,
+    end = tl.load(piece_ptr + 3, mask=there, other=0)
+    whole = tl.load(piece_ptr + 4, mask=there, other=0)
+    newest = (end == context) & (context > 0)
+    end = tl.minimum(end, context - 1)
+    angles = row * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM) % (HEAD_DIM // 2)
+    cos, sin = tl.load(cos_ptr + angles)[None, :], tl.load(sin_ptr + angles)[None, :]
+    k, v = load_cached(
+        k_cache_ptr, v_cache_ptr, tables_ptr, row.to(tl.int64), begin, end, table_width, num_kv_heads,
         item % num_kv_heads, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
     )  # fmt: skip
+    return row, context, begin, end, newest, whole, cos, sin, k, v
+
+
+@triton.jit
+@no_type_check
+def norm_weights(norm_ptr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr):
+    """Weights of a norm over D, [1, D], and those of the other half's elements."""
+    if NORM:
+        dims = tl.arange(0, HEAD_DIM)
+        weight = tl.load(norm_ptr + dims).to(tl.float32)[None, :]
+        other = tl.load(norm_ptr + (dims + HEAD_DIM // 2) % HEAD_DIM).to(tl.float32)[None, :]
+    else:
+        weight, other = 0.0, 0.0
+    return weight, other
 
 
 @triton.jit
@@ -79,12 +104,12 @@ def rotated(
     ptr,
     head_rows,
     present,
-    norm_ptr,
-    cos_ptr,
-    sin_ptr,
-    row,
+    norm,
+    cos,
+    sin,
     EPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     """Heads at `head_rows` normed, if there is a norm, and rotated: [heads, D] in the model's dtype."""
     dtype: tl.constexpr = ptr.dtype.element_ty
@@ -95,15 +120,12 @@ def rotated(
     x = tl.load(ptr + head_rows[:, None] + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     other = tl.load(ptr + head_rows[:, None] + partners[None, :], mask=mask, other=0.0, cache_modifier=".cg")
     other = other.to(tl.float32)
-    if norm_ptr is not None:
+    if NORM:
+        weight, other_weight = norm
         scale = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + EPS)[:, None]
-        weight = tl.load(norm_ptr + dims).to(tl.float32)[None, :]
-        other_weight = tl.load(norm_ptr + partners).to(tl.float32)[None, :]
         # Rounded to the model's dtype before and after the weight, as the reference does.
         x = ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
         other = ((other * scale).to(dtype).to(tl.float32) * other_weight).to(dtype).to(tl.float32)
-    cos = tl.load(cos_ptr + row * HALF + dims % HALF)[None, :]
-    sin = tl.load(sin_ptr + row * HALF + dims % HALF)[None, :]
     sign = tl.where(dims < HALF, -1.0, 1.0)[None, :]
     return (x * cos + sign * other * sin).to(dtype)
 
@@ -164,11 +186,10 @@ def merge_pieces(
 @triton.jit
 @no_type_check
 def attend(
-    k,  # the program's first tile of keys and of values
-    v,
+    opened,  # the program's first item, see `open_item`
+    q_norm,
+    k_norm,
     qkv_ptr,  # [B, K, G + 2, D], before norm and rotation
-    q_norm_ptr,
-    k_norm_ptr,
     cos_ptr,
     sin_ptr,
     k_cache_ptr,
@@ -194,38 +215,31 @@ def attend(
     STAGES: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PIECES: tl.constexpr,
+    NORM: tl.constexpr,
     MERGE: tl.constexpr,
 ):
     """All items of this program. With MERGE the last program of a row that is cut merges its pieces."""
     members = tl.arange(0, TILE_HEADS)
     one = tl.arange(0, 1)
     dims = tl.arange(0, HEAD_DIM)
+    row, context, begin, end, newest, whole, cos, sin, k, v = opened
     for item in tl.range(tl.program_id(0), num_items, PROGRAMS, num_stages=1):
         kv_head = item % num_kv_heads
         piece = item // num_kv_heads
-        row = tl.load(pieces_ptr + piece * 5).to(tl.int64)
-        context = tl.load(pieces_ptr + piece * 5 + 1)
-        begin = tl.load(pieces_ptr + piece * 5 + 2)
-        end = tl.load(pieces_ptr + piece * 5 + 3)
-        whole = tl.load(pieces_ptr + piece * 5 + 4)
         first = 0
         if WINDOW > 0:
             first = tl.maximum(context - WINDOW, 0)
-        newest = (end == context) & (context > 0)
-        end = tl.minimum(end, context - 1)
 
         group_row = (row * num_kv_heads + kv_head) * (GROUP + 2)
         present = members < GROUP
-        q = rotated(
-            qkv_ptr, (group_row + members) * HEAD_DIM, present, q_norm_ptr, cos_ptr, sin_ptr, row, EPS, HEAD_DIM
-        )
+        q = rotated(qkv_ptr, (group_row + members) * HEAD_DIM, present, q_norm, cos, sin, EPS, HEAD_DIM, NORM)
         new_k = rotated(
-            qkv_ptr, (group_row + GROUP + one) * HEAD_DIM, one == 0, k_norm_ptr, cos_ptr, sin_ptr, row, EPS, HEAD_DIM
+            qkv_ptr, (group_row + GROUP + one) * HEAD_DIM, one == 0, k_norm, cos, sin, EPS, HEAD_DIM, NORM
         )
         new_v = tl.load(qkv_ptr + (group_row + GROUP + 1) * HEAD_DIM + dims, cache_modifier=".cg")[None, :]
         if newest:
             position = context - 1
-            block = tl.load(tables_ptr + row * table_width + position // BLOCK_SIZE).to(tl.int64)
+            block = tl.load(tables_ptr + row.to(tl.int64) * table_width + position // BLOCK_SIZE).to(tl.int64)
             slot = (block * num_kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
             tl.store(k_cache_ptr + slot * HEAD_DIM + dims[None, :], new_k)
             tl.store(v_cache_ptr + slot * HEAD_DIM + dims[None, :], new_v)
@@ -237,15 +251,10 @@ def attend(
         maximum, total, acc = fold(q, k, v, begin, first, end, maximum, total, acc, SCALE, TILE_TOKENS)
         for start in tl.range(begin + TILE_TOKENS, end, TILE_TOKENS, num_stages=STAGES):
             k, v = load_cached(
-                k_cache_ptr, v_cache_ptr, tables_ptr, row, start, end, table_width, num_kv_heads, kv_head,
+                k_cache_ptr, v_cache_ptr, tables_ptr, row.to(tl.int64), start, end, table_width, num_kv_heads, kv_head,
                 BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
             )  # fmt: skip
             maximum, total, acc = fold(q, k, v, start, first, end, maximum, total, acc, SCALE, TILE_TOKENS)
-        k, v = first_cached(
-            item + PROGRAMS, num_items, pieces_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, table_width, num_kv_heads,
-            BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
-        )  # fmt: skip
-
         # What has seen no token has a total of 0 and gives zeros.
         out = acc / tl.where(total > 0, total, 1.0)[:, None]
         if MERGE and whole:
@@ -268,3 +277,7 @@ def attend(
                         num_kv_heads, GROUP, HEAD_DIM, PIECES,
                     )  # fmt: skip
                     tl.store(counter_ptr, 0)
+        row, context, begin, end, newest, whole, cos, sin, k, v = open_item(
+            item + PROGRAMS, num_items, pieces_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, table_width,
+            num_kv_heads, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
+        )  # fmt: skip

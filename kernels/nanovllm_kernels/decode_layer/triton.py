@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import Target, current_target, triton_call, update_in_place
 from nanovllm_kernels._device import ceil_div, next_power_of_2
-from nanovllm_kernels.decode_layer.attention import attend, first_cached
+from nanovllm_kernels.decode_layer.attention import attend, norm_weights, open_item
 from nanovllm_kernels.decode_layer.barrier import arrive, read_ahead, wait_for
 from nanovllm_kernels.decode_layer.products import load_weights, product
 from nanovllm_kernels.paged_decode.triton import plan_pieces
@@ -69,6 +69,7 @@ class Launch:
     tile_inputs: int
     most_cols: int
     read_ahead: int
+    open_early: bool = False
 
 
 def launch_parameters(target: Target, rows: int) -> Launch:
@@ -157,6 +158,7 @@ def decode_layer_kernel(
     READ_AHEAD: tl.constexpr,
     SYNC: tl.constexpr,
     TIMED: tl.constexpr,
+    OPEN_EARLY: tl.constexpr,
     QKV_INPUTS: tl.constexpr,
     QKV_OUTPUTS: tl.constexpr,
     QKV_COLS: tl.constexpr,
@@ -197,9 +199,19 @@ def decode_layer_kernel(
     failed_ptr = sync_ptr
     barriers_ptr = sync_ptr + 1
     counters_ptr = sync_ptr + SYNC
-    num_items = tl.load(total_pieces_ptr) * num_kv_heads
+    num_pieces = tl.load(total_pieces_ptr)
+    num_items = num_pieces * num_kv_heads
+    NORM: tl.constexpr = q_norm_ptr is not None
     if TIMED:
         clock(clock_ptr, 0, PROGRAMS)
+
+    if FIRST <= ATTEND and LAST >= ATTEND and OPEN_EARLY:
+        opened = open_item(
+            program, num_items, pieces_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, table_width,
+            num_kv_heads, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
+        )  # fmt: skip
+        q_norm = norm_weights(q_norm_ptr, HEAD_DIM, NORM)
+        k_norm = norm_weights(k_norm_ptr, HEAD_DIM, NORM)
 
     if FIRST <= QKV:
         w = load_weights(
@@ -228,18 +240,21 @@ def decode_layer_kernel(
                 read_ahead(gate_up_w_ptr, GATE_UP_INPUTS * GATE_UP_OUTPUTS * 4, PROGRAMS)
 
     if FIRST <= ATTEND and LAST >= ATTEND:
-        k, v = first_cached(
-            program, num_items, pieces_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, table_width, num_kv_heads,
-            BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
-        )  # fmt: skip
+        if not OPEN_EARLY:
+            opened = open_item(
+                program, num_items, pieces_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, table_width,
+                num_kv_heads, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
+            )  # fmt: skip
+            q_norm = norm_weights(q_norm_ptr, HEAD_DIM, NORM)
+            k_norm = norm_weights(k_norm_ptr, HEAD_DIM, NORM)
         if FIRST < ATTEND:
             wait_for(barriers_ptr, failed_ptr, PROGRAMS)
         if TIMED:
             clock(clock_ptr, 2, PROGRAMS)
         attend(
-            k, v, qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, pieces_ptr,
+            opened, q_norm, k_norm, qkv_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, pieces_ptr,
             rows_ptr, num_items, heads_ptr, parts_ptr, lse_ptr, counters_ptr, num_kv_heads, table_width, EPS, SCALE,
-            WINDOW, GROUP, BLOCK_SIZE, HEAD_DIM, TILE_HEADS, TILE_TOKENS, STAGES, PROGRAMS, PIECES, MERGE,
+            WINDOW, GROUP, BLOCK_SIZE, HEAD_DIM, TILE_HEADS, TILE_TOKENS, STAGES, PROGRAMS, PIECES, NORM, MERGE,
         )  # fmt: skip
         if TIMED:
             clock(clock_ptr, 3, PROGRAMS)
@@ -264,7 +279,7 @@ def decode_layer_kernel(
             O_INPUTS, O_OUTPUTS, EPS, False, O_COLS, O_TILE_COLS, O_TILE_INPUTS, O_SPLITS,
             O_SPLIT_INPUTS, O_TASKS, TILE_ROWS, SLICES, PROGRAMS, MERGE,
             PIECES=PIECES if ROW else 0, HEAD_DIM=HEAD_DIM, parts_ptr=parts_ptr, lse_ptr=lse_ptr,
-            num_pieces=tl.load(total_pieces_ptr),
+            num_pieces=num_pieces,
         )  # fmt: skip
         if TIMED:
             clock(clock_ptr, 5, PROGRAMS)
@@ -428,6 +443,7 @@ def decode_layer_triton(
                 READ_AHEAD=launch.read_ahead,
                 SYNC=_SYNC,
                 TIMED=timed,
+                OPEN_EARLY=launch.open_early,
                 **constants,
             )
         )
