@@ -25,6 +25,7 @@ from nanovllm_jax.models.projections import (
     project_qkv,
 )
 from nanovllm_jax.models.rope import rope_tables
+from nanovllm_kernels import layer_counters
 from nanovllm_kernels.norm import rms_norm
 
 _MIN_HEAD_ROWS = 16
@@ -32,6 +33,8 @@ _MIN_HEAD_ROWS = 16
 LayerCache = tuple[Array, Array]  # K and V
 Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cosine and sine
 Attend = Callable[[Float[Array, "T K heads D"], Params, Rope, LayerCache], tuple[Float[Array, "T H D"], LayerCache]]
+# One layer as one kernel: hidden states, parameters, rotary tables, cache, counters, the next layer's first weight.
+WholeLayer = Callable[[Float[Array, "T E"], Params, Rope, LayerCache, jax.Ref, Array], tuple[Array, LayerCache]]
 
 
 def transformer(
@@ -43,6 +46,7 @@ def transformer(
     attend: Attend,
     axis_name: str | None = None,
     backend: Literal["xla", "triton"] = "xla",
+    whole_layer: WholeLayer | None = None,
 ) -> tuple[Float[Array, "T E"], list[LayerCache]]:
     """Hidden states after the final norm, and the caches with K and V of all T tokens written.
 
@@ -56,19 +60,14 @@ def transformer(
             and cache: norms and rotates queries and keys, writes keys and values to the cache, then attends.
         axis_name: mesh axis over which heads, MLP and vocabulary are split, inside `shard_map`; None if they are not.
         backend: of the products of few tokens; see `models.projections`.
+        whole_layer: does each layer's work, `attend`'s too, where one kernel for all of it is the fastest.
     """
     x = _embed(params["embed"], tokens, axis_name)
     rope = rope_tables(positions, config.head_dim, config.rope)
-    counters = fused_counters(backend, x.shape[0], x.dtype)
-    # A jitted layer is traced and lowered once, then called L times; XLA inlines the calls.
-    layer = jax.jit(partial(_layer, config=config, attend=attend, axis_name=axis_name))
-    new_caches = []
-    for index, (layer_params, cache) in enumerate(zip(params["layers"], caches, strict=True)):
-        with jax.named_scope(f"layer{index}"):
-            x, cache, counters = layer(x, layer_params, rope, cache, counters)
-        new_caches.append(cache)
-    if counters is not None:
-        x = poison_unless_zero(x, counters)
+    if whole_layer is not None:
+        x, new_caches = _whole_layers(x, params["layers"], rope, caches, whole_layer)
+    else:
+        x, new_caches = _layers(x, params["layers"], rope, caches, config, attend, axis_name, backend)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), new_caches
 
 
@@ -82,6 +81,50 @@ def logits(
     with jax.named_scope("lm_head"):
         padded = jnp.pad(hidden, ((0, padding), (0, 0)))
         return einsum("be,ve->bv", padded, head, out=jnp.float32)[: hidden.shape[0]]
+
+
+def _layers(
+    x: Float[Array, "T E"],
+    layers: list[Params],
+    rope: Rope,
+    caches: list[LayerCache],
+    config: ModelConfig,
+    attend: Attend,
+    axis_name: str | None,
+    backend: Literal["xla", "triton"],
+) -> tuple[Float[Array, "T E"], list[LayerCache]]:
+    counters = fused_counters(backend, x.shape[0], x.dtype)
+    # A jitted layer is traced and lowered once, then called L times; XLA inlines the calls.
+    layer = jax.jit(partial(_layer, config=config, attend=attend, axis_name=axis_name))
+    new_caches = []
+    for index, (layer_params, cache) in enumerate(zip(layers, caches, strict=True)):
+        with jax.named_scope(f"layer{index}"):
+            x, cache, counters = layer(x, layer_params, rope, cache, counters)
+        new_caches.append(cache)
+    if counters is not None:
+        x = poison_unless_zero(x, counters)
+    return x, new_caches
+
+
+def _whole_layers(
+    x: Float[Array, "T E"], layers: list[Params], rope: Rope, caches: list[LayerCache], whole_layer: WholeLayer
+) -> tuple[Float[Array, "T E"], list[LayerCache]]:
+    def one(
+        x: Array, params: Params, rope: Rope, cache: LayerCache, counters: Array, next_weight: Array
+    ) -> tuple[Array, LayerCache, Array]:
+        ref = jax.new_ref(counters)
+        with jax.named_scope("decode_layer"):
+            x, cache = whole_layer(x, params, rope, cache, ref, next_weight)
+        return x, cache, jax.freeze(ref)
+
+    layer, counters, new_caches = jax.jit(one), layer_counters(), []
+    for index, (params, cache) in enumerate(zip(layers, caches, strict=True)):
+        # What follows the last layer is no layer: its own weight stands in, which is in the GPU's L2 cache already.
+        next_weight = layers[min(index + 1, len(layers) - 1)]["qkv"]
+        with jax.named_scope(f"layer{index}"):
+            x, cache, counters = layer(x, params, rope, cache, counters, next_weight)
+        new_caches.append(cache)
+    return poison_unless_zero(x, counters), new_caches
 
 
 def _layer(

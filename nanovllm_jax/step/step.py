@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.params import Params
-from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, transformer
+from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, WholeLayer, transformer
 from nanovllm_jax.step.draw import Variant, draw, head_of
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateShape
-from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
+from nanovllm_kernels import decode_layer, decode_layer_supports, paged_decode, ragged_prefill, rope_cache_write
 
 MIN_MOSAIC_TOKENS = 1024  # of a prefill
 
@@ -116,8 +116,9 @@ def _decode_once(
     context_lens = jnp.where(active, position + 1, 0)
     attention = partial(paged_decode, block_tables=table, context_lens=context_lens)
     attend = _attend(config, "paged_decode", slots, attention, config.backend)
+    whole_layer = _whole_layer(config, params, caches, table, context_lens)
     hidden, caches = transformer(
-        params, config.model, token, position, caches, attend, config.axis_name, config.backend
+        params, config.model, token, position, caches, attend, config.axis_name, config.backend, whole_layer
     )
     ints = rows["ints"].at[slot, RowInt.NUM_TOKENS].add(active.astype(jnp.int32))
     return hidden, caches, rows | {"ints": ints}
@@ -181,3 +182,36 @@ def _attend(
         return out, (k_cache, v_cache)
 
     return attend
+
+
+def _whole_layer(
+    config: StepConfig, params: Params, caches: Caches, block_tables: Int[Array, "B P"], context_lens: Int[Array, " B"]
+) -> WholeLayer | None:
+    """A decode step's layer as one kernel, where there is one for its rows, weights and cache on one device."""
+    num_rows, (k_cache, _) = len(context_lens), caches[0]
+    if config.backend != "triton" or config.axis_name is not None:
+        return None
+    if not decode_layer_supports(num_rows, params["layers"][0], k_cache):
+        return None
+    model = config.model
+
+    def whole_layer(
+        x: Array, weights: Params, rope: Rope, cache: LayerCache, counters: jax.Ref, next_weight: Array
+    ) -> tuple[Array, LayerCache]:
+        x, k_cache, v_cache = decode_layer(
+            x,
+            weights,
+            *rope,
+            *cache,
+            block_tables,
+            context_lens,
+            eps=model.rms_norm_eps,
+            scale=model.head_dim**-0.5,
+            sliding_window=model.sliding_window,
+            counters=counters,
+            next_qkv=next_weight,
+            backend="triton",
+        )
+        return x, (k_cache, v_cache)
+
+    return whole_layer

@@ -17,6 +17,7 @@ from nanovllm_kernels._compat import Target, current_target, triton_call, update
 from nanovllm_kernels._device import ceil_div, next_power_of_2
 from nanovllm_kernels.decode_layer.attention import attend, norm_weights, open_item
 from nanovllm_kernels.decode_layer.barrier import arrive, read_ahead, wait_for
+from nanovllm_kernels.decode_layer.one_row import one_row_kernel
 from nanovllm_kernels.decode_layer.products import load_weights, product
 from nanovllm_kernels.paged_decode.triton import plan_pieces
 
@@ -41,6 +42,9 @@ class Tiling:
     def tasks(self) -> int:
         """Tiles of outputs times splits."""
         return ceil_div(self.outputs, self.cols) * self.splits
+
+    def words(self) -> int:
+        return self.splits * self.outputs
 
     def constants(self, name: str) -> dict[str, int]:
         """The kernel's constexpr arguments."""
@@ -352,6 +356,7 @@ def decode_layer_triton(
     scale: float,
     sliding_window: int | None,
     counters: jax.Ref,
+    call: Array | None = None,
     next_qkv: Array | None = None,
     launch: Launch | None = None,
     timed: bool = False,
@@ -393,6 +398,63 @@ def decode_layer_triton(
     for name, tiling in tilings.items():
         constants |= tiling.constants(name)
     results = []
+    shared = {
+        "PROGRAMS": launch.programs,
+        "EPS": eps,
+        "SCALE": scale,
+        "WINDOW": window,
+        "GROUP": group,
+        "BLOCK_SIZE": block_size,
+        "HEAD_DIM": head_dim,
+        "TILE_TOKENS": launch.tile_tokens,
+        "STAGES": launch.stages,
+        "PIECES": _MOST_MERGED,
+        "READ_AHEAD": launch.read_ahead,
+        "OPEN_EARLY": launch.open_early,
+        "SYNC": _SYNC,
+        "num_warps": launch.num_warps,
+        "num_stages": 1,
+        "grid": (launch.programs,),
+    }
+    if call is not None:
+
+        def run_row(k_cache: jax.Ref, v_cache: jax.Ref) -> None:
+            results.append(
+                triton_call(
+                    x,
+                    weights["input_norm"],
+                    qkv_w,
+                    weights.get("qkv_bias"),
+                    weights.get("q_norm"),
+                    weights.get("k_norm"),
+                    cos,
+                    sin,
+                    block_tables,
+                    plan,
+                    total,
+                    weights["o"],
+                    weights["post_norm"],
+                    gate_up_w,
+                    weights["down"],
+                    next_qkv,
+                    call,
+                    counters,
+                    k_cache,
+                    v_cache,
+                    num_kv_heads,
+                    block_tables.shape[1],
+                    kernel=one_row_kernel,
+                    out_type=shape((num_rows, width), x.dtype),
+                    FIRST=0,
+                    LAST=5,
+                    TILE_HEADS=next_power_of_2(group + 2),
+                    **shared,
+                    **constants,
+                )
+            )
+
+        caches = update_in_place(run_row, k_cache, v_cache)
+        return results[0], *caches
 
     def run(k_cache: jax.Ref, v_cache: jax.Ref) -> None:
         results.append(
