@@ -25,7 +25,7 @@ from nanovllm_jax.models.projections import (
     project_qkv,
 )
 from nanovllm_jax.models.rope import rope_tables
-from nanovllm_kernels import layer_counters
+from nanovllm_kernels import layer_words
 from nanovllm_kernels.norm import rms_norm
 
 _MIN_HEAD_ROWS = 16
@@ -33,8 +33,11 @@ _MIN_HEAD_ROWS = 16
 LayerCache = tuple[Array, Array]  # K and V
 Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cosine and sine
 Attend = Callable[[Float[Array, "T K heads D"], Params, Rope, LayerCache], tuple[Float[Array, "T H D"], LayerCache]]
-# One layer as one kernel: hidden states, parameters, rotary tables, cache, counters, the next layer's first weight.
-WholeLayer = Callable[[Float[Array, "T E"], Params, Rope, LayerCache, jax.Ref, Array], tuple[Array, LayerCache]]
+# One layer as one kernel: hidden states, parameters, rotary tables, cache, the kernel's shared words, the number of
+# the call, and the next layer's first weight.
+WholeLayer = Callable[
+    [Float[Array, "T E"], Params, Rope, LayerCache, jax.Ref, Int[Array, ""], Array], tuple[Array, LayerCache]
+]
 
 
 def transformer(
@@ -110,21 +113,21 @@ def _whole_layers(
     x: Float[Array, "T E"], layers: list[Params], rope: Rope, caches: list[LayerCache], whole_layer: WholeLayer
 ) -> tuple[Float[Array, "T E"], list[LayerCache]]:
     def one(
-        x: Array, params: Params, rope: Rope, cache: LayerCache, counters: Array, next_weight: Array
+        x: Array, params: Params, rope: Rope, cache: LayerCache, words: Array, number: Array, next_weight: Array
     ) -> tuple[Array, LayerCache, Array]:
-        ref = jax.new_ref(counters)
+        ref = jax.new_ref(words)
         with jax.named_scope("decode_layer"):
-            x, cache = whole_layer(x, params, rope, cache, ref, next_weight)
+            x, cache = whole_layer(x, params, rope, cache, ref, number, next_weight)
         return x, cache, jax.freeze(ref)
 
-    layer, counters, new_caches = jax.jit(one), layer_counters(), []
+    layer, words, new_caches = jax.jit(one), layer_words(x.shape[0], layers[0], caches[0][0]), []
     for index, (params, cache) in enumerate(zip(layers, caches, strict=True)):
         # What follows the last layer is no layer: its own weight stands in, which is in the GPU's L2 cache already.
         next_weight = layers[min(index + 1, len(layers) - 1)]["qkv"]
         with jax.named_scope(f"layer{index}"):
-            x, cache, counters = layer(x, params, rope, cache, counters, next_weight)
+            x, cache, words = layer(x, params, rope, cache, words, jnp.int32(index + 1), next_weight)
         new_caches.append(cache)
-    return poison_unless_zero(x, counters), new_caches
+    return poison_unless_zero(x, words), new_caches
 
 
 def _layer(

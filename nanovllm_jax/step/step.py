@@ -196,8 +196,16 @@ def _whole_layer(
     model = config.model
 
     def whole_layer(
-        x: Array, weights: Params, rope: Rope, cache: LayerCache, counters: jax.Ref, next_weight: Array
+        x: Array,
+        weights: Params,
+        rope: Rope,
+        cache: LayerCache,
+        words: jax.Ref,
+        number: Int[Array, ""],
+        next_weight: Array,
     ) -> tuple[Array, LayerCache]:
+        norm_and_window = {"eps": model.rms_norm_eps, "sliding_window": model.sliding_window}
+        shared = {"words": words, "call": number, "next_qkv": next_weight}
         x, k_cache, v_cache = decode_layer(
             x,
             weights,
@@ -205,11 +213,9 @@ def _whole_layer(
             *cache,
             block_tables,
             context_lens,
-            eps=model.rms_norm_eps,
             scale=model.head_dim**-0.5,
-            sliding_window=model.sliding_window,
-            counters=counters,
-            next_qkv=next_weight,
+            **norm_and_window,
+            **shared,
             backend="triton",
         )
         return x, (k_cache, v_cache)

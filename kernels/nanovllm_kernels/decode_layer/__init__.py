@@ -14,18 +14,20 @@ from nanovllm_kernels._compat import current_target, import_jax_triton
 from nanovllm_kernels.decode_layer.reference import decode_layer_xla
 
 MAX_ROWS = 32
-NUM_COUNTERS = 1024  # the kernel's own few, and one for each KV head of each row or each tile of columns
 _REQUIRED = ("input_norm", "qkv", "o", "post_norm", "gate_up", "down")
 _OPTIONAL = ("qkv_bias", "q_norm", "k_norm")
 
 
-def layer_counters() -> Int[Array, " counters"]:
-    """What the programs of `decode_layer` meet at, all zero, to be made a `jax.new_ref`.
+def layer_words(num_rows: int, weights: Mapping[str, Array], k_cache: Array) -> Int[Array, " words"]:
+    """What the programs of `decode_layer` meet at and pass to each other, all zero, to be made a `jax.new_ref`.
 
-    One set serves every call inside a jit. The first is not zero any more if a program gave up waiting for the others:
-    what the calls returned is then worthless.
+    One set serves every call inside a jit that has as many rows and weights of these shapes. The first is not zero any
+    more if a program gave up waiting for the others: what the calls returned is then worthless.
     """
-    return jnp.zeros(NUM_COUNTERS, jnp.int32)
+    import_jax_triton()
+    from nanovllm_kernels.decode_layer.triton import num_words
+
+    return jnp.zeros(num_words(num_rows, weights, k_cache), jnp.int32)
 
 
 def decode_layer(
@@ -41,7 +43,8 @@ def decode_layer(
     eps: float,
     scale: float,
     sliding_window: int | None = None,
-    counters: jax.Ref | None = None,
+    words: jax.Ref | None = None,
+    call: Int[Array, ""] | None = None,
     next_qkv: Array | None = None,
     backend: Literal["xla", "triton"],
 ) -> tuple[Float[Array, "B E"], Float[Array, "N K block_size D"], Float[Array, "N K block_size D"]]:
@@ -70,7 +73,8 @@ def decode_layer(
         eps: of all norms.
         scale: of the scores.
         sliding_window: how many of the newest tokens are seen; None means all.
-        counters: a `jax.new_ref` of `layer_counters()`, which the Triton implementation needs.
+        words: a `jax.new_ref` of `layer_words(...)`, which the Triton implementation needs.
+        call: the number of this call among those that share `words`, from 1 up; likewise.
         next_qkv: the weight that the next call starts with, read ahead into the L2 cache if given.
         backend: "triton" takes what `decode_layer_supports` says.
 
@@ -93,11 +97,11 @@ def decode_layer(
             f"{x.shape[0]} rows, weights {_described(weights)} and a cache {k_cache.dtype}{list(k_cache.shape)}; "
             "use backend='xla'."
         )
-    if counters is None:
-        raise ValueError("counters is None; backend='triton' needs a jax.new_ref of layer_counters().")
+    if words is None or call is None:
+        raise ValueError("words or call is None; backend='triton' needs a jax.new_ref of layer_words(...) and a number.")
     from nanovllm_kernels.decode_layer.triton import decode_layer_triton
 
-    return decode_layer_triton(*args, **options, counters=counters, next_qkv=next_qkv)
+    return decode_layer_triton(*args, **options, words=words, call=call, next_qkv=next_qkv)
 
 
 def decode_layer_supports(num_rows: int, weights: Mapping[str, Array], k_cache: Array) -> bool:
@@ -107,7 +111,7 @@ def decode_layer_supports(num_rows: int, weights: Mapping[str, Array], k_cache: 
     narrow = all(array.dtype == jnp.bfloat16 for array in (*weights.values(), k_cache))
     width, mlp = weights["o"].shape[-1], weights["down"].shape[0]
     whole = width % 16 == mlp % 8 == 0 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    fits = 1 <= num_rows <= MAX_ROWS and num_rows * num_kv_heads <= NUM_COUNTERS // 2
+    fits = 1 <= num_rows <= MAX_ROWS
     return known and narrow and whole and fits and current_target().compute_capability >= 80
 
 

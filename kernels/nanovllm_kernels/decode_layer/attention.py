@@ -216,9 +216,8 @@ def attend(
     PROGRAMS: tl.constexpr,
     PIECES: tl.constexpr,
     NORM: tl.constexpr,
-    MERGE: tl.constexpr,
 ):
-    """All items of this program. With MERGE the last program of a row that is cut merges its pieces."""
+    """All items of this program. The last program at a row that is cut merges its pieces."""
     members = tl.arange(0, TILE_HEADS)
     one = tl.arange(0, 1)
     dims = tl.arange(0, HEAD_DIM)
@@ -257,7 +256,7 @@ def attend(
             maximum, total, acc = fold(q, k, v, start, first, end, maximum, total, acc, SCALE, TILE_TOKENS)
         # What has seen no token has a total of 0 and gives zeros.
         out = acc / tl.where(total > 0, total, 1.0)[:, None]
-        if MERGE and whole:
+        if whole:
             heads = (row * num_kv_heads + kv_head) * GROUP + members
             targets = out_ptr + (heads * HEAD_DIM)[:, None] + dims[None, :]
             tl.store(targets, out.to(out_ptr.dtype.element_ty), mask=present[:, None])
@@ -265,18 +264,17 @@ def attend(
             part_heads = (piece * num_kv_heads + kv_head) * GROUP + members
             tl.store(lse_ptr + part_heads, maximum + tl.log2(total), mask=present)
             tl.store(parts_ptr + (part_heads * HEAD_DIM)[:, None] + dims[None, :], out, mask=present[:, None])
-            if MERGE:
-                tl.debug_barrier()
-                first_piece = tl.load(rows_ptr + 2 * row)
-                num_pieces = tl.load(rows_ptr + 2 * row + 1)
-                counter_ptr = counters_ptr + row * num_kv_heads + kv_head
-                arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-                if arrived == num_pieces - 1:
-                    merge_pieces(
-                        parts_ptr, lse_ptr, out_ptr, row, kv_head, first_piece, first_piece + num_pieces,
-                        num_kv_heads, GROUP, HEAD_DIM, PIECES,
-                    )  # fmt: skip
-                    tl.store(counter_ptr, 0)
+            tl.debug_barrier()
+            first_piece = tl.load(rows_ptr + 2 * row)
+            num_pieces = tl.load(rows_ptr + 2 * row + 1)
+            counter_ptr = counters_ptr + row * num_kv_heads + kv_head
+            arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+            if arrived == num_pieces - 1:
+                merge_pieces(
+                    parts_ptr, lse_ptr, out_ptr, row, kv_head, first_piece, first_piece + num_pieces,
+                    num_kv_heads, GROUP, HEAD_DIM, PIECES,
+                )  # fmt: skip
+                tl.store(counter_ptr, 0)
         row, context, begin, end, newest, whole, cos, sin, k, v = open_item(
             item + PROGRAMS, num_items, pieces_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, table_width,
             num_kv_heads, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,

@@ -1,4 +1,4 @@
-"""Programs of one kernel that wait for each other: a barrier over the whole grid, and reading ahead into L2.
+"""Programs of one kernel that wait for each other: a barrier over the whole grid.
 
 A barrier is a counter in global memory that every program adds to when its results are stored (release) and reads until
 all have (acquire), as in cooperative groups. It works only if all programs are resident at once. The wait is bounded:
@@ -71,29 +71,3 @@ def wait_for(counter_ptr, failed_ptr, arrivals):
         pack=1,
     )
     tl.debug_barrier()
-
-
-@triton.jit
-@no_type_check
-def read_ahead(ptr, BYTES: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Asks for this program's share of BYTES from `ptr` on to be brought into L2."""
-    SHARE: tl.constexpr = (BYTES // PROGRAMS + 127) // 128 * 128
-    first = tl.program_id(0) * SHARE
-    size = tl.minimum(SHARE, BYTES - first)
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred one, some;
-        .reg .b32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 one, thread, 0;
-        setp.gt.s32 some, $2, 0;
-        and.pred one, one, some;
-        @one cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [ptr.to(tl.int64) + first, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -15,9 +15,8 @@ import triton.language as tl
 
 from nanovllm_kernels._device import scale_scores
 from nanovllm_kernels.decode_layer.attention import fold, load_cached, norm_weights, open_item
-from nanovllm_kernels.decode_layer.barrier import read_ahead
 from nanovllm_kernels.decode_layer.exchange import receive, receive_both, send
-from nanovllm_kernels.decode_layer.products import load_weights, tile_columns
+from nanovllm_kernels.decode_layer.weights import load_weights, read_ahead, tile_columns
 
 # What a product multiplies: what is in memory, the merged pieces of attention, the residual plus split sums, or the
 # gated MLP's inner values; the last three are received.
@@ -332,18 +331,19 @@ def one_row_kernel(
     qkv_bias_ptr,
     q_norm_ptr,
     k_norm_ptr,
-    cos_ptr,
-    sin_ptr,
-    tables_ptr,
-    pieces_ptr,
-    total_pieces_ptr,
     o_w_ptr,
     post_norm_ptr,
     gate_up_w_ptr,
     down_w_ptr,
-    next_w_ptr,
+    next_w_ptr,  # the weight that the next layer starts with, or None
+    cos_ptr,
+    sin_ptr,
+    tables_ptr,
+    pieces_ptr,  # int32 [pieces, 5], see `paged_decode.triton.plan_pieces`
+    rows_ptr,  # int32 [B, 2], likewise
+    num_pieces_ptr,
     call_ptr,
-    sync_ptr,  # int32: whether a wait failed, then the words
+    words_ptr,  # int32, zero at first: whether a wait failed, then words of 64 bits
     k_cache_ptr,
     v_cache_ptr,
     num_kv_heads,
@@ -363,8 +363,7 @@ def one_row_kernel(
     STAGES: tl.constexpr,
     PIECES: tl.constexpr,
     READ_AHEAD: tl.constexpr,
-    SYNC: tl.constexpr,
-    OPEN_EARLY: tl.constexpr,
+    OWN_WORDS: tl.constexpr,
     QKV_INPUTS: tl.constexpr,
     QKV_OUTPUTS: tl.constexpr,
     QKV_COLS: tl.constexpr,
@@ -400,11 +399,11 @@ def one_row_kernel(
 ):
     program = tl.program_id(0)
     NORM: tl.constexpr = q_norm_ptr is not None
-    failed_ptr = sync_ptr
+    failed_ptr = words_ptr
     call = tl.load(call_ptr)
-    num_pieces = tl.load(total_pieces_ptr)
+    num_pieces = tl.load(num_pieces_ptr)
     num_items = num_pieces * num_kv_heads
-    qkv_words = (sync_ptr + SYNC).to(tl.pointer_type(tl.int64))
+    qkv_words = (words_ptr + OWN_WORDS).to(tl.pointer_type(tl.int64))
     parts_words = qkv_words + QKV_OUTPUTS
     lse_words = parts_words + PIECES * O_INPUTS
     o_words = lse_words + PIECES * O_INPUTS // HEAD_DIM
@@ -417,13 +416,12 @@ def one_row_kernel(
             QKV_SPLIT_INPUTS, False,
         )  # fmt: skip
     if FIRST <= 1 and LAST >= 1:
-        if OPEN_EARLY:
-            opened = open_item(
-                program, num_items, pieces_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, table_width,
-                num_kv_heads, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
-            )  # fmt: skip
-            q_norm = norm_weights(q_norm_ptr, HEAD_DIM, NORM)
-            k_norm = norm_weights(k_norm_ptr, HEAD_DIM, NORM)
+        opened = open_item(
+            program, num_items, pieces_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, table_width,
+            num_kv_heads, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
+        )  # fmt: skip
+        q_norm = norm_weights(q_norm_ptr, HEAD_DIM, NORM)
+        k_norm = norm_weights(k_norm_ptr, HEAD_DIM, NORM)
     if FIRST <= 0:
         if READ_AHEAD >= 1:
             read_ahead(o_w_ptr, O_INPUTS * O_OUTPUTS * 2, PROGRAMS)
@@ -440,13 +438,6 @@ def one_row_kernel(
             read_ahead(gate_up_w_ptr, GATE_UP_INPUTS * GATE_UP_OUTPUTS * 4, PROGRAMS)
 
     if FIRST <= 1 and LAST >= 1:
-        if not OPEN_EARLY:
-            opened = open_item(
-                program, num_items, pieces_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, table_width,
-                num_kv_heads, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
-            )  # fmt: skip
-            q_norm = norm_weights(q_norm_ptr, HEAD_DIM, NORM)
-            k_norm = norm_weights(k_norm_ptr, HEAD_DIM, NORM)
         attend_row(
             opened, q_norm, k_norm, qkv_words, parts_words, lse_words, k_cache_ptr, v_cache_ptr, tables_ptr, num_items,
             num_kv_heads, table_width, call, failed_ptr, EPS, SCALE, WINDOW, GROUP, BLOCK_SIZE, HEAD_DIM, TILE_HEADS,
