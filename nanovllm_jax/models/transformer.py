@@ -33,10 +33,9 @@ _MIN_HEAD_ROWS = 16
 LayerCache = tuple[Array, Array]  # K and V
 Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cosine and sine
 Attend = Callable[[Float[Array, "T K heads D"], Params, Rope, LayerCache], tuple[Float[Array, "T H D"], LayerCache]]
-# One layer as one kernel: hidden states, parameters, rotary tables, cache, the kernel's shared words, the number of
-# the call, and the next layer's first weight.
+# One layer as one kernel: hidden states, parameters, rotary tables, cache, the kernel's words, the number of the call.
 WholeLayer = Callable[
-    [Float[Array, "T E"], Params, Rope, LayerCache, jax.Ref, Int[Array, ""], Array], tuple[Array, LayerCache]
+    [Float[Array, "1 E"], Params, Rope, LayerCache, jax.Ref, Int[Array, ""]], tuple[Float[Array, "1 E"], LayerCache]
 ]
 
 
@@ -63,7 +62,7 @@ def transformer(
             and cache: norms and rotates queries and keys, writes keys and values to the cache, then attends.
         axis_name: mesh axis over which heads, MLP and vocabulary are split, inside `shard_map`; None if they are not.
         backend: of the products of few tokens; see `models.projections`.
-        whole_layer: does each layer's work, `attend`'s too, where one kernel for all of it is the fastest.
+        whole_layer: does each layer's work, `attend`'s too, where there is one kernel for all of it.
     """
     x = _embed(params["embed"], tokens, axis_name)
     rope = rope_tables(positions, config.head_dim, config.rope)
@@ -110,22 +109,25 @@ def _layers(
 
 
 def _whole_layers(
-    x: Float[Array, "T E"], layers: list[Params], rope: Rope, caches: list[LayerCache], whole_layer: WholeLayer
-) -> tuple[Float[Array, "T E"], list[LayerCache]]:
+    x: Float[Array, "1 E"], layers: list[Params], rope: Rope, caches: list[LayerCache], whole_layer: WholeLayer
+) -> tuple[Float[Array, "1 E"], list[LayerCache]]:
     def one(
-        x: Array, params: Params, rope: Rope, cache: LayerCache, words: Array, number: Array, next_weight: Array
-    ) -> tuple[Array, LayerCache, Array]:
+        x: Float[Array, "1 E"],
+        params: Params,
+        rope: Rope,
+        cache: LayerCache,
+        words: Int[Array, " words"],
+        number: Int[Array, ""],
+    ) -> tuple[Float[Array, "1 E"], LayerCache, Int[Array, " words"]]:
         ref = jax.new_ref(words)
         with jax.named_scope("decode_layer"):
-            x, cache = whole_layer(x, params, rope, cache, ref, number, next_weight)
+            x, cache = whole_layer(x, params, rope, cache, ref, number)
         return x, cache, jax.freeze(ref)
 
-    layer, words, new_caches = jax.jit(one), layer_words(x.shape[0], layers[0], caches[0][0]), []
+    layer, words, new_caches = jax.jit(one), layer_words(layers[0], caches[0][0]), []
     for index, (params, cache) in enumerate(zip(layers, caches, strict=True)):
-        # What follows the last layer is no layer: its own weight stands in, which is in the GPU's L2 cache already.
-        next_weight = layers[min(index + 1, len(layers) - 1)]["qkv"]
         with jax.named_scope(f"layer{index}"):
-            x, cache, words = layer(x, params, rope, cache, words, jnp.int32(index + 1), next_weight)
+            x, cache, words = layer(x, params, rope, cache, words, jnp.int32(index + 1))
         new_caches.append(cache)
     return poison_unless_zero(x, words), new_caches
 

@@ -187,37 +187,26 @@ def _attend(
 def _whole_layer(
     config: StepConfig, params: Params, caches: Caches, block_tables: Int[Array, "B P"], context_lens: Int[Array, " B"]
 ) -> WholeLayer | None:
-    """A decode step's layer as one kernel, where there is one for its rows, weights and cache on one device."""
-    num_rows, (k_cache, _) = len(context_lens), caches[0]
-    if config.backend != "triton" or config.axis_name is not None:
+    """A decode step's layer as one kernel, where there is one: for one row, on one device."""
+    model, (k_cache, _) = config.model, caches[0]
+    if config.backend != "triton" or config.axis_name is not None or len(context_lens) != 1:
         return None
-    if not decode_layer_supports(num_rows, params["layers"][0], k_cache):
+    if not decode_layer_supports(params["layers"][0], k_cache):
         return None
-    model = config.model
+    options = {"eps": model.rms_norm_eps, "scale": model.head_dim**-0.5, "sliding_window": model.sliding_window}
 
     def whole_layer(
-        x: Array,
+        x: Float[Array, "1 E"],
         weights: Params,
         rope: Rope,
         cache: LayerCache,
         words: jax.Ref,
         number: Int[Array, ""],
-        next_weight: Array,
-    ) -> tuple[Array, LayerCache]:
-        norm_and_window = {"eps": model.rms_norm_eps, "sliding_window": model.sliding_window}
-        shared = {"words": words, "call": number, "next_qkv": next_weight}
-        x, k_cache, v_cache = decode_layer(
-            x,
-            weights,
-            *rope,
-            *cache,
-            block_tables,
-            context_lens,
-            scale=model.head_dim**-0.5,
-            **norm_and_window,
-            **shared,
-            backend="triton",
+    ) -> tuple[Float[Array, "1 E"], LayerCache]:
+        row = block_tables, context_lens
+        x, *new_cache = decode_layer(
+            x, weights, *rope, *cache, *row, **options, words=words, call=number, backend="triton"
         )
-        return x, (k_cache, v_cache)
+        return x, (new_cache[0], new_cache[1])
 
     return whole_layer

@@ -1,8 +1,8 @@
-"""Attention of a decode step as a phase of the layer's kernel: rotation, cache write and softmax over pieces.
+"""Attention of one row's newest token: a program takes a piece of the context for one KV head.
 
-Keys and values that are in the cache already do not depend on this layer's products: a program loads its first tile of
-them before it waits. The new token's key and value never come from the cache; the piece that ends with it starts its
-softmax with them and writes them for the steps to come.
+Keys and values that are in the cache do not depend on this layer's products: a program loads its first tile of them at
+the kernel's start. The newest token's key and value do not come from the cache: the piece that ends with them starts
+its softmax with them, and writes them for the steps to come.
 """
 
 # ruff: noqa: ANN001, ANN201 (what a device function takes are Triton's values, which have no Python type)
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from nanovllm_kernels._device import load_rows, scale_scores, slot_offsets, softmax_weights
+from nanovllm_kernels.decode_layer.exchange import receive, send
 
 
 @triton.jit
@@ -22,24 +23,20 @@ from nanovllm_kernels._device import load_rows, scale_scores, slot_offsets, soft
 def load_cached(
     k_cache_ptr,
     v_cache_ptr,
-    tables_ptr,
-    row,
+    table_ptr,
     start,
     end,
-    table_width,
     num_kv_heads,
     kv_head,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
 ):
-    """Keys and values at positions `start` to `end` of a row, [TILE_TOKENS, D] each, zero past the end."""
+    """Keys and values of a tile of positions from `start` on, [TILE_TOKENS, D] each, zero from `end` on."""
     positions = start + tl.arange(0, TILE_TOKENS)
     visible = positions < end
     dims = tl.arange(0, HEAD_DIM)
-    offsets = slot_offsets(
-        tables_ptr + row * table_width, positions, visible, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, True
-    )
+    offsets = slot_offsets(table_ptr, positions, visible, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, True)
     k = load_rows(k_cache_ptr, offsets, dims, visible, HEAD_DIM, True)
     v = load_rows(v_cache_ptr, offsets, dims, visible, HEAD_DIM, True)
     return k, v
@@ -47,86 +44,96 @@ def load_cached(
 
 @triton.jit
 @no_type_check
-def open_item(
-    item,
-    num_items,
+def open_piece(
+    num_pieces,
     pieces_ptr,
     cos_ptr,
     sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    tables_ptr,
-    table_width,
+    table_ptr,
     num_kv_heads,
+    GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
 ):
-    """All that an item, a piece of a row's context for one KV head, needs and that no other program writes.
+    """All that this program's piece needs and no other program makes; an empty piece if there is none for it.
 
-    Row, context, cached positions from where to where, whether the newest token is in the piece and whether it is all
-    of the row; rotary angles; the first tile of keys and values. There is nothing in an item past the last.
+    Context, cached positions from where to where, and whether the newest token is in the piece; rotary angles; weights
+    of the heads' norms, and those of the other half's elements; the first tile of keys and of values.
     """
-    piece_ptr = pieces_ptr + item // num_kv_heads * 5
-    there = item < num_items
-    row = tl.maximum(tl.load(piece_ptr, mask=there, other=0), 0)
-    context = tl.load(piece_ptr + 1, mask=there, other=0)
-    begin = tl.load(piece_ptr + 2, mask=there, other=0)
-    end = tl.load(piece_ptr + 3, mask=there, other=0)
-    whole = tl.load(piece_ptr + 4, mask=there, other=0)
+    piece = tl.program_id(0) // num_kv_heads
+    there = piece < num_pieces
+    context = tl.load(pieces_ptr + piece * 5 + 1, mask=there, other=0)
+    begin = tl.load(pieces_ptr + piece * 5 + 2, mask=there, other=0)
+    end = tl.load(pieces_ptr + piece * 5 + 3, mask=there, other=0)
     newest = (end == context) & (context > 0)
     end = tl.minimum(end, context - 1)
-    angles = row * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM) % (HEAD_DIM // 2)
-    cos, sin = tl.load(cos_ptr + angles)[None, :], tl.load(sin_ptr + angles)[None, :]
+    dims = tl.arange(0, HEAD_DIM)
+    cos = tl.load(cos_ptr + dims % (HEAD_DIM // 2))[None, :]
+    sin = tl.load(sin_ptr + dims % (HEAD_DIM // 2))[None, :]
+    weight, other_weight = 1.0, 1.0
+    if q_norm_ptr is not None:
+        is_query = (tl.arange(0, TILE_HEADS) < GROUP)[:, None]
+        others = (dims + HEAD_DIM // 2) % HEAD_DIM
+        weight = tl.where(is_query, tl.load(q_norm_ptr + dims)[None, :], tl.load(k_norm_ptr + dims)[None, :])
+        other_weight = tl.where(is_query, tl.load(q_norm_ptr + others)[None, :], tl.load(k_norm_ptr + others)[None, :])
     k, v = load_cached(
-        k_cache_ptr, v_cache_ptr, tables_ptr, row.to(tl.int64), begin, end, table_width, num_kv_heads,
-        item % num_kv_heads, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
+        k_cache_ptr, v_cache_ptr, table_ptr, begin, end, num_kv_heads, tl.program_id(0) % num_kv_heads, BLOCK_SIZE,
+        HEAD_DIM, TILE_TOKENS,
     )  # fmt: skip
-    return row, context, begin, end, newest, whole, cos, sin, k, v
+    return context, begin, end, newest, cos, sin, weight, other_weight, k, v
 
 
 @triton.jit
 @no_type_check
-def norm_weights(norm_ptr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr):
-    """Weights of a norm over D, [1, D], and those of the other half's elements."""
-    if NORM:
-        dims = tl.arange(0, HEAD_DIM)
-        weight = tl.load(norm_ptr + dims).to(tl.float32)[None, :]
-        other = tl.load(norm_ptr + (dims + HEAD_DIM // 2) % HEAD_DIM).to(tl.float32)[None, :]
-    else:
-        weight, other = 0.0, 0.0
-    return weight, other
+def receive_heads(
+    qkv_words,
+    kv_head,
+    call,
+    failed_ptr,
+    most_reads,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+):
+    """The group's query heads, its key and its value, [heads, D], and for each element the one of the other half."""
+    members = tl.arange(0, TILE_HEADS)
+    dims = tl.arange(0, HEAD_DIM)
+    sides = tl.arange(0, 2)
+    both = (dims[None, :] + sides[:, None] * (HEAD_DIM // 2)) % HEAD_DIM
+    offsets = (kv_head * (GROUP + 2) + members)[None, :, None] * HEAD_DIM + both[:, None, :]
+    mask = (members < GROUP + 2)[None, :, None] & ((dims >= 0)[None, :] & (sides >= 0)[:, None])[:, None, :]
+    heads = receive(qkv_words + offsets, call, mask, failed_ptr, most_reads)
+    return tl.split(tl.permute(heads, (1, 2, 0)))
 
 
 @triton.jit
 @no_type_check
-def rotated(
-    ptr,
-    head_rows,
-    present,
-    norm,
+def normed_and_rotated(
+    x,
+    other,
+    weight,
+    other_weight,
     cos,
     sin,
     EPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     NORM: tl.constexpr,
+    dtype: tl.constexpr,
 ):
-    """Heads at `head_rows` normed, if there is a norm, and rotated: [heads, D] in the model's dtype."""
-    dtype: tl.constexpr = ptr.dtype.element_ty
-    HALF: tl.constexpr = HEAD_DIM // 2
-    dims = tl.arange(0, HEAD_DIM)
-    partners = (dims + HALF) % HEAD_DIM  # the other half's element, which the rotation mixes in
-    mask = present[:, None] & (dims < HEAD_DIM)[None, :]
-    x = tl.load(ptr + head_rows[:, None] + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-    other = tl.load(ptr + head_rows[:, None] + partners[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-    other = other.to(tl.float32)
+    """Heads [heads, D], in the model's dtype, from float32 values and those of the other half."""
+    x, other = x.to(dtype).to(tl.float32), other.to(dtype).to(tl.float32)
     if NORM:
-        weight, other_weight = norm
-        scale = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + EPS)[:, None]
         # Rounded to the model's dtype before and after the weight, as the reference does.
-        x = ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-        other = ((other * scale).to(dtype).to(tl.float32) * other_weight).to(dtype).to(tl.float32)
-    sign = tl.where(dims < HALF, -1.0, 1.0)[None, :]
+        scale = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + EPS)[:, None]
+        x = ((x * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype).to(tl.float32)
+        other = ((other * scale).to(dtype).to(tl.float32) * other_weight.to(tl.float32)).to(dtype).to(tl.float32)
+    sign = tl.where(tl.arange(0, HEAD_DIM) < HEAD_DIM // 2, -1.0, 1.0)[None, :]
     return (x * cos + sign * other * sin).to(dtype)
 
 
@@ -145,65 +152,19 @@ def fold(q, k, v, start, first, end, maximum, total, acc, SCALE: tl.constexpr, T
 
 @triton.jit
 @no_type_check
-def merge_pieces(
-    parts_ptr,
-    lse_ptr,
-    out_ptr,
-    row,
-    kv_head,
-    begin,
-    end,
-    num_kv_heads,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PIECES: tl.constexpr,
-):
-    """Output of one row's query group, from its pieces `begin` to `end`."""
-    dims = tl.arange(0, HEAD_DIM)
-    for member in tl.static_range(GROUP):
-        maximum = float("-inf")
-        total = 0.0
-        acc = tl.zeros([HEAD_DIM], tl.float32)
-        for start in range(begin, end, PIECES):
-            pieces = start + tl.arange(0, PIECES)
-            heads = (pieces * num_kv_heads + kv_head) * GROUP + member
-            there = pieces < end
-            lse = tl.load(lse_ptr + heads, mask=there, other=float("-inf"), cache_modifier=".cg")
-            part_ptrs = parts_ptr + (heads * HEAD_DIM)[:, None] + dims[None, :]
-            parts = tl.load(part_ptrs, mask=there[:, None], other=0.0, cache_modifier=".cg")
-            new_maximum = tl.maximum(maximum, tl.max(lse, 0))
-            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            weights = tl.exp2(lse - shift)
-            decay = tl.exp2(maximum - shift)
-            total = total * decay + tl.sum(weights, 0)
-            acc = acc * decay + tl.sum(parts * weights[:, None], 0)
-            maximum = new_maximum
-        out = acc / tl.where(total > 0, total, 1.0)
-        head = (row * num_kv_heads + kv_head) * GROUP + member
-        tl.store(out_ptr + head * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-@no_type_check
 def attend(
-    opened,  # the program's first item, see `open_item`
-    q_norm,
-    k_norm,
-    qkv_ptr,  # [B, K, G + 2, D], before norm and rotation
-    cos_ptr,
-    sin_ptr,
+    opened,  # see `open_piece`
+    qkv_words,
+    parts_words,  # [pieces, H, D], where what the pieces make is sent
+    lse_words,  # [pieces, H]: log2 of the sum of exp2(scores)
     k_cache_ptr,
     v_cache_ptr,
-    tables_ptr,
-    pieces_ptr,  # int32 [pieces, 5], see `paged_decode.triton.plan_pieces`
-    rows_ptr,  # int32 [B, 2], likewise
-    num_items,
-    out_ptr,  # [B, H, D]
-    parts_ptr,  # float32 [pieces, H, D]
-    lse_ptr,  # float32 [pieces, H]: log2 of the sum of exp2(scores)
-    counters_ptr,
+    table_ptr,
+    num_pieces,
     num_kv_heads,
-    table_width,
+    call,
+    failed_ptr,
+    most_reads,
     EPS: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -213,69 +174,45 @@ def attend(
     TILE_HEADS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    PIECES: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """All items of this program. The last program at a row that is cut merges its pieces."""
-    members = tl.arange(0, TILE_HEADS)
-    one = tl.arange(0, 1)
-    dims = tl.arange(0, HEAD_DIM)
-    row, context, begin, end, newest, whole, cos, sin, k, v = opened
-    for item in tl.range(tl.program_id(0), num_items, PROGRAMS, num_stages=1):
-        kv_head = item % num_kv_heads
-        piece = item // num_kv_heads
+    """The program's piece of the context for one KV head, if it has one."""
+    dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
+    piece, kv_head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
+    if piece < num_pieces:
+        context, begin, end, newest, cos, sin, weight, other_weight, k, v = opened
         first = 0
         if WINDOW > 0:
             first = tl.maximum(context - WINDOW, 0)
+        members = tl.arange(0, TILE_HEADS)
+        dims = tl.arange(0, HEAD_DIM)
+        x, other = receive_heads(qkv_words, kv_head, call, failed_ptr, most_reads, GROUP, HEAD_DIM, TILE_HEADS)
+        q = normed_and_rotated(x, other, weight, other_weight, cos, sin, EPS, HEAD_DIM, NORM, dtype)
+        new_k = tl.sum(tl.where((members == GROUP)[:, None], q.to(tl.float32), 0.0), 0)[None, :]
+        new_v = tl.sum(tl.where((members == GROUP + 1)[:, None], x, 0.0), 0)[None, :]
 
-        group_row = (row * num_kv_heads + kv_head) * (GROUP + 2)
-        present = members < GROUP
-        q = rotated(qkv_ptr, (group_row + members) * HEAD_DIM, present, q_norm, cos, sin, EPS, HEAD_DIM, NORM)
-        new_k = rotated(
-            qkv_ptr, (group_row + GROUP + one) * HEAD_DIM, one == 0, k_norm, cos, sin, EPS, HEAD_DIM, NORM
-        )
-        new_v = tl.load(qkv_ptr + (group_row + GROUP + 1) * HEAD_DIM + dims, cache_modifier=".cg")[None, :]
-        if newest:
-            position = context - 1
-            block = tl.load(tables_ptr + row.to(tl.int64) * table_width + position // BLOCK_SIZE).to(tl.int64)
-            slot = (block * num_kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
-            tl.store(k_cache_ptr + slot * HEAD_DIM + dims[None, :], new_k)
-            tl.store(v_cache_ptr + slot * HEAD_DIM + dims[None, :], new_v)
-        score = scale_scores(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1), 1.0, SCALE, 0.0)
+        score = scale_scores(tl.sum(q.to(tl.float32) * new_k, 1), 1.0, SCALE, 0.0)
         maximum = tl.where(newest, score, float("-inf"))
         total = tl.zeros([TILE_HEADS], tl.float32) + tl.where(newest, 1.0, 0.0)
-        acc = tl.zeros([TILE_HEADS, HEAD_DIM], tl.float32) + tl.where(newest, new_v.to(tl.float32), 0.0)
-
+        acc = tl.zeros([TILE_HEADS, HEAD_DIM], tl.float32) + tl.where(newest, new_v.to(dtype).to(tl.float32), 0.0)
         maximum, total, acc = fold(q, k, v, begin, first, end, maximum, total, acc, SCALE, TILE_TOKENS)
         for start in tl.range(begin + TILE_TOKENS, end, TILE_TOKENS, num_stages=STAGES):
             k, v = load_cached(
-                k_cache_ptr, v_cache_ptr, tables_ptr, row.to(tl.int64), start, end, table_width, num_kv_heads, kv_head,
-                BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
+                k_cache_ptr, v_cache_ptr, table_ptr, start, end, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM,
+                TILE_TOKENS,
             )  # fmt: skip
             maximum, total, acc = fold(q, k, v, start, first, end, maximum, total, acc, SCALE, TILE_TOKENS)
+
         # What has seen no token has a total of 0 and gives zeros.
         out = acc / tl.where(total > 0, total, 1.0)[:, None]
-        if whole:
-            heads = (row * num_kv_heads + kv_head) * GROUP + members
-            targets = out_ptr + (heads * HEAD_DIM)[:, None] + dims[None, :]
-            tl.store(targets, out.to(out_ptr.dtype.element_ty), mask=present[:, None])
-        else:
-            part_heads = (piece * num_kv_heads + kv_head) * GROUP + members
-            tl.store(lse_ptr + part_heads, maximum + tl.log2(total), mask=present)
-            tl.store(parts_ptr + (part_heads * HEAD_DIM)[:, None] + dims[None, :], out, mask=present[:, None])
-            tl.debug_barrier()
-            first_piece = tl.load(rows_ptr + 2 * row)
-            num_pieces = tl.load(rows_ptr + 2 * row + 1)
-            counter_ptr = counters_ptr + row * num_kv_heads + kv_head
-            arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-            if arrived == num_pieces - 1:
-                merge_pieces(
-                    parts_ptr, lse_ptr, out_ptr, row, kv_head, first_piece, first_piece + num_pieces,
-                    num_kv_heads, GROUP, HEAD_DIM, PIECES,
-                )  # fmt: skip
-                tl.store(counter_ptr, 0)
-        row, context, begin, end, newest, whole, cos, sin, k, v = open_item(
-            item + PROGRAMS, num_items, pieces_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, table_width,
-            num_kv_heads, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
-        )  # fmt: skip
+        heads = (piece * num_kv_heads + kv_head) * GROUP + members
+        present = members < GROUP
+        send(lse_words + heads, maximum + tl.log2(total), call, present)
+        parts = parts_words + (heads * HEAD_DIM)[:, None] + dims[None, :]
+        send(parts, out, call, present[:, None] & (dims >= 0)[None, :])
+        if newest:
+            position = context - 1
+            block = tl.load(table_ptr + position // BLOCK_SIZE).to(tl.int64)
+            slot = ((block * num_kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
+            tl.store(k_cache_ptr + slot + dims[None, :], new_k.to(dtype))
+            tl.store(v_cache_ptr + slot + dims[None, :], new_v.to(dtype))
