@@ -121,8 +121,9 @@ def _whole_layers(
     ) -> tuple[Float[Array, "1 E"], LayerCache, Int[Array, " words"]]:
         ref = jax.new_ref(words)
         with jax.named_scope("decode_layer"):
-            x, cache = whole_layer(x, params, rope, cache, ref, number)
-        return x, cache, jax.freeze(ref)
+            new_x, cache = whole_layer(x, params, rope, cache, ref, number)
+        # A kernel's result has no mesh in its type, for which the next layer would be another function. XLA folds this.
+        return jax.lax.select(True, new_x, x), cache, jax.freeze(ref)
 
     layer, words, new_caches = jax.jit(one), layer_words(layers[0], caches[0][0]), []
     for index, (params, cache) in enumerate(zip(layers, caches, strict=True)):
