@@ -46,7 +46,8 @@ class LLM:
         dtype: of the weights: "auto" (the checkpoint's; bfloat16 for float32 checkpoints on GPUs; float32 on the
             CPU), "bfloat16", "float16" or "float32".
         tensor_parallel_size: devices that share each layer: heads, MLP and vocabulary are split over them.
-        data_parallel_size: replicas; 1 in this version.
+        data_parallel_size: replicas, each on devices of its own with a cache of its own; requests are spread over them,
+            those with a cached prefix to the replica that has it. Limits count for each replica.
         max_model_len: longest prompt and output together, in tokens; None takes the model's limit.
         max_num_seqs: rows, requests that run at the same time.
         max_num_batched_tokens: tokens a step computes at most; longer prompts are computed in chunks.
@@ -261,7 +262,7 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing happens, while a request runs."""
-        return self._engine.scheduler.reset_prefix_cache()
+        return self._engine.reset_prefix_cache()
 
     def get_tokenizer(self) -> Any:
         """The tokenizer.
@@ -290,7 +291,7 @@ class LLM:
         Raises:
             ConfigError: if the profile is not finished.
         """
-        programs = self._engine.runner.programs
+        programs = self._engine.replicas[0].runner.programs  # all replicas' are equal
         summary = profile.summary if profile else None
         keys = choose_keys(programs.catalogue, None, *measured_sizes(summary))
         return collect(
@@ -321,7 +322,7 @@ class LLM:
     @property
     def compile_log(self) -> list[Compilation]:
         """Each compilation so far: program, seconds, whether the cache had it, and which argument was new."""
-        programs = self._engine.runner.programs
+        programs = self._engine.replicas[0].runner.programs
         return explain_compilations(programs.catalogue, programs.compile_log)
 
     def close(self) -> None:
@@ -339,17 +340,17 @@ class LLM:
     def _add_all(
         self, ids: Sequence[str], prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
     ) -> None:
-        """Queue requests. Once they fill a step it is started, so that the device works while the rest are checked."""
-        filling = StepFilling(self._engine.scheduler)
+        """Queue requests. Once they fill a step of each replica, these start, and the rest are checked meanwhile."""
+        filling = {replica: StepFilling(replica.scheduler) for replica in self._engine.replicas}
         started = False
         for request_id, prompt, its_params, rank in zip(ids, prompts, params, priority, strict=True):
             prepared = self._engine.prepare(request_id, prompt, its_params, priority=rank)
-            self._engine.enqueue(prepared)
+            replica = self._engine.enqueue(prepared)
             if started:
                 continue
             for sample in prepared.samples:
-                filling.add(sample)
-            if filling.is_full:
+                filling[replica].add(sample)
+            if all(step.is_full for step in filling.values()):
                 self._engine.step()  # has nothing to read: `generate` starts with an idle engine
                 started = True
 

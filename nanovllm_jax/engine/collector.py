@@ -93,24 +93,42 @@ class Collector:
                 token = request.prompt_token_ids[position]
                 group.prompt_logprobs.append(self._logprob_dict(token, entry, wanted))
 
-    def on_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
-        """Take the token that the scheduler has just appended; returns why the sample ends, if it does."""
+    def on_tokens(
+        self, request: Request, tokens: list[int], logprobs: TokenLogprobs | None
+    ) -> tuple[int, FinishReason | None]:
+        """Take the tokens that one step sampled, -1 where the logits were not finite.
+
+        Returns:
+            how many of them are output, which ends with a stop token; why the sample ends, if it does.
+        """
         sample, params = self._samples[request], request.params
-        if params.logprobs is not None and logprobs is not None:
-            sample.logprobs.append(self._logprob_dict(token, logprobs, params.logprobs))
-            sample.cumulative_logprob += logprobs.logprob
-        if token in request.plan.stop_token_ids:
+        valid = tokens if min(tokens) >= 0 else tokens[: tokens.index(-1)]
+        num_taken, reason = len(valid), "error" if len(valid) < len(tokens) else None
+        room = request.max_tokens - len(request.output_token_ids)
+        if num_taken >= room:
+            num_taken, reason = room, "length"
+        stops = request.plan.stop_token_ids
+        stopped = not stops.isdisjoint(valid[:num_taken])
+        if stopped:
+            num_taken = next(i for i, token in enumerate(valid, 1) if token in stops)
+            token, reason = valid[num_taken - 1], "stop"
             sample.stop_reason = None if token in self._eos and token not in (params.stop_token_ids or ()) else token
-            return self.on_finish(request, "stop")
         if sample.detokenizer and params.stop:
-            stop = sample.detokenizer.append([token])
-            sample.num_decoded += 1
-            if stop is not None:
-                sample.stop_reason = stop
-                return self.on_finish(request, "stop")
-        if len(request.output_token_ids) >= request.max_tokens:
-            return self.on_finish(request, "length")
-        return None
+            for i, token in enumerate(valid[: num_taken - stopped], 1):
+                stop = sample.detokenizer.append([token])
+                sample.num_decoded += 1
+                if stop is not None:
+                    num_taken, reason, sample.stop_reason = i, "stop", stop
+                    break
+        if params.logprobs is not None and logprobs is not None and num_taken:
+            sample.logprobs.append(self._logprob_dict(valid[0], logprobs, params.logprobs))
+            sample.cumulative_logprob += logprobs.logprob
+        sample.finish_reason = reason
+        return num_taken, reason
+
+    def streams(self, request: Request) -> bool:
+        """Whether the request is reported while it grows."""
+        return self._groups[request.request_id].stream
 
     def note_time(self, request: Request, num_tokens: int, now: float) -> None:
         """Count tokens of a sample that were read back together, at least one: no time passes between them."""
@@ -124,11 +142,6 @@ class Collector:
             self._stats.inter_token_latency.observe(0.0, num_tokens - 1)
         sample.last_token_time = now
         self._stats.num_generation_tokens += num_tokens
-
-    def on_finish(self, request: Request, reason: FinishReason) -> FinishReason:
-        """Note why a sample ended."""
-        self._samples[request].finish_reason = reason
-        return reason
 
     def end(self, request_id: str, reason: FinishReason) -> None:
         """Note why all samples of a request end that have not yet; an error leaves them without text."""

@@ -26,6 +26,7 @@ from jax.experimental import serialize_executable
 
 import nanovllm_kernels
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
+from nanovllm_jax.step.relocation import load_relocated
 from nanovllm_kernels._compat import register_gpu_runtimes
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ KEPT_FOLDERS = 8  # one for each combination of model, arguments and versions; t
 
 
 class ExecutableStore:
-    """The compiled programs of one catalogue on one kind of device.
+    """The compiled programs of one catalogue on one kind of device; replicas on other devices share them.
 
     Loading runs code that the files hold, as with any cache of executables: the folder must be the user's own.
 
@@ -48,6 +49,7 @@ class ExecutableStore:
 
     def __init__(self, root: Path, catalogue: Catalogue, options: Mapping[str, Any] | None) -> None:
         self.folder = root / _digest(catalogue, options)
+        self._options = options
         self._devices = list(catalogue.mesh.devices.flat)
         if self._devices[0].platform == "gpu":
             register_gpu_runtimes()
@@ -58,9 +60,11 @@ class ExecutableStore:
         if not path.exists():
             return None
         try:
-            payload, in_tree, out_tree = pickle.loads(zlib.decompress(path.read_bytes()))
+            compiled_for, serialized = pickle.loads(zlib.decompress(path.read_bytes()))
+            if compiled_for != [device.id for device in self._devices]:
+                return load_relocated(serialized, compiled_for, self._devices, self._options)
             return serialize_executable.deserialize_and_load(
-                payload, in_tree, out_tree, backend=self._devices[0].client, execution_devices=self._devices
+                *serialized, backend=self._devices[0].client, execution_devices=self._devices
             )
         except Exception as error:  # whatever is wrong with the file, compiling is the remedy
             logger.warning("%s does not load (%s); it is compiled again", path, error)
@@ -69,7 +73,8 @@ class ExecutableStore:
     def save(self, key: ProgramKey, compiled: jax.stages.Compiled) -> None:
         """Keep a program; a full disk or a back end that cannot is worth a warning."""
         try:
-            content = pickle.dumps(serialize_executable.serialize(compiled))
+            compiled_for = [device.id for device in self._devices]
+            content = pickle.dumps((compiled_for, serialize_executable.serialize(compiled)))
             self._write(self._path(key).name, zlib.compress(content, COMPRESSION))
         except Exception as error:
             logger.warning("%s is not kept for the next start: %s", key, error)

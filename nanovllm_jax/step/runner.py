@@ -57,6 +57,11 @@ class InFlight:
     logprobs: tuple[jax.Array, ...] | None
     prompt_logprobs: tuple[jax.Array, ...] | None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the device has done it."""
+        return self.tokens.is_ready()
+
 
 @dataclass
 class _Row:
