@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import signal
 import threading
@@ -19,9 +20,9 @@ import numpy as np
 from nanovllm_jax.engine.collector import Collector
 from nanovllm_jax.engine.inputs import Prompt, bad_word_ids, parse_prompt
 from nanovllm_jax.engine.replica import Replica, choose_replica
-from nanovllm_jax.engine.request import Request
+from nanovllm_jax.engine.request import Request, RequestStatus
 from nanovllm_jax.engine.sampling_plan import plan_sampling
-from nanovllm_jax.engine.schedule import Schedule
+from nanovllm_jax.engine.schedule import Schedule, ScheduledSequence
 from nanovllm_jax.engine.stats import EngineStats
 from nanovllm_jax.errors import DeviceError, RequestError
 from nanovllm_jax.outputs import FinishReason, RequestOutput
@@ -280,19 +281,29 @@ class Engine:
             result = replica.runner.read(step)
         except Exception as error:
             raise self._fail(error) from error
-        now = time.time()
+        now, outputs = time.time(), []
         touched: dict[str, None] = {}  # requests that may have something to report
-        outputs: list[RequestOutput | None] = []
-        for index, sequence in enumerate(step.schedule.sequences):
+        logprobs = result.logprobs or itertools.repeat(None)
+        for sequence, tokens, its_logprobs in zip(step.schedule.sequences, result.tokens, logprobs, strict=False):
             request = sequence.request
-            if request.is_finished:
+            if request.status is RequestStatus.FINISHED:
                 continue  # it ended while this step was in flight
             try:
-                if self._take(replica, request, sequence.start, index, result, now):
+                if result.prompt_logprobs:
+                    self._take_prompt_logprobs(sequence, result)
+                if not tokens:
+                    continue  # a chunk before the prompt's end
+                num_taken, reason, report = self._collector.on_tokens(request, tokens, its_logprobs, now)
+                replica.scheduler.on_tokens(request, tokens if num_taken == len(tokens) else tokens[:num_taken])
+                if reason:
+                    replica.scheduler.finish(request)
+                    replica.lockstep.discard(request)
+                if report:
                     touched[request.request_id] = None
             except Exception:
                 touched.pop(request.request_id, None)
                 outputs.append(self._give_up(request.request_id))
+        self._collector.end_step()
         for request_id in touched:
             try:
                 outputs.append(self._take_output(request_id, now))
@@ -300,22 +311,10 @@ class Engine:
                 outputs.append(self._give_up(request_id))
         return [output for output in outputs if output is not None]
 
-    def _take(self, replica: Replica, request: Request, start: int, index: int, result: StepResult, now: float) -> bool:
-        """Take what a step sampled for a request; True if it ended or streams."""
+    def _take_prompt_logprobs(self, sequence: ScheduledSequence, result: StepResult) -> None:
+        request = sequence.request
         if request in result.prompt_logprobs and request.sample_index == 0:
-            self._collector.on_prompt_logprobs(request, start, result.prompt_logprobs[request])
-        tokens = result.tokens[index]
-        if not tokens:
-            return False
-        logprobs = result.logprobs[index] if result.logprobs else None
-        num_taken, reason = self._collector.on_tokens(request, tokens, logprobs)
-        if num_taken:
-            replica.scheduler.on_tokens(request, tokens[:num_taken])
-            self._collector.note_time(request, num_taken, now)
-        if reason:
-            replica.scheduler.finish(request)
-            replica.lockstep.discard(request)
-        return bool(reason) or self._collector.streams(request)
+            self._collector.on_prompt_logprobs(request, sequence.start, result.prompt_logprobs[request])
 
     def _give_up(self, request_id: str) -> RequestOutput | None:
         """End a request whose tokens could not be taken: what is wrong with it must not end the others."""

@@ -145,9 +145,10 @@ class Scheduler:
                     num_tokens = room  # nobody is preempted for tokens that can wait
                 elif not self._append_block(request):
                     break
-            request.num_computed_tokens = start + num_tokens
+            request.num_computed_tokens = end = start + num_tokens
             request.num_unread += num_tokens
-            if (start + num_tokens) // block_size > start // block_size:
+            # Ids that are not read back yet are registered in `on_tokens`.
+            if start // block_size < min(end, len(request.token_ids)) // block_size:
                 self.block_manager.register_full_blocks(request)
             rows.append(ScheduledSequence(request, start, num_tokens, True, True, False, request.block_ids))
         return rows
