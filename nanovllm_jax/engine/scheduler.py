@@ -80,6 +80,7 @@ class Scheduler:
             raise RequestError(message, param="request_id")
         samples.append(request)
         request.max_tokens = min(request.params.max_tokens or room, room)
+        request.last_position = request.num_prompt_tokens + request.max_tokens - 1
         self.num_queued_tokens += request.num_prompt_tokens + request.max_tokens
         request.arrival = next(self._arrivals)
         priority = request.priority if self.config.scheduling_policy == "priority" else 0
@@ -135,11 +136,12 @@ class Scheduler:
             most = 1  # the host has a part in sampling each token
         rows: list[ScheduledSequence] = []
         for request in self._decoding:  # a victim never stands before the request that needs its blocks
-            remaining = request.max_tokens - len(request.output_token_ids) - request.num_unread
+            start, block_ids = request.num_computed_tokens, request.block_ids
+            remaining = request.last_position - start
             if remaining <= 0:
                 continue  # all of its tokens are sampled; it ends when they are read
-            start, num_tokens = request.num_computed_tokens, min(most, remaining)
-            room = len(request.block_ids) * block_size - start
+            num_tokens = most if remaining >= most else remaining
+            room = len(block_ids) * block_size - start
             if room < num_tokens:
                 if room and self.block_manager.num_free_blocks == 0:
                     num_tokens = room  # nobody is preempted for tokens that can wait
@@ -148,9 +150,9 @@ class Scheduler:
             request.num_computed_tokens = end = start + num_tokens
             request.num_unread += num_tokens
             # Ids that are not read back yet are registered in `on_tokens`.
-            if start // block_size < min(end, len(request.token_ids)) // block_size:
+            if start < len(request.token_ids) and start // block_size < end // block_size:
                 self.block_manager.register_full_blocks(request)
-            rows.append(ScheduledSequence(request, start, num_tokens, True, True, False, request.block_ids))
+            rows.append(ScheduledSequence(request, start, num_tokens, True, True, False, block_ids))
         return rows
 
     def _may_compute_prompts(self) -> bool:
@@ -213,10 +215,11 @@ class Scheduler:
     def on_tokens(self, request: Request, token_ids: list[int]) -> None:
         """Takes tokens read back from the device, in the order of steps; never for a finished request."""
         request.num_unread -= len(token_ids)
-        num_full = len(request.token_ids) // self.config.block_size
-        request.token_ids.extend(token_ids)
+        known, block_size = request.token_ids, self.config.block_size
+        num_full = len(known) // block_size
+        known.extend(token_ids)
         request.output_token_ids.extend(token_ids)
-        if len(request.token_ids) // self.config.block_size > num_full:
+        if len(known) // block_size > num_full:
             self.block_manager.register_full_blocks(request)
 
     def finish(self, request: Request) -> None:
