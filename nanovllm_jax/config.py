@@ -107,6 +107,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    compile_at_start: bool = True
     seed: int | None = 0
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     batching: Literal["prefill_first", "mixed"] = "prefill_first"

@@ -57,6 +57,8 @@ class LLM:
         enable_prefix_caching: share the cached blocks of equal prefixes.
         enforce_eager: compile each program on its first use instead of all at the start, and let XLA record no
             command buffers.
+        compile_at_start: False compiles each program on its first use too, but as fast as otherwise: for a few calls of
+            known sizes, which would wait for programs that they never run.
         seed: of requests that bring none (and of random weights); None takes fresh entropy.
         scheduling_policy: "fcfs", or "priority" (smaller is served first).
         batching: "prefill_first" (steps of prompts only while any wait), or "mixed" (every step decodes all rows and
@@ -92,6 +94,7 @@ class LLM:
         kv_cache_dtype: str = "auto",
         enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
+        compile_at_start: bool = True,
         seed: int | None = 0,
         scheduling_policy: Literal["fcfs", "priority"] = "fcfs",
         batching: Literal["prefill_first", "mixed"] = "prefill_first",
@@ -113,6 +116,7 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=enable_prefix_caching,
             enforce_eager=enforce_eager,
+            compile_at_start=compile_at_start,
             seed=seed,
             scheduling_policy=scheduling_policy,
             batching=batching,

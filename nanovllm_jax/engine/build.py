@@ -61,6 +61,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         WeightsError: for missing, left-over or corrupt weights.
         DeviceError: if the device is missing or too small.
     """
+    compiles_at_start = config.compile_at_start and not config.enforce_eager
     claim_device_memory(config.gpu_memory_utilization)
     source = locate(model)
     whole, defaults = load_model_config(source), load_generation_defaults(source)
@@ -78,10 +79,10 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         programs, shape = _plan(model_config, config, dtype, meshes)
         if loading.done():
             loading.result()  # raises at once what is wrong with the weights
-        if not config.enforce_eager:
+        if compiles_at_start:
             _compile(programs)
         runners = [Runner(*pair) for pair in zip(programs, loading.result(), strict=True)]
-    if not config.enforce_eager:
+    if compiles_at_start:
         _warm_up(runners)
     _log_holdings(mesh, programs[0].catalogue)
     limits = SchedulerConfig(

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from nanovllm_jax.step.executables import ExecutableStore
 logger = logging.getLogger(__name__)
 
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
+_being_made: dict[tuple[str, ProgramKey], threading.Lock] = {}  # by the folder that keeps it
 _cache_hits: Counter[int] = Counter()  # by thread: compilation reports its hits on the thread that asked
 
 
@@ -110,7 +112,12 @@ class Programs:
                 future.result()
 
     def _make(self, key: ProgramKey) -> None:
-        """Load a program, or else compile and keep it."""
+        """Load a program, or else compile and keep it; of replicas that need it at once, one compiles for all."""
+        folder = self.store and str(self.store.folder)
+        with _being_made.setdefault((folder, key), threading.Lock()) if folder else nullcontext():
+            self._load_or_compile(key)
+
+    def _load_or_compile(self, key: ProgramKey) -> None:
         started = time.perf_counter()
         compiled = self.store.load(key) if self.store else None
         if compiled is not None:

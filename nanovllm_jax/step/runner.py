@@ -60,7 +60,7 @@ class InFlight:
     @property
     def is_ready(self) -> bool:
         """Whether the device has done it."""
-        return self.tokens.is_ready()
+        return self.tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass
