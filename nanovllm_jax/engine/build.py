@@ -139,7 +139,8 @@ def _plan(
     def programs(shape: StateShape, mesh: Mesh) -> Programs:
         weights = abstract_weights(model, dtype, mesh)
         catalogue = describe_programs(model, config, shape, weights, kv_dtype, mesh, on_gpu=on_gpu)
-        kept_in = cache_folder() / "executables" if on_gpu else None  # XLA's own cache does as much on a CPU
+        # On a CPU XLA's own cache does as much for one replica; others take what the first one compiled.
+        kept_in = cache_folder() / "executables" if on_gpu or len(meshes) > 1 else None
         return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in)
 
     if config.num_gpu_blocks_override is not None:

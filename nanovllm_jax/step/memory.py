@@ -29,7 +29,6 @@ def claim_device_memory(gpu_memory_utilization: float) -> None:
 def temporary_bytes(programs: Programs) -> int:
     """Bytes beyond weights and state that the hungriest program needs while it runs, as an earlier start may know."""
     if programs.store and (known := programs.store.load_figure("temporary_bytes")) is not None:
-        programs.store.mark_used()
         return known
     rows, tokens = programs.catalogue.decode_sizes[-1], programs.catalogue.prefill_sizes[-1]
     largest = [

@@ -82,6 +82,8 @@ class Programs:
         recorded = {"xla_enable_command_buffers_during_profiling": True}
         self._options = (recorded if command_buffers else {"xla_gpu_enable_command_buffer": ""}) if on_gpu else None
         self.store = None if kept_in is None else ExecutableStore(kept_in, catalogue, self._options)
+        if self.store:
+            self.store.mark_used()
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
 
     def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:
@@ -96,8 +98,6 @@ class Programs:
 
     def compile_all(self) -> None:
         """Have every program: loaded if an earlier start kept it, else compiled."""
-        if self.store:
-            self.store.mark_used()
         self.compile(self.catalogue.all_keys())
 
     def compile(self, keys: Sequence[ProgramKey]) -> None:
