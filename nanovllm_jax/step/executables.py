@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton")
 COMPRESSION = 1  # zlib's fastest
-KEPT_FOLDERS = 8  # one for each combination of model, arguments and versions; the least recently used goes first
+# Two for each combination of model, arguments and versions (the smallest cache is tried first); the least recently used
+# go first.
+KEPT_FOLDERS = 16
 
 
 class ExecutableStore:
@@ -97,10 +100,11 @@ class ExecutableStore:
         """Make this the most recently used store, and remove the least recently used beyond `KEPT_FOLDERS`."""
         if not self.folder.exists():
             return
-        os.utime(self.folder)
-        folders = sorted(self.folder.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
-        for folder in folders[KEPT_FOLDERS:]:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process, which starts now too, may remove one meanwhile
+            os.utime(self.folder)
+            folders = sorted(self.folder.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+            for folder in folders[KEPT_FOLDERS:]:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, key: ProgramKey) -> Path:
         return self.folder / f"{key.kind}-{key.size}.bin"

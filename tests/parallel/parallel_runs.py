@@ -18,10 +18,9 @@ UNCACHED = {"enable_prefix_caching": False}
 
 
 def open_llm(path, shards, replicas, **settings):
-    arguments = {"max_num_batched_tokens": 64, "skip_tokenizer_init": True} | settings
+    arguments = {"max_num_batched_tokens": 64, "skip_tokenizer_init": True, "dtype": "float32"} | settings
     return LLM(
         None if path is None else str(path),
-        dtype="float32",
         max_model_len=128,
         max_num_seqs=4,
         enforce_eager=True,

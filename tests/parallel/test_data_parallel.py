@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 
@@ -9,7 +10,7 @@ import pytest
 from parallel_runs import PROMPTS, TIGHT, UNCACHED, generate, open_llm
 from tiny_models import write_tiny_model
 
-from nanovllm_jax import SamplingParams
+from nanovllm_jax import AsyncLLM, SamplingParams
 from nanovllm_jax.engine.inputs import bad_word_ids
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.parallel.mesh import make_mesh, replica_meshes
@@ -99,6 +100,24 @@ def test_requests_are_aborted_on_their_replica_and_the_caches_stay_while_one_run
     finished = [output for _ in range(200) if two.has_unfinished() for output in two.step() if output.finished]
     assert [(output.request_id, len(output.outputs[0].token_ids)) for output in finished] == [("3", 50)]
     assert two.reset_prefix_cache()
+
+
+def test_many_tasks_share_the_replicas(two):
+    arguments = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64, "dtype": "float32"}
+    llm = AsyncLLM(None, skip_tokenizer_init=True, enforce_eager=True, data_parallel_size=2, **arguments)
+
+    async def last(prompt):
+        return [output async for output in llm.generate(prompt, GREEDY)][-1]
+
+    async def all_at_once():
+        return await asyncio.gather(*map(last, PROMPTS))
+
+    try:
+        tokens = [output.outputs[0].token_ids for output in asyncio.run(all_at_once())]
+        assert llm.stats.num_finished["length"] == len(PROMPTS)
+    finally:
+        llm.close()
+    assert tokens == [output.outputs[0].token_ids for output in two.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
 
 def test_bad_words_of_several_tokens_are_kept_out_on_every_replica():

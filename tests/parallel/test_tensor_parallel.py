@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from parallel_runs import TIGHT, UNCACHED, generate
+from parallel_runs import PROMPTS, TIGHT, UNCACHED, generate, open_llm
 from tiny_models import write_tiny_model
 
 from nanovllm_jax import LLM, SamplingParams
@@ -52,6 +52,20 @@ def test_logprobs_are_those_of_one_device(model):
     for one, two in zip(*found, strict=True):
         assert {token: rank for token, (rank, _) in one.items()} == {token: rank for token, (rank, _) in two.items()}
         assert [lp for _, lp in one.values()] == pytest.approx([lp for _, lp in two.values()], abs=1e-4)
+
+
+def test_in_bfloat16_shards_choose_among_the_five_likeliest():
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with open_llm(None, 4, 1, dtype="bfloat16") as llm:
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    texts = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
+    scores = SamplingParams(max_tokens=1, prompt_logprobs=5)
+    with open_llm(None, 1, 1, dtype="bfloat16") as llm:
+        scored = llm.generate(texts, scores, use_tqdm=False)
+    for text, output in zip(texts, scored, strict=True):
+        ranks = [entries[token].rank for token, entries in zip(text[-24:], output.prompt_logprobs[-24:], strict=True)]
+        assert max(ranks) <= 5
+        assert sum(rank == 1 for rank in ranks) >= 20
 
 
 def config(**sizes):
