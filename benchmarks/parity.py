@@ -87,6 +87,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt-lengths", nargs="+", type=int, default=[1, 15, 16, 17, 100, 400, 1500])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="less, to run beside others")
     parser.add_argument("--reference-python", default=sys.executable, help="a Python with torch and transformers")
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -111,6 +112,7 @@ def main() -> int:
         ):
             print(f"{stage}: {len(cases)} cases", file=sys.stderr)
             options = ["--stage", stage, "--work", folder, "--attention-backend", args.attention_backend]
+            options += ["--gpu-memory-utilization", str(args.gpu_memory_utilization)]
             # -P: transformers looks for a package named like a file in this folder.
             subprocess.run([python, "-P", __file__, *options], check=True)
         return report(cases, args.work)
@@ -242,6 +244,7 @@ def engine_stage(case: Case, index: int, args: argparse.Namespace) -> dict[str, 
         max_num_seqs=len(sequences),
         block_size=BLOCK_SIZE,
         attention_backend=args.attention_backend,
+        gpu_memory_utilization=args.gpu_memory_utilization,
         decode_steps=4,
         enforce_eager=True,
     ) as llm:

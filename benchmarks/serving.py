@@ -1,4 +1,4 @@
-"""What clients of the server see, as a table and one JSON line a figure; it ends within 4 minutes on a GPU.
+"""What clients of the server see, as a table and one JSON line a figure; it ends within 5 minutes on a GPU.
 
     python benchmarks/serving.py --model qwen3-0.6b --record
 
@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--num-prompts", type=int, default=768, help="requests at saturation")
+    parser.add_argument("--num-prompts", type=int, default=1536, help="requests at saturation, six rounds of all rows")
     parser.add_argument("--seconds", type=float, default=6.0, help="how long requests come at each rate")
     parser.add_argument("--time-limit", type=float, default=225.0, help="s after which no more rates are tried")
     parser.add_argument(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
@@ -107,7 +107,9 @@ class AsyncLLM:
         priority: int = 0,
         stream: bool = True,
     ) -> RequestStream:
-        """`generate` in two steps: returns when the request is queued. Iterate over the result, then close it.
+        """`generate` in two steps: returns when the request is checked, to be queued before the next step.
+
+        Iterate over the result, then close it.
 
         Raises:
             RequestError: if the prompt or the parameters cannot be served.
@@ -121,9 +123,11 @@ class AsyncLLM:
         outputs = self._streams[request_id] = RequestStream(self, request_id, params.n)
         try:
             prepare = partial(self._engine.prepare, request_id, prompt, params, priority=priority, stream=stream)
-            prepared = await asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare)
+            # Token ids are checked faster than a thread is woken.
+            ready = not params.bad_words and not _is_text(prompt)
+            prepared = await self._in_tokenizer_thread(prepare) if not ready else prepare()
             outputs.prompt_token_ids = prepared.samples[0].prompt_token_ids
-            await asyncio.wrap_future(self._thread.add(prepared))
+            self._thread.add(prepared)
         except BaseException:
             outputs.close()
             raise
@@ -158,13 +162,12 @@ class AsyncLLM:
 
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
         """As of `LLM`, in the tokenizer's thread."""
-        render = partial(render_chat, self.get_tokenizer(), messages, **template_args)
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, render)
+        return await self._in_tokenizer_thread(partial(render_chat, self.get_tokenizer(), messages, **template_args))
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, in the tokenizer's thread."""
         encode = partial(self.get_tokenizer(), text, add_special_tokens=add_special_tokens)
-        return list((await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode)).input_ids)
+        return list((await self._in_tokenizer_thread(encode)).input_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, in the tokenizer's thread.
@@ -176,8 +179,7 @@ class AsyncLLM:
         wrong = next((token for token in token_ids if not 0 <= token < size), None)
         if wrong is not None:
             raise RequestError(f"tokens holds the id {wrong}; ids go from 0 to {size - 1}.", param="tokens")
-        decode = partial(self.get_tokenizer().decode, token_ids)
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, decode)
+        return await self._in_tokenizer_thread(partial(self.get_tokenizer().decode, token_ids))
 
     def get_tokenizer(self) -> Any:
         """As of `LLM`."""
@@ -215,6 +217,9 @@ class AsyncLLM:
             except RuntimeError:  # the loop was closed: nobody waits
                 for outputs, _ in pairs:
                     outputs.close()
+
+    async def _in_tokenizer_thread[T](self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
 
     def _leave(self, outputs: RequestStream) -> None:
         if self._streams.pop(outputs.request_id, None) is not None:
@@ -260,6 +265,10 @@ class RequestStream:
         self._ended = True
         self._news.set()
         self._llm._leave(self)
+
+
+def _is_text(prompt: Prompt) -> bool:
+    return isinstance(prompt, str) or (isinstance(prompt, Mapping) and "prompt" in prompt)
 
 
 def _deliver(pairs: list[tuple[RequestStream, RequestOutput | Exception]]) -> None:

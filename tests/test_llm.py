@@ -287,6 +287,7 @@ def test_a_prompt_that_is_refused_after_a_step_started_loses_nothing(llm):
         ({"max_num_batched_tokens": 2}, "max_num_seqs"),
         ({"dtype": "int8"}, "int8"),
         ({"attention_backend": "flash"}, "flash"),
+        ({"attention_backend": "triton"}, "need an NVIDIA GPU"),
     ],
 )
 def test_wrong_arguments_are_named(model, arguments, message):

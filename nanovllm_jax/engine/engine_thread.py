@@ -41,14 +41,24 @@ class EngineThread:
         """Why it runs no more; None while it does."""
         return self._error
 
-    def add(self, prepared: PreparedRequest) -> Future[None]:
-        """Queue a request; the future raises RequestError if it can never fit."""
+    def add(self, prepared: PreparedRequest) -> None:
+        """Queue a request before the next step; an error that ends it comes as its event.
+
+        Nobody is told when it is queued: the answer would wait for the step that runs, and cost the interpreter
+        two switches of threads a request.
+        """
 
         def add() -> None:
-            self._engine.enqueue(prepared)
-            self._open.add(prepared.request_id)
+            try:
+                if self._error is not None:
+                    raise self._error
+                self._engine.enqueue(prepared)
+            except (RequestError, DeviceError) as error:
+                self._on_events([(prepared.request_id, error)])
+            else:
+                self._open.add(prepared.request_id)
 
-        return self.call(add)
+        self._put(add)
 
     def abort(self, request_id: str) -> None:
         """End a request; its last output has the finish reason "abort". Unknown ids are ignored."""

@@ -86,9 +86,18 @@ def describe_programs(
         kv_dtype: of K and V.
         mesh: the devices.
         on_gpu: whether the programs are for a GPU, which need not be there.
+
+    Raises:
+        ConfigError: if the kernels asked for do not run on the devices.
     """
     platform_backend = "triton" if on_gpu else "xla"
     backend = platform_backend if config.attention_backend == "auto" else config.attention_backend
+    if backend == "triton" and not on_gpu:
+        device = mesh.devices.flat[0]
+        raise ConfigError(
+            f"attention_backend is 'triton', whose kernels need an NVIDIA GPU, but the engine runs on {device}: take "
+            "'auto' or 'xla'."
+        )
     # A step never holds more tokens than all rows at their longest.
     tokens = min(config.max_num_batched_tokens, shape.max_num_seqs * shape.max_model_len)
     return Catalogue(

@@ -62,18 +62,26 @@ class Scheduler:
         """Requests that wait for a row or for blocks."""
         return sum(map(len, self._requests.values())) - self.num_running
 
+    def check(self, request: Request) -> None:
+        """Whether a request can be served; reads only what never changes, so that any thread may ask.
+
+        Raises:
+            RequestError: if the prompt is empty or can never fit.
+        """
+        if request.num_prompt_tokens < 1:
+            message = f"The prompt of request {request.request_id!r} is empty; give at least 1 token."
+            raise RequestError(message, param="prompt")
+        if request.num_prompt_tokens >= self.config.max_total_tokens:
+            raise RequestError(self._too_long(request), param="prompt")
+
     def add(self, request: Request) -> None:
         """Queues a request and resolves its `max_tokens`.
 
         Raises:
             RequestError: if the prompt can never fit, or the id is in use.
         """
+        self.check(request)
         room = self.config.max_total_tokens - request.num_prompt_tokens
-        if request.num_prompt_tokens < 1:
-            message = f"The prompt of request {request.request_id!r} is empty; give at least 1 token."
-            raise RequestError(message, param="prompt")
-        if room < 1:
-            raise RequestError(self._too_long(request), param="prompt")
         samples = self._requests.setdefault(request.request_id, [])
         if any(other.sample_index == request.sample_index for other in samples):
             message = f"The request id {request.request_id!r} is in use; give each request its own id."

@@ -36,6 +36,7 @@ def poison_unless_zero(x: Float[Array, "T E"], counters: Int[Array, " tiles"]) -
     return jnp.where(counters[0] == 0, x, jnp.nan)
 
 
+@jax.named_scope("qkv")
 def project_qkv(
     x: Float[Array, "T E"], params: Params, eps: float, counters: jax.Ref | None
 ) -> Float[Array, "T K heads D"]:
@@ -49,6 +50,7 @@ def project_qkv(
     return skinny_matmul(x, flat, **options, counters=counters, backend="triton").reshape(-1, *weight.shape[1:])
 
 
+@jax.named_scope("o")
 def add_attention(
     x: Float[Array, "T E"],
     heads: Float[Array, "T K G D"],
@@ -70,13 +72,18 @@ def add_mlp(
     """Hidden states plus the gated MLP of them normalised, summed over shards."""
     gate_up_bias, down_bias = params.get("gate_up_bias"), params.get("down_bias")
     if counters is None:
-        normalised = rms_norm(x, params["post_norm"], eps)
-        gate_up = _add_bias(einsum("te,ezf->tzf", normalised, params["gate_up"]), gate_up_bias)
-        update = einsum("tf,fe->te", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], params["down"])
-        return x + _add_bias(sum_shards(update, axis_name), down_bias)
+        with jax.named_scope("gate_up"):
+            normalised = rms_norm(x, params["post_norm"], eps)
+            gate_up = _add_bias(einsum("te,ezf->tzf", normalised, params["gate_up"]), gate_up_bias)
+            gated = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
+        with jax.named_scope("down"):
+            update = einsum("tf,fe->te", gated, params["down"])
+            return x + _add_bias(sum_shards(update, axis_name), down_bias)
     options = {"norm": params["post_norm"], "eps": eps, "bias": gate_up_bias}
-    gated = skinny_matmul(x, params["gate_up"], **options, counters=counters, backend="triton")
-    return _add_fused(x, gated, params["down"], down_bias, axis_name, counters)
+    with jax.named_scope("gate_up"):
+        gated = skinny_matmul(x, params["gate_up"], **options, counters=counters, backend="triton")
+    with jax.named_scope("down"):
+        return _add_fused(x, gated, params["down"], down_bias, axis_name, counters)
 
 
 def _add_fused(

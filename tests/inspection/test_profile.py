@@ -18,7 +18,7 @@ ENTRY %main (p: bf16[4,64]) -> bf16[4,64] {
   %p = bf16[4,64]{1,0} parameter(0)
   %loop_fusion.1 = bf16[4,64]{1,0} fusion(%p), kind=kLoop, metadata={op_name="jit(f)/layer0/attention/add"}
   %call.2 = bf16[4,64]{1,0} custom-call(%loop_fusion.1), custom_call_target="__cublas$gemm", \
-metadata={op_name="jit(f)/layer0/attention/te,ekgd->tkgd/dot_general"}
+metadata={op_name="jit(f)/layer0/attention/qkv/te,ekgd->tkgd/dot_general"}
   %call.3 = bf16[4,64]{1,0} custom-call(%call.2), custom_call_target="triton_kernel_call_ffi", \
 metadata={op_name="jit(f)/layer0/attention/paged_decode/triton_kernel_call"}
   ROOT %loop_fusion.4 = bf16[4,64]{1,0} fusion(%call.3), kind=kLoop, metadata={op_name="jit(f)/layer0/mlp/mul"}
@@ -59,7 +59,7 @@ def test_kernels_of_a_cuda_graph_get_their_step_program_and_scope_by_launch_name
     found = {(row.name, row.program, row.scope): row.count for row in profile.kernels}
     assert found == {
         ("loop_fusion", "decode[4]", "layer*/attention"): 3,
-        ("nvjet_tst_64x8_NNT", "decode[4]", "layer*/attention/te,ekgd->tkgd"): 3,
+        ("nvjet_tst_64x8_NNT", "decode[4]", "layer*/attention/qkv/te,ekgd->tkgd"): 3,
         ("decode_kernel", "decode[4]", "layer*/attention/paged_decode"): 3,
         ("loop_fusion", "decode[4]", "layer*/mlp"): 3,
         ("input_reduce_fusion", "plain[4]", "sample"): 3,

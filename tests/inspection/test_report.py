@@ -71,7 +71,7 @@ def test_optimised_hlo_folds_equal_layers_and_keeps_scopes(on_cpu):
     shown = decode.texts["hlo"]
     assert shown.lines[0].startswith("// equal layers are shown once: layer0 ×")
     assert len(shown.lines) < shown.full_lines
-    assert "layer*/attention/te,ekgd->tkgd" in {decode.scopes[index] for index in shown.scopes}
+    assert "layer*/attention/qkv/te,ekgd->tkgd" in {decode.scopes[index] for index in shown.scopes}
 
 
 def test_triton_kernels_come_with_their_ir_and_ptx(for_h200):

@@ -126,17 +126,17 @@ def test_a_block_folds_and_unfolds(page):
 
 def test_a_click_marks_one_scope_in_all_three_texts_and_in_the_table(page):
     assert [pane.locator("select").input_value() for pane in page.locator(".pane").all()] == list(PANES)
-    page.locator('.pane >> nth=0 >> .line[title="layer*/mlp/tf,fe->te"]').first.click()
+    page.locator('.pane >> nth=0 >> .line[title="layer*/mlp/down/tf,fe->te"]').first.click()
     for pane in page.locator(".pane").all():
         marked = pane.locator(".line.marked")
         assert marked.count() > 0
-        assert {one.get_attribute("title") for one in marked.all()} == {"layer*/mlp/tf,fe->te"}
+        assert {one.get_attribute("title") for one in marked.all()} == {"layer*/mlp/down/tf,fe->te"}
         assert marked.first.is_visible()
     assert page.locator("#kernels tr.marked").count() == 1
-    assert page.locator("#scope button").all_text_contents() == ["layer*", "mlp", "tf,fe->te", "✕"]
+    assert page.locator("#scope button").all_text_contents() == ["layer*", "mlp", "down", "tf,fe->te", "✕"]
     page.locator("#scope button", has_text="mlp").click()
     scopes = {one.get_attribute("title") for one in page.locator(".line.marked").all()}
-    assert {"layer*/mlp", "layer*/mlp/tf,fe->te"} <= scopes
+    assert {"layer*/mlp/down", "layer*/mlp/down/tf,fe->te"} <= scopes
     assert all(scope.startswith("layer*/mlp") for scope in scopes)
     page.locator("#scope button", has_text="✕").click()
     assert page.locator(".marked").count() == 0
