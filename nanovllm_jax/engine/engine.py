@@ -147,7 +147,7 @@ class Engine:
             )
             for index in range(params.n)
         ]
-        self.scheduler.check(requests[0])
+        self.replicas[0].scheduler.check(requests[0])
         return PreparedRequest(request_id, requests, parsed.text, stream, arrival_time)
 
     def enqueue(self, prepared: PreparedRequest) -> Replica:
