@@ -148,6 +148,11 @@ class EngineConfig:
                 "second."
             )
 
+    @property
+    def compiles_at_start(self) -> bool:
+        """Whether every program is compiled before the first request."""
+        return self.compile_at_start and not self.enforce_eager
+
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:

@@ -56,8 +56,8 @@ _lowering_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar
 
 
 @contextlib.contextmanager
-def lowering_for(compute_capability: int) -> Iterator[Target]:
-    """Compiles Triton kernels for `compute_capability` (80, 86, 89, 90, ...) instead of the GPU at hand.
+def lowering_for(gpu: int | Target) -> Iterator[Target]:
+    """Compiles Triton kernels for a GPU, or for a compute capability (80, 86, 89, 90, ...), instead of the one at hand.
 
     Works on a machine without a GPU, with the CUDA plugin, triton and jax-triton installed::
 
@@ -68,12 +68,9 @@ def lowering_for(compute_capability: int) -> Iterator[Target]:
     The capability is read while a function is traced, and `jax.jit` keeps traces: lower a fresh function
     for each capability.
     """
-    target = _KNOWN_TARGETS.get(compute_capability)
+    target = gpu if isinstance(gpu, Target) else _KNOWN_TARGETS.get(gpu)
     if target is None:
-        raise ValueError(
-            f"compute_capability is {compute_capability}; known ones are {sorted(_KNOWN_TARGETS)} "
-            "(90 stands for sm_90)."
-        )
+        raise ValueError(f"compute_capability is {gpu}; known ones are {sorted(_KNOWN_TARGETS)} (90 stands for sm_90).")
     token = _lowering_target.set(target)
     try:
         yield target

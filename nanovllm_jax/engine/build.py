@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.engine import Engine
+from nanovllm_jax.engine.lowering_worker import LoweringOrder
 from nanovllm_jax.engine.plan import abstract_weights, cache_dtype, describe_programs, smallest_shape, weight_dtype
 from nanovllm_jax.engine.replica import Replica
 from nanovllm_jax.engine.schedule import SchedulerConfig
@@ -25,7 +26,14 @@ from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
 from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, replica_meshes, split_heads
 from nanovllm_jax.step.catalogue import Catalogue
-from nanovllm_jax.step.memory import blocks_that_fit, claim_device_memory, temporary_bytes
+from nanovllm_jax.step.lowering import LoweringWorkers
+from nanovllm_jax.step.memory import (
+    blocks_that_fit,
+    claim_device_memory,
+    expected_temporary_bytes,
+    largest_programs,
+    temporary_bytes,
+)
 from nanovllm_jax.step.programs import Programs, cache_folder, use_persistent_cache
 from nanovllm_jax.step.runner import Runner
 from nanovllm_jax.step.state import StateShape, block_bytes, device_bytes
@@ -38,6 +46,7 @@ from nanovllm_jax.weights import (
     load_tokenizer,
     locate,
 )
+from nanovllm_kernels._compat import current_target
 
 logger = logging.getLogger(__name__)
 
@@ -61,28 +70,33 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         WeightsError: for missing, left-over or corrupt weights.
         DeviceError: if the device is missing or too small.
     """
-    compiles_at_start = config.compile_at_start and not config.enforce_eager
     claim_device_memory(config.gpu_memory_utilization)
     source = locate(model)
     whole, defaults = load_model_config(source), load_generation_defaults(source)
     use_persistent_cache()
-    with ThreadPoolExecutor(1) as pool:
-        # The tokenizer is read while JAX starts the device, and the weights while programs compile.
+    with ThreadPoolExecutor(2) as pool:
+        # The tokenizer and the weights are read while JAX starts the device and programs are loaded or compiled.
         reading = None if skip_tokenizer else pool.submit(load_tokenizer, tokenizer or source)
         _check_gpu_is_used()
         mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
         meshes = replica_meshes(mesh)
         model_config = split_heads(whole, config.tensor_parallel_size)
         dtype = weight_dtype(config.dtype, model_config, on_gpu=mesh.devices.flat[0].platform != "cpu")
-        words = reading.result() if reading else None
         loading = pool.submit(_load, source, model_config, dtype, meshes, config)
-        programs, shape = _plan(model_config, config, dtype, meshes)
-        if loading.done():
-            loading.result()  # raises at once what is wrong with the weights
-        if compiles_at_start:
-            _compile(programs)
+        planned = model_config, config, dtype, meshes
+        programs, shape = _plan(*planned)
+        for future in (reading, loading):
+            if future and future.done():
+                future.result()  # raises at once what is wrong with the tokenizer or the weights
+        _compile(programs, config)
+        needed = temporary_bytes(programs[0]) if _is_estimated(config, mesh.devices.flat[0]) else 0
+        if needed > expected_temporary_bytes(programs[0].catalogue):
+            logger.warning("programs need %.2f GB beside the cache: compiling for fewer blocks", needed / 1e9)
+            programs, shape = _plan(*planned, temporary=needed)
+            _compile(programs, config)
+        words = reading.result() if reading else None
         runners = [Runner(*pair) for pair in zip(programs, loading.result(), strict=True)]
-    if compiles_at_start:
+    if config.compiles_at_start:
         _warm_up(runners)
     _log_holdings(mesh, programs[0].catalogue)
     limits = SchedulerConfig(
@@ -127,9 +141,9 @@ def _load(
 
 
 def _plan(
-    model: ModelConfig, config: EngineConfig, dtype: jnp.dtype, meshes: Sequence[Mesh]
+    model: ModelConfig, config: EngineConfig, dtype: jnp.dtype, meshes: Sequence[Mesh], temporary: int | None = None
 ) -> tuple[list[Programs], StateShape]:
-    """Choose the number of cache blocks and describe each replica's programs for it."""
+    """Choose the number of cache blocks and describe each replica's programs for it; `temporary` bytes are theirs."""
     devices, kv_dtype = list(meshes[0].devices.flat), cache_dtype(config, dtype)
     on_gpu = devices[0].platform != "cpu"
     one_block = block_bytes(model, config.block_size, kv_dtype) // config.tensor_parallel_size
@@ -141,17 +155,21 @@ def _plan(
         catalogue = describe_programs(model, config, shape, weights, kv_dtype, mesh, on_gpu=on_gpu)
         # On a CPU XLA's own cache does as much for one replica; others take what the first one compiled.
         kept_in = cache_folder() / "executables" if on_gpu or len(meshes) > 1 else None
-        return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in)
+        workers = None
+        if on_gpu and mesh.size == 1:  # an order describes a model's weights, not what shards may have beside them
+            order = LoweringOrder(model, config, shape, dtype, kv_dtype, current_target())
+            workers = LoweringWorkers("nanovllm_jax.engine.lowering_worker", order)
+        return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in, workers=workers)
 
     if config.num_gpu_blocks_override is not None:
         num_blocks = config.num_gpu_blocks_override
     else:
-        trial = programs(shape, meshes[0])
-        state = (trial.catalogue.params, trial.catalogue.rows, trial.catalogue.extras)
+        trial = programs(shape, meshes[0]).catalogue
+        state = (trial.params, trial.rows, trial.extras)
         num_blocks = blocks_that_fit(
             [device for mesh in meshes for device in mesh.devices.flat],
             fixed_bytes=device_bytes(state),
-            temporary=temporary_bytes(trial) if on_gpu else 0,
+            temporary=expected_temporary_bytes(trial) if temporary is None else temporary,
             block_bytes=one_block,
             gpu_memory_utilization=config.gpu_memory_utilization,
         )
@@ -184,14 +202,25 @@ def _plan(
     return [programs(shape, mesh) for mesh in meshes], shape
 
 
-def _compile(programs: Sequence[Programs]) -> None:
-    """Have all programs: the first replica's are compiled if need be, the others' are loaded from what it kept."""
+def _is_estimated(config: EngineConfig, device: Any) -> bool:
+    """Whether the number of blocks depends on an estimate of the programs' temporary memory."""
+    return device.platform != "cpu" and config.num_gpu_blocks_override is None
+
+
+def _compile(programs: Sequence[Programs], config: EngineConfig) -> None:
+    """Have every program; without `compiles_at_start` those alone that tell how much memory they need.
+
+    The first replica's are compiled if need be, the others' are loaded from what it kept.
+    """
     start, (first, *others) = time.perf_counter(), programs
-    first.compile_all()
-    log, seconds = first.compile_log, time.perf_counter() - start
-    hits = sum(record.cache_hit for record in log)
+    if config.compiles_at_start:
+        first.compile_all()
+    elif _is_estimated(config, first.catalogue.mesh.devices.flat[0]):
+        first.compile(largest_programs(first.catalogue))
+    log = first.compile_log
+    hits, seconds = sum(record.cache_hit for record in log), time.perf_counter() - start
     logger.info("compiled %d programs in %.1f s, %d of them from the cache", len(log), seconds, hits)
-    if others:
+    if others and config.compiles_at_start:
         start = time.perf_counter()
         for replica in others:
             replica.compile_all()

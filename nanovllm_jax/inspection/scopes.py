@@ -11,7 +11,7 @@ import re
 # What JAX puts into a name stack beside `jax.named_scope`.
 _MACHINERY = re.compile(
     r"(jit|pjit|vmap|jvp|transpose|shard_map|shmap_body|while|body|cond|body_fun|cond_fun|scan|branch_\d+_fun|"
-    r"closed_call|eval_jaxpr|core_call|checkpoint|remat|custom_jvp_call|custom_vjp_call|run_state|jit:)(\(.*\))?"
+    r"closed_call|call_exported|eval_jaxpr|core_call|checkpoint|remat|custom_jvp_call|custom_vjp_call|run_state|jit:)(\(.*\))?"
 )
 _LAYER = re.compile(r"\blayer(\d+)\b")
 

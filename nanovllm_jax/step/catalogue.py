@@ -7,12 +7,13 @@ device's part of the weights, the cache and the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanovllm_jax.models.params import Params
@@ -29,6 +30,10 @@ from nanovllm_jax.step.state import (
 from nanovllm_jax.step.step import StepConfig, decode, decode_forward, prefill_forward
 
 EQUAL = PartitionSpec()  # the same on every device
+
+# What calls our kernels. JAX exports such calls only if told so, since another version may not know them; here the same
+# version lowers and compiles.
+_KERNEL_CALLS = ("triton_kernel_call_ffi", "mosaic_gpu_v2")
 
 
 class ProgramKey(NamedTuple):
@@ -96,6 +101,26 @@ class Catalogue:
 
     def trace(self, key: ProgramKey) -> jax.stages.Traced:
         """The program before lowering, to compile it or to look into it."""
+        return self._jitted(key).trace(*self.describe(key).arguments)
+
+    def export(self, key: ProgramKey, platform: str) -> export.Exported:
+        """The program lowered for "cuda" or "cpu", to be compiled by another process with `trace_exported`."""
+        calls = [export.DisabledSafetyCheck.custom_call(name) for name in _KERNEL_CALLS]
+        exported = export.export(self._jitted(key), platforms=[platform], disabled_checks=calls)
+        # Without its derivative, a closure, it can be pickled; its own `serialize` wants named tuples registered.
+        return replace(exported(*self.describe(key).arguments), _get_vjp=None)
+
+    def trace_exported(self, key: ProgramKey, exported: export.Exported) -> jax.stages.Traced:
+        """`trace`, from what a process with the same catalogue exported: little is left to lower."""
+        program = self.describe(key)
+
+        def call(*arguments: Any) -> Any:
+            return exported.call(*arguments)
+
+        call.__name__ = exported.fun_name
+        return jax.jit(call, donate_argnums=program.donated).trace(*program.arguments)
+
+    def _jitted(self, key: ProgramKey) -> Any:
         program = self.describe(key)
         # A new function each time: JAX would give back what it compiled for an equal catalogue, which may have come
         # from XLA's cache and does then not serialise whole.
@@ -106,7 +131,7 @@ class Catalogue:
             function = jax.shard_map(
                 function, mesh=self.mesh, in_specs=in_specs, out_specs=program.out_specs, check_vma=False
             )
-        return jax.jit(function, donate_argnums=program.donated).trace(*program.arguments)
+        return jax.jit(function, donate_argnums=program.donated)
 
     def describe(self, key: ProgramKey) -> Program:
         """What a key stands for."""

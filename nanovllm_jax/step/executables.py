@@ -8,13 +8,11 @@ from.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import pickle
 import shutil
 import tempfile
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -33,10 +31,7 @@ from nanovllm_kernels._compat import register_gpu_runtimes
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton")
-COMPRESSION = 1  # zlib's fastest
-# Two for each combination of model, arguments and versions (the smallest cache is tried first); the least recently used
-# go first.
-KEPT_FOLDERS = 16
+KEPT_FOLDERS = 16  # one for each combination of model, arguments and versions; the least recently used goes first
 
 
 class ExecutableStore:
@@ -63,7 +58,7 @@ class ExecutableStore:
         if not path.exists():
             return None
         try:
-            compiled_for, serialized = pickle.loads(zlib.decompress(path.read_bytes()))
+            compiled_for, serialized = pickle.loads(path.read_bytes())
             if compiled_for != [device.id for device in self._devices]:
                 return load_relocated(serialized, compiled_for, self._devices, self._options)
             return serialize_executable.deserialize_and_load(
@@ -77,24 +72,10 @@ class ExecutableStore:
         """Keep a program; a full disk or a back end that cannot is worth a warning."""
         try:
             compiled_for = [device.id for device in self._devices]
-            content = pickle.dumps((compiled_for, serialize_executable.serialize(compiled)))
-            self._write(self._path(key).name, zlib.compress(content, COMPRESSION))
+            # As it is: kernels are compressed already, so that zlib would gain 8% and take as long as serialising does.
+            self._write(self._path(key).name, pickle.dumps((compiled_for, serialize_executable.serialize(compiled))))
         except Exception as error:
             logger.warning("%s is not kept for the next start: %s", key, error)
-
-    def load_figure(self, name: str) -> int | None:
-        """A number kept by `save_figure`."""
-        try:
-            return int(json.loads((self.folder / f"{name}.json").read_text()))
-        except (OSError, ValueError):
-            return None
-
-    def save_figure(self, name: str, value: int) -> None:
-        """Keep a number that took compiling to find out."""
-        try:
-            self._write(f"{name}.json", json.dumps(value).encode())
-        except OSError as error:
-            logger.warning("%s is not kept for the next start: %s", name, error)
 
     def mark_used(self) -> None:
         """Make this the most recently used store, and remove the least recently used beyond `KEPT_FOLDERS`."""

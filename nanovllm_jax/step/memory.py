@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanovllm_jax.errors import DeviceError
-from nanovllm_jax.step.catalogue import ProgramKey
+from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
+from nanovllm_jax.step.draw import LOGPROB_CHUNK
 from nanovllm_jax.step.programs import Programs
 
 logger = logging.getLogger(__name__)
 
 # Command buffers, collectives' buffers and the allocator's rounding.
 RESERVE_BYTES = 1 << 30
+# What cuBLAS may use beside its operands: 32 MB for products on Hopper, twice that to be sure.
+WORKSPACE_BYTES = 64 << 20
 # Block counts are multiples of this, so that a start finds the programs that the last start compiled.
 BLOCK_MULTIPLE = 256
 # Host memory that the cache may take where there is no GPU.
@@ -26,25 +29,39 @@ def claim_device_memory(gpu_memory_utilization: float) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{gpu_memory_utilization:.3f}")
 
 
-def temporary_bytes(programs: Programs) -> int:
-    """Bytes beyond weights and state that the hungriest program needs while it runs, as an earlier start may know."""
-    if programs.store and (known := programs.store.load_figure("temporary_bytes")) is not None:
-        return known
-    rows, tokens = programs.catalogue.decode_sizes[-1], programs.catalogue.prefill_sizes[-1]
-    largest = [
+def largest_programs(catalogue: Catalogue) -> list[ProgramKey]:
+    """The programs among which the hungriest is."""
+    rows, tokens = catalogue.decode_sizes[-1], catalogue.prefill_sizes[-1]
+    return [
         ProgramKey("prefill", tokens),
         ProgramKey("decode", rows),
         ProgramKey("full", rows),
         ProgramKey("prompt_logprobs", tokens),
     ]
-    programs.compile(largest)
+
+
+def expected_temporary_bytes(catalogue: Catalogue) -> int:
+    """A generous estimate of `temporary_bytes`, from shapes alone: compiling to find out would delay other programs.
+
+    A prefill holds the residual stream, the projections and the MLP's activations of all its tokens, some of them
+    twice; the full sampler and prompt log-probabilities hold their rows' logits at several stages.
+    """
+    model, tokens = catalogue.config.model, catalogue.prefill_sizes[-1]
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    split = 3 * heads + 4 * model.intermediate_size  # elements a token
+    activations = tokens * (4 * model.hidden_size + split // catalogue.mesh.size)
+    rows = max(catalogue.decode_sizes[-1], LOGPROB_CHUNK)
+    logits = 8 * 4 * rows * model.vocab_size // catalogue.mesh.size
+    return max(activations * catalogue.params["embed"].dtype.itemsize, logits) + WORKSPACE_BYTES
+
+
+def temporary_bytes(programs: Programs) -> int:
+    """Bytes beyond weights and state that the hungriest program needs while it runs, which XLA knows."""
     found = 0
-    for key in largest:
+    for key in largest_programs(programs.catalogue):
         if analysis := programs[key].memory_analysis():
             output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
             found = max(found, analysis.temp_size_in_bytes + output)
-    if programs.store:
-        programs.store.save_figure("temporary_bytes", found)
     return found
 
 
@@ -56,7 +73,7 @@ def blocks_that_fit(
     Args:
         devices: `jax.Device`s; the smallest limit of their allocators is the budget.
         fixed_bytes: weights and all other device state.
-        temporary: from `temporary_bytes`.
+        temporary: what `temporary_bytes` gives, or is expected to.
         block_bytes: K and V of one block over all layers, on one device.
         gpu_memory_utilization: what the user asked for; a budget that differs (the back end was already running)
             is warned of.

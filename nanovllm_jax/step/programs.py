@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing import Any
 
 import jax
 
+from nanovllm_jax.models.projections import MAX_FUSED_ROWS
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.executables import ExecutableStore
+from nanovllm_jax.step.lowering import Lowered, LoweringWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class CompileRecord:
     key: ProgramKey
     started: float  # of tracing, on time.perf_counter's clock
     trace_s: float
-    lower_s: float
+    lower_s: float  # and tracing, where a worker did both
     compile_started: float
     compile_s: float
     cache_hit: bool
@@ -74,9 +76,17 @@ class Programs:
         catalogue: what there is to compile.
         command_buffers: whether XLA may record its launches (on GPUs).
         kept_in: folder of whole executables, from which a start takes what an earlier one compiled; None keeps none.
+        workers: processes that lower many programs side by side; without them they are lowered here.
     """
 
-    def __init__(self, catalogue: Catalogue, *, command_buffers: bool, kept_in: Path | None = None) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        *,
+        command_buffers: bool,
+        kept_in: Path | None = None,
+        workers: LoweringWorkers | None = None,
+    ) -> None:
         self.catalogue = catalogue
         self.compile_log: list[CompileRecord] = []
         on_gpu = catalogue.mesh.devices.flat[0].platform == "gpu"
@@ -87,12 +97,19 @@ class Programs:
         if self.store:
             self.store.mark_used()
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
+        self._workers = workers
 
     def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:
         """The compiled program; compiles it now if it is not yet there."""
         if key not in self._compiled:
-            self._make(key)
+            with self._one_at_once(key):
+                if not self._load(key):
+                    self._make(key, None)
         return self._compiled[key]
+
+    def _one_at_once(self, key: ProgramKey) -> AbstractContextManager[object]:
+        """Of replicas that need a program at once, one compiles for all."""
+        return _being_made.setdefault((str(self.store.folder), key), threading.Lock()) if self.store else nullcontext()
 
     def compiled(self) -> dict[ProgramKey, jax.stages.Compiled]:
         """What is compiled so far."""
@@ -103,38 +120,61 @@ class Programs:
         self.compile(self.catalogue.all_keys())
 
     def compile(self, keys: Sequence[ProgramKey]) -> None:
-        """Load or compile programs side by side.
+        """Load programs side by side; lower and compile those that were not kept.
 
-        Tracing is Python, which runs one thread at a time; Triton's and XLA's compilers let others run meanwhile.
+        Loading and XLA's compiler let other threads run meanwhile. Tracing and lowering are mostly Python, which does
+        not, so workers do that for all but a few programs.
         """
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
             missing = [key for key in keys if key not in self._compiled]
+            absent = [key for key, found in zip(missing, pool.map(self._load, missing), strict=True) if not found]
+            if self._workers:
+                lowered = self._workers.lower(absent)
+            else:
+                lowered = ((key, None) for key in absent)
             # The copied context says which GPU kernels are lowered for.
-            for future in [pool.submit(copy_context().run, self._make, key) for key in missing]:
+            for future in [pool.submit(copy_context().run, self._make, *one) for one in lowered]:
                 future.result()
 
-    def _make(self, key: ProgramKey) -> None:
-        """Load a program, or else compile and keep it; of replicas that need it at once, one compiles for all."""
-        folder = self.store and str(self.store.folder)
-        with _being_made.setdefault((folder, key), threading.Lock()) if folder else nullcontext():
-            self._load_or_compile(key)
+    def _options_of(self, key: ProgramKey) -> dict[str, Any] | None:
+        """XLA's options for a program.
 
-    def _load_or_compile(self, key: ProgramKey) -> None:
+        While it compiles, XLA would also compile and time dozens of its own kernels for each product and two kinds of
+        code for each fusion. For the products of long prefills and for the output head it then keeps cuBLAS's kernel,
+        or one as fast; those of decode steps of many rows gain from the trial.
+        """
+        if self._options is None:
+            return None
+        trials = key.kind.startswith("decode") and key.size > MAX_FUSED_ROWS
+        return {
+            "xla_gpu_experimental_enable_fusion_autotuner": False,
+            "xla_gpu_enable_triton_gemm": trials,
+            **self._options,
+        }
+
+    def _load(self, key: ProgramKey) -> bool:
+        """Take a program that an earlier start has kept; whether there is one."""
         started = time.perf_counter()
         compiled = self.store.load(key) if self.store else None
-        if compiled is not None:
-            self._compiled[key] = compiled
-            seconds = time.perf_counter() - started
-            self.compile_log.append(CompileRecord(key, started, 0.0, 0.0, started, seconds, True))
-            return
+        if compiled is None:
+            return False
+        self._compiled[key] = compiled
+        self.compile_log.append(CompileRecord(key, started, 0.0, 0.0, started, time.perf_counter() - started, True))
+        return True
+
+    def _make(self, key: ProgramKey, elsewhere: Lowered | None) -> None:
+        """Compile a program, lowered here or elsewhere, and keep it."""
         started = time.perf_counter()
-        traced = self.catalogue.trace(key)
+        traced = self.catalogue.trace_exported(key, elsewhere.exported) if elsewhere else self.catalogue.trace(key)
         traced_at = time.perf_counter()
         lowered = traced.lower()
         lowered_at, hits = time.perf_counter(), _cache_hits[threading.get_ident()]
-        self._compiled[key] = lowered.compile(compiler_options=self._options)
+        self._compiled[key] = lowered.compile(compiler_options=self._options_of(key))
         seconds, hit = time.perf_counter() - lowered_at, _cache_hits[threading.get_ident()] > hits
-        record = CompileRecord(key, started, traced_at - started, lowered_at - traced_at, lowered_at, seconds, hit)
+        worked = elsewhere.seconds if elsewhere else 0.0
+        record = CompileRecord(
+            key, started - worked, traced_at - started, lowered_at - traced_at + worked, lowered_at, seconds, hit
+        )
         self.compile_log.append(record)
         logger.debug("compiled %s", record)
         # What XLA's cache gave back need not serialise whole again: on a CPU such a program lacks functions later.

@@ -125,14 +125,13 @@ def test_other_arguments_find_nothing(small, tmp_path):
     assert loaded(programs) == [False, False]
 
 
-def test_figures_and_folders_that_are_no_longer_used_go(small, tmp_path, monkeypatch):
+def test_folders_that_are_no_longer_used_go(small, tmp_path, monkeypatch):
     monkeypatch.setattr("nanovllm_jax.step.executables.KEPT_FOLDERS", 1)
-    old = Programs(small, command_buffers=True, kept_in=tmp_path).store
-    assert old.load_figure("temporary_bytes") is None
-    old.save_figure("temporary_bytes", 123)
-    assert old.load_figure("temporary_bytes") == 123
+    Programs(small, command_buffers=True, kept_in=tmp_path).compile_all()
     small.num_logprobs += 1
-    new = Programs(small, command_buffers=True, kept_in=tmp_path).store
-    new.save_figure("temporary_bytes", 456)
-    new.mark_used()
-    assert [folder.name for folder in tmp_path.iterdir()] == [new.folder.name]
+    new = Programs(small, command_buffers=True, kept_in=tmp_path)
+    new.compile_all()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert new.store is not None
+    new.store.mark_used()
+    assert [folder.name for folder in tmp_path.iterdir()] == [new.store.folder.name]

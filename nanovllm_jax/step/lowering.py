@@ -1,0 +1,137 @@
+"""Lowering in processes of their own: tracing is Python, which runs one thread at a time in a process.
+
+    key --worker: trace, lower, compile Triton's and Mosaic's kernels--> StableHLO --here--> XLA
+
+A worker has no GPU; it is told what GPU it lowers for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from jax.export import Exported
+
+from nanovllm_jax.step.catalogue import ProgramKey
+
+logger = logging.getLogger(__name__)
+
+MOST_WORKERS = 12  # each starts with two seconds of imports, which more workers would not earn back
+_LEAST_PROGRAMS = 4  # that are worth a worker
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program that a worker has lowered."""
+
+    exported: Exported
+    seconds: float
+
+
+class LoweringWorkers:
+    """Starts workers, and has each lower its part of the programs.
+
+    Args:
+        module: what a worker runs; it reads a pickled order and then keys from its input until that ends, and answers
+            each key with a pickled `Lowered`.
+        order: what the worker needs to know to describe the programs, which pickle can write.
+    """
+
+    def __init__(self, module: str, order: Any) -> None:
+        self._module, self._order = module, pickle.dumps(order)
+
+    def lower(self, keys: Sequence[ProgramKey]) -> Iterator[tuple[ProgramKey, Lowered | None]]:
+        """Every program as soon as it is lowered, in any order; None if that is left to this process.
+
+        Neighbours share kernels, so a worker begins with a run of neighbours; when it has no more, it takes the last
+        program of the longest run.
+        """
+        count = min(MOST_WORKERS, (os.cpu_count() or 1) * 3 // 4, len(keys) // _LEAST_PROGRAMS)
+        if count == 0:
+            yield from ((key, None) for key in keys)
+            return
+        runs = [deque(keys[i * len(keys) // count : (i + 1) * len(keys) // count]) for i in range(count)]
+        workers = [_Worker(self._module, self._order) for _ in runs]
+        lock, idle = threading.Lock(), queue.SimpleQueue[tuple[_Worker, deque[ProgramKey]]]()
+        for pair in zip(workers, runs, strict=True):
+            idle.put(pair)
+
+        def lower_next() -> tuple[ProgramKey, Lowered | None]:
+            worker, run = idle.get()
+            with lock:
+                key = run.popleft() if run else max(runs, key=len).pop()
+            try:
+                return key, worker.lower(key)
+            finally:
+                idle.put((worker, run))
+
+        pool = ThreadPoolExecutor(count)
+        try:
+            for future in as_completed([pool.submit(lower_next) for _ in keys]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for worker in workers:
+                worker.close()
+            for worker in workers:
+                worker.wait()
+
+
+class _Worker:
+    """One process, started for its first key; after a failure it lowers nothing more."""
+
+    def __init__(self, module: str, order: bytes) -> None:
+        self._module, self._order = module, order
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failed = False
+
+    def lower(self, key: ProgramKey) -> Lowered | None:
+        """The program; None, and a warning, if the process fails."""
+        if self._failed:
+            return None
+        try:
+            if self._process is None:
+                self._process = self._start()
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(pickle.dumps(key))
+            self._process.stdin.flush()
+            return pickle.load(self._process.stdout)
+        except Exception as error:  # whatever went wrong there, this process can lower too
+            logger.warning("a lowering process ended at %s (%r); its programs are lowered here, slowly", key, error)
+            self._failed = True
+            return None
+
+    def close(self) -> None:
+        """Let the process end."""
+        if self._process is not None:
+            for pipe in filter(None, (self._process.stdin, self._process.stdout)):
+                with suppress(OSError):
+                    pipe.close()
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        if self._process is not None:
+            self._process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", self._module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        assert process.stdin is not None
+        process.stdin.write(self._order)
+        return process

@@ -1,0 +1,18 @@
+"""Answers each key with its process instead of a program; the order says at which key it dies."""
+
+import os
+import pickle
+import sys
+
+from nanovllm_jax.step.lowering import Lowered
+
+dies_at = pickle.load(sys.stdin.buffer)
+while True:
+    try:
+        key = pickle.load(sys.stdin.buffer)
+    except EOFError:
+        break
+    if key == dies_at:
+        sys.exit(0)
+    pickle.dump(Lowered(key, os.getpid()), sys.stdout.buffer)
+    sys.stdout.buffer.flush()
