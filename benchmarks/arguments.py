@@ -47,6 +47,10 @@ def make_parser(description: str, *, model: str) -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help=f"another argument of {OURS}'s LLM, such as batching=mixed; repeatable",
     )
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="devices that share each layer")
+    parser.add_argument(
+        "--data-parallel-size", type=int, default=1, help=f"replicas of {OURS}, each with as many requests as one"
+    )
     parser.add_argument("--model-dir", type=Path, help="where random weights are written, and kept for the next time")
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="S", help="seconds for each engine")
     parser.add_argument("--verbose", action="store_true", help="show the engines' own logs")
@@ -72,6 +76,13 @@ def parse(parser: argparse.ArgumentParser, *, recorded_model: str) -> argparse.N
         if "=" not in option:
             parser.error(f"--llm {option}: write NAME=VALUE")
     args.llm = dict(map(_parse_option, args.llm))
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+        if name in args.llm:
+            parser.error(f"--llm {name}: write --{name.replace('_', '-')} {args.llm[name]}")
+    if args.data_parallel_size > 1 and args.engine != [OURS]:
+        parser.error(f"--data-parallel-size is for {OURS} alone")
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}; it must be at least 1")
     if args.record and args.model != recorded_model:
@@ -112,6 +123,7 @@ def engine_spec(
     if name != "transformers":
         config = config_of(args.model) or {}
         options["max_model_len"] = min(MAX_MODEL_LEN, config.get("max_position_embeddings", MAX_MODEL_LEN))
+    options |= parallel_sizes(args)
     if name == OURS:
         options |= {"skip_tokenizer_init": True, **args.llm}
     if dummy_weights and name in (OURS, "vllm"):
@@ -126,9 +138,22 @@ def engine_spec(
     )
 
 
-def figure_prefix(engine: str) -> str:
-    """What stands before a figure's name: nothing for ours, `vllm/` for vLLM."""
-    return "" if engine == OURS else f"{engine}/"
+def parallel_sizes(args: argparse.Namespace) -> dict[str, object]:
+    """Arguments of an engine on several devices; none for one, which every engine takes."""
+    names = ("tensor_parallel_size", "data_parallel_size")
+    return {name: getattr(args, name) for name in names if getattr(args, name) > 1}
+
+
+def num_devices(args: argparse.Namespace) -> int:
+    """Devices that an engine runs on."""
+    return args.tensor_parallel_size * args.data_parallel_size
+
+
+def figure_prefix(engine: str, args: argparse.Namespace) -> str:
+    """What stands before a figure's name: `vllm/` for vLLM, nothing for ours; `dp2tp4_` on several devices."""
+    short = {"data_parallel_size": "dp", "tensor_parallel_size": "tp"}
+    sizes = "".join(f"{short[name]}{size}" for name, size in sorted(parallel_sizes(args).items()))
+    return ("" if engine == OURS else f"{engine}/") + (f"{sizes}_" if sizes else "")
 
 
 def _by_engine(parser: argparse.ArgumentParser, option: str, values: list[str]) -> dict[str, str]:

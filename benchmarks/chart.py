@@ -1,7 +1,8 @@
-"""Draws what was measured: `python benchmarks/chart.py {throughput,latency} LINES.jsonl CHART.png`.
+"""Draws what was measured: `python benchmarks/chart.py {throughput,latency,scaling} LINES.jsonl CHART.png`.
 
 Throughput: a bar an engine, its range over the repetitions, and a dashed line at what the device allows. Latency: a
-line a context. Needs matplotlib (the dependency group `bench`), which machines that measure need not have.
+line a context. Scaling: speed-up over the number of GPUs, a line a case. Needs matplotlib (the dependency group
+`bench`), which machines that measure need not have.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 OURS = "nanovllm-jax"
+# Title, figures by the number of GPUs, whether less is better.
+_SCALINGS = (
+    ("replicas, bench256, 0.6B", r"dp(\d+)_bench256_out_tok_s", False),
+    ("shards, 64 rows, 8B", r"tp(\d+)_8b_b64_step_ms", True),
+    ("shards, 1 row, 8B", r"tp(\d+)_8b_b1_step_ms", True),
+    ("shards, prefill, 8B", r"tp(\d+)_8b_prefill_ms", True),
+)
 _COLOURS = {OURS: "#2a6f97", "vllm": "#e09f3e", "nano-vllm": "#7fb069", "transformers": "#9d8189"}
 
 
@@ -92,6 +100,32 @@ def _curve(row: dict[int, dict], key: str) -> tuple[list[int], list[float]]:
     return [batch for batch, _ in known], [value for _, value in known]
 
 
+def draw_scaling(lines: Sequence[dict], path: Path) -> None:
+    """Speed-up and efficiency over the number of GPUs; lines of scaling.py."""
+    by_name = {line["figure"]: line["value"] for line in lines}
+    most = max((int(number) for name in by_name for number in re.findall(r"^(?:dp|tp)(\d+)_", name)), default=1)
+    sheet, panels = plt.subplots(1, 2, figsize=(10, 4))
+    for title, pattern, is_time in _SCALINGS:
+        found = {int(match[1]): value for name, value in by_name.items() if (match := re.fullmatch(pattern, name))}
+        if 1 not in found:
+            continue
+        gpus = sorted(found)
+        speedups = [found[1] / found[n] if is_time else found[n] / found[1] for n in gpus]
+        panels[0].plot(gpus, speedups, "o-", label=title)
+        panels[1].plot(gpus, [speedup / n for speedup, n in zip(speedups, gpus, strict=True)], "o-", label=title)
+    panels[0].plot([1, most], [1, most], "k--", linewidth=1)
+    panels[0].set(title="speed-up over one GPU", xlabel="GPUs")
+    panels[1].set(title="speed-up for each GPU", xlabel="GPUs", ylim=(0, 1.1))
+    for panel in panels:
+        panel.set_xticks(range(1, most + 1))
+        panel.grid(alpha=0.3)
+    panels[1].legend(fontsize=8)
+    sheet.suptitle(lines[0]["device"].rpartition(" x ")[2])
+    sheet.tight_layout()
+    sheet.savefig(path, dpi=150)
+    plt.close(sheet)
+
+
 def main() -> None:
     """Draws the newest line of each figure of a file."""
     if len(sys.argv) != 4 or sys.argv[1] not in DRAWINGS:
@@ -102,7 +136,7 @@ def main() -> None:
     DRAWINGS[sys.argv[1]](lines, Path(sys.argv[3]))
 
 
-DRAWINGS = {"throughput": draw_throughput, "latency": draw_latency}
+DRAWINGS = {"throughput": draw_throughput, "latency": draw_latency, "scaling": draw_scaling}
 
 if __name__ == "__main__":
     main()

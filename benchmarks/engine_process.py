@@ -23,12 +23,15 @@ OURS = "nanovllm-jax"
 ENGINES = (OURS, "nano-vllm", "vllm", "transformers")
 WORKER = Path(__file__).with_name("engines") / "worker.py"
 
-# No look-ups on the network and no usage statistics; no NVLink multicast, which not every machine allows.
+# No look-ups on the network and no usage statistics.
 _PEER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+}
+# No NVLink multicast, which not every machine allows.
+_NO_MULTICAST = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
@@ -71,7 +74,7 @@ class EngineSpec:
 
     def process_environment(self) -> dict[str, str]:
         """All variables; what the user has set of a peer's defaults stays."""
-        variables = dict(os.environ)
+        variables = _NO_MULTICAST | dict(os.environ)
         if self.name != OURS:
             variables = _PEER_ENVIRONMENT | variables
         if self.pythonpath is not None:

@@ -17,7 +17,16 @@ from itertools import product
 from pathlib import Path
 
 import results_log
-from arguments import MAX_MODEL_LEN, engine_spec, figure_prefix, make_parser, max_token_id, open_model, parse
+from arguments import (
+    MAX_MODEL_LEN,
+    engine_spec,
+    figure_prefix,
+    make_parser,
+    max_token_id,
+    num_devices,
+    open_model,
+    parse,
+)
 from engine_process import OURS, EngineProcess
 from reporting import Outcome, progress
 from steps import Cell, StepTimes, limits, measure_steps
@@ -42,7 +51,7 @@ def main() -> int:
             with outcome.guard(engine, lambda left=left: ", ".join(f"b{cell.batch}_c{cell.context}" for cell in left)):
                 measure(engine, left, model, args, outcome, dummy_weights=dummy_weights)
     if outcome.lines and args.plot:
-        save_plot(outcome.lines, args.engine[0], args.plot)
+        save_plot(outcome.lines, figure_prefix(args.engine[0], args), args.plot)
     return outcome.finish()
 
 
@@ -85,15 +94,14 @@ def measure(
 
 def cell_lines(cell: Cell, process: EngineProcess, times: list[StepTimes], args: argparse.Namespace) -> list[dict]:
     """Both figures of a cell."""
-    num_devices = int(args.llm.get("tensor_parallel_size", 1)) if process.spec.name == OURS else 1
-    best = limits(process, cell, args, num_devices)
+    best = limits(process, cell, args, num_devices(args))
     return [
         results_log.figure_line(
-            f"{figure_prefix(process.spec.name)}{name}_b{cell.batch}_c{cell.context}",
+            f"{figure_prefix(process.spec.name, args)}{name}_b{cell.batch}_c{cell.context}",
             [getattr(run, part) * 1e3 for run in times],
             "ms",
             getattr(best, part) * 1e3 if best else None,
-            device=results_log.device_name(process.device, num_devices),
+            device=results_log.device_name(process.device, num_devices(args)),
             versions=process.versions,
             commit=args.commit,
         )
@@ -101,14 +109,14 @@ def cell_lines(cell: Cell, process: EngineProcess, times: list[StepTimes], args:
     ]
 
 
-def save_plot(lines: list[dict], engine: str, path: Path) -> None:
+def save_plot(lines: list[dict], prefix: str, path: Path) -> None:
     """Draws both times where matplotlib is installed."""
     try:
         from chart import draw_latency
     except ImportError as error:
         print(f"no plot: {error}; `chart.py` draws it elsewhere from the JSON lines", file=sys.stderr)
         return
-    draw_latency([line for line in lines if line["figure"].startswith(f"{figure_prefix(engine)}t")], path)
+    draw_latency([line for line in lines if line["figure"].startswith(f"{prefix}t")], path)
     print(f"plot in {path}", file=sys.stderr)
 
 

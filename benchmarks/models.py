@@ -65,7 +65,14 @@ QWEN3_8B: dict[str, Any] = QWEN3_0_6B | {
     "num_hidden_layers": 36,
     "tie_word_embeddings": False,
 }
-MODELS = {"qwen3-0.6b": QWEN3_0_6B, "qwen3-8b": QWEN3_8B}
+QWEN3_32B: dict[str, Any] = QWEN3_8B | {
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "max_window_layers": 64,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 64,
+}
+MODELS = {"qwen3-0.6b": QWEN3_0_6B, "qwen3-8b": QWEN3_8B, "qwen3-32b": QWEN3_32B}
 
 ROW_LENGTH = 0.4  # of a typical embedding, root mean square over its elements
 ROW_TAIL = 4.0  # exponent of the Pareto distribution of lengths

@@ -50,14 +50,15 @@ class Outcome:
         try:
             yield
         except EngineMissing as error:
-            self._note(f"{engine} is not installed and is skipped: {error}")
+            self.note(f"{engine} is not installed and is skipped: {error}")
         except OutOfTime:
-            self._note(f"{engine} used up its time; dropped: {left()}")
+            self.note(f"{engine} used up its time; dropped: {left()}")
         except EngineFailed as error:
             self.failed = True
-            self._note(f"{engine} failed ({left()}): {error}")
+            self.note(f"{engine} failed ({left()}): {error}")
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Say it now, and again below the table."""
         self.notes.append(text)
         progress(text)
 

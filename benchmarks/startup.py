@@ -54,7 +54,7 @@ def measure(engine: str, model: str, args: argparse.Namespace) -> list[dict]:
                 progress(f"{engine}: {kind} start {repeat + 1} of {args.repeats}: {to_first_token:.2f} s")
     names = {"device": process.device, "versions": process.versions, "commit": args.commit}
     return [
-        results_log.figure_line(f"{figure_prefix(engine)}startup_{kind}_s", values, "s", None, **names)
+        results_log.figure_line(f"{figure_prefix(engine, args)}startup_{kind}_s", values, "s", None, **names)
         for kind, values in seconds.items()
     ]
 

@@ -27,11 +27,11 @@ from pathlib import Path
 
 import limit
 import results_log
-from arguments import engine_spec, figure_prefix, make_parser, max_token_id, open_model, parse
+from arguments import engine_spec, figure_prefix, make_parser, max_token_id, num_devices, open_model, parse
 from engine_process import OURS, EngineProcess, OutOfTime
 from models import config_of
 from reporting import Outcome, progress
-from workloads import CASES, SPEEDUP, SPEEDUP_CASES, Case, Figure, uniform, warm_up
+from workloads import CASES, SPEEDUP, SPEEDUP_CASES, Case, Figure, draw_for_replicas, uniform, warm_up
 
 from nanovllm_jax.cli.bench import Requests, Run
 
@@ -115,7 +115,7 @@ def measure(
             progress(f"trace saved in {args.trace}")
         for case in cases:
             draw = case.smoke if args.smoke else case.draw
-            draws = [draw(case.first_seed + i) for i in range(args.repeats)]
+            draws = [draw_for_replicas(draw, case.first_seed, i, args.data_parallel_size) for i in range(args.repeats)]
             runs = []
             for requests in draws:
                 runs.append(process.run(requests))
@@ -134,7 +134,7 @@ def figure_lines(result: Measured, args: argparse.Namespace) -> list[dict]:
         if result.engine != OURS and figure.unit != "tok/s":
             continue  # hits of the prefix cache are not known of every engine
         values = [figure.of(run) for run in result.runs]
-        name = figure_prefix(result.engine) + figure.name
+        name = figure_prefix(result.engine, args) + figure.name
         best = figure_limit(figure, result, args)
         lines.append(results_log.figure_line(name, values, figure.unit, best, **facts(result, args)))
     return lines
@@ -147,9 +147,11 @@ def figure_limit(figure: Figure, result: Measured, args: argparse.Namespace) -> 
         ceilings = limit.Ceilings(math.inf, math.inf)
     if not config or not ceilings:
         return None
-    shape = limit.shape_of(config, kv_cache_bytes=result.kv_cache_bytes)
-    ceilings = ceilings.of_devices(num_devices(result.engine, args))
-    return statistics.median(figure.limit(shape, ceilings, requests) for requests in result.draws)
+    shape, replicas = limit.shape_of(config, kv_cache_bytes=result.kv_cache_bytes), args.data_parallel_size
+    ceilings = ceilings.of_devices(args.tensor_parallel_size)
+    shares = [tuple(part[: len(part) // replicas] for part in requests) for requests in result.draws]
+    best = statistics.median(figure.limit(shape, ceilings, share) for share in shares)
+    return best * replicas if figure.unit == "tok/s" else best
 
 
 def speedup_lines(measured: Sequence[Measured], args: argparse.Namespace) -> list[dict]:
@@ -166,13 +168,8 @@ def speedup_lines(measured: Sequence[Measured], args: argparse.Namespace) -> lis
 
 def facts(result: Measured, args: argparse.Namespace) -> dict:
     """What a line says beside the figure."""
-    device = results_log.device_name(result.device, num_devices(result.engine, args))
+    device = results_log.device_name(result.device, num_devices(args))
     return {"device": device, "versions": result.versions, "commit": args.commit}
-
-
-def num_devices(engine: str, args: argparse.Namespace) -> int:
-    """Devices that the engine runs on."""
-    return int(args.llm.get("tensor_parallel_size", 1)) if engine == OURS else 1
 
 
 def save_chart(lines: Sequence[dict], path: Path) -> None:

@@ -77,6 +77,12 @@ def shared_prefix(
     return prompts, [1] * num_prompts
 
 
+def draw_for_replicas(draw: Callable[[int], Requests], first_seed: int, repeat: int, num_replicas: int) -> Requests:
+    """Requests of one run: a draw for each replica; the first one's seed is `first_seed + repeat`."""
+    draws = [draw(first_seed + repeat + 1000 * replica) for replica in range(num_replicas)]
+    return [prompt for prompts, _ in draws for prompt in prompts], [n for _, lengths in draws for n in lengths]
+
+
 def warm_up() -> Requests:
     """A few short requests, not timed."""
     return random_requests(WARM_UP_SEED, 16, (10, 20), (10, 20), _SMOKE_TOKEN_ID)

@@ -139,7 +139,7 @@ class AsyncLLM:
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing happens, while a request runs."""
-        return await asyncio.wrap_future(self._thread.call(self._engine.scheduler.reset_prefix_cache))
+        return await asyncio.wrap_future(self._thread.call(self._engine.reset_prefix_cache))
 
     async def check_health(self) -> None:
         """Return if the engine runs.

@@ -107,6 +107,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    compile_at_start: bool = True
     seed: int | None = 0
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     batching: Literal["prefill_first", "mixed"] = "prefill_first"
@@ -146,6 +147,11 @@ class EngineConfig:
                 f"{self.max_num_seqs}; a decode step computes one token a sequence: raise the first or lower the "
                 "second."
             )
+
+    @property
+    def compiles_at_start(self) -> bool:
+        """Whether every program is compiled before the first request."""
+        return self.compile_at_start and not self.enforce_eager
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -46,7 +46,8 @@ class LLM:
         dtype: of the weights: "auto" (the checkpoint's; bfloat16 for float32 checkpoints on GPUs; float32 on the
             CPU), "bfloat16", "float16" or "float32".
         tensor_parallel_size: devices that share each layer: heads, MLP and vocabulary are split over them.
-        data_parallel_size: replicas; 1 in this version.
+        data_parallel_size: replicas, each on devices of its own with a cache of its own; requests are spread over them,
+            those with a cached prefix to the replica that has it. Limits count for each replica.
         max_model_len: longest prompt and output together, in tokens; None takes the model's limit.
         max_num_seqs: rows, requests that run at the same time.
         max_num_batched_tokens: tokens a step computes at most; longer prompts are computed in chunks.
@@ -56,6 +57,8 @@ class LLM:
         enable_prefix_caching: share the cached blocks of equal prefixes.
         enforce_eager: compile each program on its first use instead of all at the start, and let XLA record no
             command buffers.
+        compile_at_start: False compiles each program on its first use too, but as fast as otherwise: for a few calls of
+            known sizes, which would wait for programs that they never run.
         seed: of requests that bring none (and of random weights); None takes fresh entropy.
         scheduling_policy: "fcfs", or "priority" (smaller is served first).
         batching: "prefill_first" (steps of prompts only while any wait), or "mixed" (every step decodes all rows and
@@ -91,6 +94,7 @@ class LLM:
         kv_cache_dtype: str = "auto",
         enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
+        compile_at_start: bool = True,
         seed: int | None = 0,
         scheduling_policy: Literal["fcfs", "priority"] = "fcfs",
         batching: Literal["prefill_first", "mixed"] = "prefill_first",
@@ -112,6 +116,7 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=enable_prefix_caching,
             enforce_eager=enforce_eager,
+            compile_at_start=compile_at_start,
             seed=seed,
             scheduling_policy=scheduling_policy,
             batching=batching,
@@ -261,7 +266,7 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing happens, while a request runs."""
-        return self._engine.scheduler.reset_prefix_cache()
+        return self._engine.reset_prefix_cache()
 
     def get_tokenizer(self) -> Any:
         """The tokenizer.
@@ -290,7 +295,7 @@ class LLM:
         Raises:
             ConfigError: if the profile is not finished.
         """
-        programs = self._engine.runner.programs
+        programs = self._engine.replicas[0].runner.programs  # all replicas' are equal
         summary = profile.summary if profile else None
         keys = choose_keys(programs.catalogue, None, *measured_sizes(summary))
         return collect(
@@ -321,7 +326,7 @@ class LLM:
     @property
     def compile_log(self) -> list[Compilation]:
         """Each compilation so far: program, seconds, whether the cache had it, and which argument was new."""
-        programs = self._engine.runner.programs
+        programs = self._engine.replicas[0].runner.programs
         return explain_compilations(programs.catalogue, programs.compile_log)
 
     def close(self) -> None:
@@ -339,17 +344,17 @@ class LLM:
     def _add_all(
         self, ids: Sequence[str], prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
     ) -> None:
-        """Queue requests. Once they fill a step it is started, so that the device works while the rest are checked."""
-        filling = StepFilling(self._engine.scheduler)
+        """Queue requests. Once they fill a step of each replica, these start, and the rest are checked meanwhile."""
+        filling = {replica: StepFilling(replica.scheduler) for replica in self._engine.replicas}
         started = False
         for request_id, prompt, its_params, rank in zip(ids, prompts, params, priority, strict=True):
             prepared = self._engine.prepare(request_id, prompt, its_params, priority=rank)
-            self._engine.enqueue(prepared)
+            replica = self._engine.enqueue(prepared)
             if started:
                 continue
             for sample in prepared.samples:
-                filling.add(sample)
-            if filling.is_full:
+                filling[replica].add(sample)
+            if all(step.is_full for step in filling.values()):
                 self._engine.step()  # has nothing to read: `generate` starts with an idle engine
                 started = True
 

@@ -40,7 +40,7 @@ async def last(llm, prompt, params, **kwargs):
 
 
 def is_empty(llm):
-    blocks = llm._engine.scheduler.block_manager
+    blocks = llm._engine.replicas[0].scheduler.block_manager
     return (llm.stats.num_running, llm.num_unfinished, blocks.num_free_blocks) == (0, 0, blocks.num_blocks)
 
 
@@ -118,14 +118,14 @@ def test_refused_requests_leave_the_others_alone(shared):
 
 
 def test_a_request_that_raises_inside_the_engine_ends_alone(shared, monkeypatch):
-    on_token = shared._engine._collector.on_token
+    on_tokens = shared._engine._collector.on_tokens
 
     def break_one(request, *args):
         if request.request_id == "bad" and len(request.output_token_ids) == 3:
             raise ValueError("broken")
-        return on_token(request, *args)
+        return on_tokens(request, *args)
 
-    monkeypatch.setattr(shared._engine._collector, "on_token", break_one)
+    monkeypatch.setattr(shared._engine._collector, "on_tokens", break_one)
 
     async def main():
         return await asyncio.gather(*(last(shared, [5], LONG, request_id=name) for name in ("bad", "good")))
@@ -147,7 +147,7 @@ def test_an_engine_that_fails_ends_all_with_an_error(model, monkeypatch):
         def fail(schedule):
             raise RuntimeError("no device")
 
-        monkeypatch.setattr(llm._engine.runner, "dispatch", fail)
+        monkeypatch.setattr(llm._engine.replicas[0].runner, "dispatch", fail)
         with pytest.raises(DeviceError, match="no device"):
             await waiting
         with pytest.raises(DeviceError):

@@ -187,19 +187,19 @@ def test_ctrl_c_ends_the_requests_and_leaves_the_engine_usable(llm):
     greedy = generate(llm, [[1, 2, 3]], GREEDY)
     steps = 0
 
-    def interrupt(schedule, dispatch=llm._engine.runner.dispatch):
+    def interrupt(schedule, dispatch=llm._engine.replicas[0].runner.dispatch):
         nonlocal steps
         steps += 1
         if steps == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return dispatch(schedule)
 
-    llm._engine.runner.dispatch = interrupt
+    llm._engine.replicas[0].runner.dispatch = interrupt
     try:
         with pytest.raises(KeyboardInterrupt):
             generate(llm, [[1, 2, 3]], SamplingParams(max_tokens=100, ignore_eos=True))
     finally:
-        del llm._engine.runner.dispatch
+        del llm._engine.replicas[0].runner.dispatch
     assert not llm.has_unfinished()
     assert generate(llm, [[1, 2, 3]], GREEDY) == greedy
 
@@ -257,9 +257,11 @@ def test_what_cannot_be_served_is_refused_and_loses_nothing(llm, prompts, params
 
 def test_a_full_step_starts_before_the_last_prompt_is_checked(llm, monkeypatch):
     events, engine = [], llm._engine
-    prepare, dispatch = engine.prepare, engine.runner.dispatch
+    prepare, dispatch = engine.prepare, engine.replicas[0].runner.dispatch
     monkeypatch.setattr(engine, "prepare", lambda *args, **kw: events.append("prepare") or prepare(*args, **kw))
-    monkeypatch.setattr(engine.runner, "dispatch", lambda schedule: events.append("dispatch") or dispatch(schedule))
+    monkeypatch.setattr(
+        engine.replicas[0].runner, "dispatch", lambda schedule: events.append("dispatch") or dispatch(schedule)
+    )
     prompts = [[index] * 40 for index in range(1, 7)]
     outputs = generate(llm, prompts, GREEDY)
     assert events[:7] == ["prepare"] * 2 + ["dispatch"] + ["prepare"] * 4
@@ -280,7 +282,7 @@ def test_a_prompt_that_is_refused_after_a_step_started_loses_nothing(llm):
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
         ({"block_size": 7}, "block_size is 7"),
         ({"tensor_parallel_size": 3}, "does not divide"),
-        ({"data_parallel_size": 2}, "one replica"),
+        ({"data_parallel_size": 0}, "data_parallel_size is 0"),
         ({"max_model_len": 10**6}, "256"),
         ({"max_num_batched_tokens": 2}, "max_num_seqs"),
         ({"dtype": "int8"}, "int8"),
@@ -294,7 +296,7 @@ def test_wrong_arguments_are_named(model, arguments, message):
 
 
 def test_more_shards_than_devices_are_refused(model):
-    with pytest.raises(DeviceError, match="tensor_parallel_size is 16"):
+    with pytest.raises(DeviceError, match="tensor_parallel_size 16 needs 16 devices, but JAX sees 8"):
         LLM(model, **SETTINGS, tensor_parallel_size=16)
 
 
@@ -312,7 +314,7 @@ def test_non_finite_logits_end_their_request_alone(tmp_path):
     # Its head is a matrix of its own: with a tied one, every request's logits would hold the poison.
     with LLM(str(write_tiny_model("qwen3-untied", tmp_path)), **SETTINGS) as llm:
         greedy = generate(llm, [[1, 2, 3]], GREEDY)
-        runner = llm._engine.runner
+        runner = llm._engine.replicas[0].runner
         embed = runner._params["embed"]
         runner._params["embed"] = embed.at[200].set(float("nan"))
         outputs = llm.generate([[1, 2, 200], [1, 2, 3]], GREEDY, use_tqdm=False)

@@ -36,7 +36,14 @@ MaxModelLen = Annotated[
     ),
 ]
 TensorParallelSize = Annotated[
-    int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Number of GPUs.", rich_help_panel=_ENGINE)
+    int,
+    typer.Option("--tensor-parallel-size", "-tp", min=1, help="GPUs that share each layer.", rich_help_panel=_ENGINE),
+]
+DataParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--data-parallel-size", "-dp", min=1, help="Replicas, each on GPUs of its own.", rich_help_panel=_ENGINE
+    ),
 ]
 GpuMemoryUtilization = Annotated[
     float, typer.Option(min=0.05, max=1.0, help="Share of the GPU's memory to use.", rich_help_panel=_ENGINE)

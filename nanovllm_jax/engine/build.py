@@ -5,24 +5,28 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.engine import Engine
 from nanovllm_jax.engine.lowering_worker import LoweringOrder
 from nanovllm_jax.engine.plan import abstract_weights, cache_dtype, describe_programs, smallest_shape, weight_dtype
+from nanovllm_jax.engine.replica import Replica
 from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
 from nanovllm_jax.parallel.collectives import can_exchange, check_exchange, exchange_params
-from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, split_heads
+from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, replica_meshes, split_heads
+from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.lowering import LoweringWorkers
 from nanovllm_jax.step.memory import (
     blocks_that_fit,
@@ -33,7 +37,7 @@ from nanovllm_jax.step.memory import (
 )
 from nanovllm_jax.step.programs import Programs, cache_folder, use_persistent_cache
 from nanovllm_jax.step.runner import Runner
-from nanovllm_jax.step.state import StateShape, abstract_extras, abstract_rows, block_bytes, device_bytes
+from nanovllm_jax.step.state import StateShape, block_bytes, device_bytes
 from nanovllm_jax.weights import (
     GenerationDefaults,
     ModelSource,
@@ -76,46 +80,46 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         reading = None if skip_tokenizer else pool.submit(load_tokenizer, tokenizer or source)
         _check_gpu_is_used()
         mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
+        meshes = replica_meshes(mesh)
         model_config = split_heads(whole, config.tensor_parallel_size)
-        device = mesh.devices.flat[0]
-        dtype = weight_dtype(config.dtype, model_config, on_gpu=device.platform != "cpu")
+        dtype = weight_dtype(config.dtype, model_config, on_gpu=mesh.devices.flat[0].platform != "cpu")
         exchanged = can_exchange(mesh)
-        weights = abstract_weights(model_config, dtype, mesh)
-        weights |= exchange_params(mesh, exchanged=exchanged, abstract=True)
-        loading = pool.submit(_load, source, model_config, dtype, mesh, config)
-        planned = model_config, config, weights, cache_dtype(config, dtype), mesh, device
+        loading = pool.submit(_load, source, model_config, dtype, meshes, config)
+        planned = model_config, config, dtype, meshes, exchanged
         programs, shape = _plan(*planned)
         for future in (reading, loading):
             if future and future.done():
                 future.result()  # raises at once what is wrong with the tokenizer or the weights
         _compile(programs, config)
-        needed = temporary_bytes(programs) if _is_estimated(config, device) else 0
-        if needed > expected_temporary_bytes(programs.catalogue):
+        needed = temporary_bytes(programs[0]) if _is_estimated(config, mesh.devices.flat[0]) else 0
+        if needed > expected_temporary_bytes(programs[0].catalogue):
             logger.warning("programs need %.2f GB beside the cache: compiling for fewer blocks", needed / 1e9)
             programs, shape = _plan(*planned, temporary=needed)
             _compile(programs, config)
         words = reading.result() if reading else None
-        params = loading.result() | exchange_params(mesh, exchanged=exchanged)
-        runner = Runner(programs, params)
-    if not config.enforce_eager:
-        _warm_up(runner)
-        check_exchange(params)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=shape.max_model_len,
-            block_size=config.block_size,
-            num_blocks=shape.num_blocks,
-            scheduling_policy=config.scheduling_policy,
-            batching=config.batching,
-            enable_prefix_caching=config.enable_prefix_caching,
-            decode_steps=programs.catalogue.config.decode_steps,
-        )
+        weights = [
+            params | exchange_params(replica_mesh, exchanged=exchanged)
+            for params, replica_mesh in zip(loading.result(), meshes, strict=True)
+        ]
+        runners = [Runner(*pair) for pair in zip(programs, weights, strict=True)]
+    if config.compiles_at_start:
+        _warm_up(runners)
+        for params in weights:
+            check_exchange(params)
+    _log_holdings(mesh, programs[0].catalogue)
+    limits = SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=shape.max_model_len,
+        block_size=config.block_size,
+        num_blocks=shape.num_blocks,
+        scheduling_policy=config.scheduling_policy,
+        batching=config.batching,
+        enable_prefix_caching=config.enable_prefix_caching,
+        decode_steps=programs[0].catalogue.config.decode_steps,
     )
     engine = Engine(
-        scheduler,
-        runner,
+        [Replica(Scheduler(limits), runner) for runner in runners],
         words,
         eos_token_ids=_end_ids(words, defaults),
         vocab_size=model_config.vocab_size,
@@ -128,51 +132,58 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     return Built(engine, source, whole, shape, defaults)
 
 
-def _load(source: ModelSource, model: ModelConfig, dtype: Any, mesh: Mesh, config: EngineConfig) -> Params:
-    start, shardings = time.perf_counter(), param_shardings(model, mesh)
+def _load(
+    source: ModelSource, model: ModelConfig, dtype: Any, meshes: Sequence[Mesh], config: EngineConfig
+) -> list[Params]:
+    """The weights of each replica: the first one's are read, the others' copied from device to device."""
+    start, (first, *others) = time.perf_counter(), (param_shardings(model, mesh) for mesh in meshes)
     if config.load_format == "dummy":
-        params = random_params(model, dtype, config.seed or 0, shardings)
+        params = random_params(model, dtype, config.seed or 0, first)
     else:
-        params = load_params(source, model, dtype, shardings)
+        params = load_params(source, model, dtype, first)
+    copies = jax.block_until_ready([jax.device_put(params, shardings) for shardings in others])
     size, seconds = param_bytes(model, dtype) / 1e9, time.perf_counter() - start
-    device = mesh.devices.flat[0]
+    device = meshes[0].devices.flat[0]
     logger.info("%s on %s: %.2f GB of %s weights in %.1f s", source.name, device.device_kind, size, dtype, seconds)
-    return params
+    return [params, *copies]
 
 
 def _plan(
     model: ModelConfig,
     config: EngineConfig,
-    params: Params,
-    kv_dtype: Any,
-    mesh: Mesh,
-    device: Any,
+    dtype: jnp.dtype,
+    meshes: Sequence[Mesh],
+    exchanged: bool,
     temporary: int | None = None,
-) -> tuple[Programs, StateShape]:
-    """Choose the number of cache blocks and describe the programs for it; `temporary` bytes are theirs to work with."""
-    on_gpu = device.platform != "cpu"
+) -> tuple[list[Programs], StateShape]:
+    """Choose the number of cache blocks and describe each replica's programs for it; `temporary` bytes are theirs."""
+    devices, kv_dtype = list(meshes[0].devices.flat), cache_dtype(config, dtype)
+    on_gpu = devices[0].platform != "cpu"
     one_block = block_bytes(model, config.block_size, kv_dtype) // config.tensor_parallel_size
     shape = smallest_shape(model, config)
     max_model_len = shape.max_model_len
 
-    def programs(shape: StateShape) -> Programs:
-        catalogue = describe_programs(model, config, shape, params, kv_dtype, mesh, on_gpu=on_gpu)
-        kept_in = cache_folder() / "executables" if on_gpu else None  # XLA's own cache does as much on a CPU
+    def programs(shape: StateShape, mesh: Mesh) -> Programs:
+        weights = abstract_weights(model, dtype, mesh)
+        weights |= exchange_params(mesh, exchanged=exchanged, abstract=True)
+        catalogue = describe_programs(model, config, shape, weights, kv_dtype, mesh, on_gpu=on_gpu)
+        # On a CPU XLA's own cache does as much for one replica; others take what the first one compiled.
+        kept_in = cache_folder() / "executables" if on_gpu or len(meshes) > 1 else None
         workers = None
         if on_gpu and mesh.size == 1:  # an order describes a model's weights, not what shards may have beside them
-            order = LoweringOrder(model, config, shape, params["embed"].dtype, kv_dtype, current_target())
+            order = LoweringOrder(model, config, shape, dtype, kv_dtype, current_target())
             workers = LoweringWorkers("nanovllm_jax.engine.lowering_worker", order)
         return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in, workers=workers)
 
     if config.num_gpu_blocks_override is not None:
         num_blocks = config.num_gpu_blocks_override
     else:
-        if temporary is None:
-            temporary = expected_temporary_bytes(programs(shape).catalogue)
+        trial = programs(shape, meshes[0]).catalogue
+        state = (trial.params, trial.rows, trial.extras)
         num_blocks = blocks_that_fit(
-            device,
-            fixed_bytes=device_bytes((params, abstract_rows(shape, mesh), abstract_extras(model, shape, mesh))),
-            temporary=temporary,
+            [device for mesh in meshes for device in mesh.devices.flat],
+            fixed_bytes=device_bytes(state),
+            temporary=expected_temporary_bytes(trial) if temporary is None else temporary,
             block_bytes=one_block,
             gpu_memory_utilization=config.gpu_memory_utilization,
         )
@@ -202,7 +213,7 @@ def _plan(
         capacity / max_model_len,
         max_model_len,
     )
-    return programs(shape), shape
+    return [programs(shape, mesh) for mesh in meshes], shape
 
 
 def _is_estimated(config: EngineConfig, device: Any) -> bool:
@@ -210,22 +221,50 @@ def _is_estimated(config: EngineConfig, device: Any) -> bool:
     return device.platform != "cpu" and config.num_gpu_blocks_override is None
 
 
-def _compile(programs: Programs, config: EngineConfig) -> None:
-    """Have every program; with `enforce_eager` those alone that tell how much memory they need."""
-    start = time.perf_counter()
-    if not config.enforce_eager:
-        programs.compile_all()
-    elif _is_estimated(config, programs.catalogue.mesh.devices.flat[0]):
-        programs.compile(largest_programs(programs.catalogue))
-    log = programs.compile_log
+def _compile(programs: Sequence[Programs], config: EngineConfig) -> None:
+    """Have every program; without `compiles_at_start` those alone that tell how much memory they need.
+
+    The first replica's are compiled if need be, the others' are loaded from what it kept.
+    """
+    start, (first, *others) = time.perf_counter(), programs
+    if config.compiles_at_start:
+        first.compile_all()
+    elif _is_estimated(config, first.catalogue.mesh.devices.flat[0]):
+        first.compile(largest_programs(first.catalogue))
+    log = first.compile_log
     hits, seconds = sum(record.cache_hit for record in log), time.perf_counter() - start
     logger.info("compiled %d programs in %.1f s, %d of them from the cache", len(log), seconds, hits)
+    if others and config.compiles_at_start:
+        start = time.perf_counter()
+        for replica in others:
+            replica.compile_all()
+        log, seconds = [record for replica in others for record in replica.compile_log], time.perf_counter() - start
+        hits = sum(record.cache_hit for record in log)
+        logger.info("loaded them for %d more replicas in %.1f s, %d of %d kept", len(others), seconds, hits, len(log))
 
 
-def _warm_up(runner: Runner) -> None:
+def _warm_up(runners: Sequence[Runner]) -> None:
     start = time.perf_counter()
-    runner.warm_up()
+    with ThreadPoolExecutor(len(runners)) as pool:
+        list(pool.map(Runner.warm_up, runners))
     logger.info("ran every step once in %.1f s", time.perf_counter() - start)
+
+
+def _log_holdings(mesh: Mesh, catalogue: Catalogue) -> None:
+    """Say which devices form the mesh and what each of them holds."""
+    sizes = ", ".join(f"{size} {name}" for name, size in mesh.shape.items())
+    params, caches, rows = (device_bytes(tree) / 1e9 for tree in (catalogue.params, catalogue.caches, catalogue.rows))
+    logger.info(
+        "mesh of %d x %s (%s): each device holds %.2f GB of weights, %.2f GB of KV cache and %.3f GB of row state",
+        mesh.size,
+        mesh.devices.flat[0].device_kind,
+        sizes,
+        params,
+        caches,
+        rows,
+    )
+    for index, devices in enumerate(mesh.devices):
+        logger.info("replica %d: %s", index, ", ".join(map(str, devices)))
 
 
 def _end_ids(tokenizer: Any | None, defaults: GenerationDefaults) -> frozenset[int]:

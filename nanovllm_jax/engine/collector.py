@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +26,18 @@ class Sample:
 
     request: Request
     detokenizer: Detokenizer | None
+    stream: bool
     num_decoded: int = 0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     last_token_time: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        # Most samples only end by length or by a stop token, which is seen without a look at each token.
+        self.looks_at_tokens = params.logprobs is not None or (self.detokenizer is not None and bool(params.stop))
 
 
 @dataclass
@@ -63,6 +70,9 @@ class Collector:
 
     def __init__(self, tokenizer: Any | None, eos_token_ids: frozenset[int], stats: EngineStats) -> None:
         self._tokenizer, self._eos, self._stats = tokenizer, eos_token_ids, stats
+        # Of the step that is being read: its tokens, those without one before them, and s since the one before.
+        self._num_tokens = self._num_first = 0
+        self._gaps: Counter[float] = Counter()
         self._groups: dict[str, Group] = {}
         self._samples: dict[Request, Sample] = {}
 
@@ -71,7 +81,7 @@ class Collector:
 
     def add(self, requests: Sequence[Request], prompt: str | None, *, stream: bool, arrival_time: float) -> None:
         """Start collecting the samples of one request, which arrived at `arrival_time` (of `time.time()`)."""
-        samples = [Sample(request, self._detokenizer(request)) for request in requests]
+        samples = [Sample(request, self._detokenizer(request), stream) for request in requests]
         self._samples |= {sample.request: sample for sample in samples}
         first = requests[0]
         self._groups[first.request_id] = Group(
@@ -93,42 +103,71 @@ class Collector:
                 token = request.prompt_token_ids[position]
                 group.prompt_logprobs.append(self._logprob_dict(token, entry, wanted))
 
-    def on_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
-        """Take the token that the scheduler has just appended; returns why the sample ends, if it does."""
-        sample, params = self._samples[request], request.params
-        if params.logprobs is not None and logprobs is not None:
-            sample.logprobs.append(self._logprob_dict(token, logprobs, params.logprobs))
-            sample.cumulative_logprob += logprobs.logprob
-        if token in request.plan.stop_token_ids:
+    def on_tokens(
+        self, request: Request, tokens: list[int], logprobs: TokenLogprobs | None, now: float
+    ) -> tuple[int, FinishReason | None, bool]:
+        """Take the tokens that one step sampled, at least one; -1 where the logits were not finite.
+
+        Returns:
+            how many of them are output, up to a stop token or to the end; why the sample ends, if it does; whether
+            there may be something to report.
+        """
+        sample, num_taken, reason = self._samples[request], len(tokens), None
+        room = request.max_tokens - len(request.output_token_ids)
+        goes_on = num_taken < room and min(tokens) >= 0 and request.plan.stop_token_ids.isdisjoint(tokens)
+        if not goes_on or sample.looks_at_tokens:
+            num_taken, reason = self._find_end(sample, tokens, room)
+            sample.finish_reason = reason
+            if request.params.logprobs is not None and logprobs is not None and num_taken:
+                sample.logprobs.append(self._logprob_dict(tokens[0], logprobs, request.params.logprobs))
+                sample.cumulative_logprob += logprobs.logprob
+        if num_taken:
+            self._note_time(sample, num_taken, now)
+        return num_taken, reason, reason is not None or sample.stream
+
+    def _find_end(self, sample: Sample, tokens: list[int], room: int) -> tuple[int, FinishReason | None]:
+        """How many of the tokens are output if there is room for so many, and why the sample ends, if it does."""
+        request = sample.request
+        params, stops = request.params, request.plan.stop_token_ids
+        valid = tokens if min(tokens) >= 0 else tokens[: tokens.index(-1)]
+        num_taken, reason = len(valid), "error" if len(valid) < len(tokens) else None
+        if num_taken >= room:
+            num_taken, reason = room, "length"
+        stopped = not stops.isdisjoint(valid[:num_taken])
+        if stopped:
+            num_taken = next(i for i, token in enumerate(valid, 1) if token in stops)
+            token, reason = valid[num_taken - 1], "stop"
             sample.stop_reason = None if token in self._eos and token not in (params.stop_token_ids or ()) else token
-            return self.on_finish(request, "stop")
         if sample.detokenizer and params.stop:
-            stop = sample.detokenizer.append([token])
-            sample.num_decoded += 1
-            if stop is not None:
-                sample.stop_reason = stop
-                return self.on_finish(request, "stop")
-        if len(request.output_token_ids) >= request.max_tokens:
-            return self.on_finish(request, "length")
-        return None
+            for i, token in enumerate(valid[: num_taken - stopped], 1):
+                stop = sample.detokenizer.append([token])
+                sample.num_decoded += 1
+                if stop is not None:
+                    sample.stop_reason = stop
+                    return i, "stop"
+        return num_taken, reason
 
-    def note_time(self, request: Request, num_tokens: int, now: float) -> None:
-        """Count tokens of a sample that were read back together, at least one: no time passes between them."""
-        sample, metrics = self._samples[request], self._groups[request.request_id].metrics
+    def _note_time(self, sample: Sample, num_tokens: int, now: float) -> None:
+        """Count tokens of a sample that were read back together: no time passes between them."""
+        self._num_tokens += num_tokens
         if sample.last_token_time is not None:
-            self._stats.inter_token_latency.observe(now - sample.last_token_time)
-        elif metrics.first_token_time is None:
-            metrics.first_token_time = now
-            self._stats.time_to_first_token.observe(now - metrics.arrival_time)
-        if num_tokens > 1:
-            self._stats.inter_token_latency.observe(0.0, num_tokens - 1)
+            self._gaps[now - sample.last_token_time] += 1
+        else:
+            self._num_first += 1
+            metrics = self._groups[sample.request.request_id].metrics
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+                self._stats.time_to_first_token.observe(now - metrics.arrival_time)
         sample.last_token_time = now
-        self._stats.num_generation_tokens += num_tokens
 
-    def on_finish(self, request: Request, reason: FinishReason) -> FinishReason:
-        """Note why a sample ended."""
-        self._samples[request].finish_reason = reason
-        return reason
+    def end_step(self) -> None:
+        """Count the tokens of one step and the times between them, of which there are few where rows are many."""
+        together = self._num_tokens - self._num_first - self._gaps.total()
+        for gap, count in (*self._gaps.items(), (0.0, together)):
+            self._stats.inter_token_latency.observe(gap, count)
+        self._stats.num_generation_tokens += self._num_tokens
+        self._gaps.clear()
+        self._num_tokens = self._num_first = 0
 
     def end(self, request_id: str, reason: FinishReason) -> None:
         """Note why all samples of a request end that have not yet; an error leaves them without text."""

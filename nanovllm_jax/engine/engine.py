@@ -1,13 +1,15 @@
-"""The loop: schedule a step, dispatch it, and read the step before it while the device works."""
+"""The loop: schedule a step of each replica, dispatch it, and read the step before it while the devices work."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -17,17 +19,20 @@ import numpy as np
 
 from nanovllm_jax.engine.collector import Collector
 from nanovllm_jax.engine.inputs import Prompt, bad_word_ids, parse_prompt
-from nanovllm_jax.engine.request import Request
+from nanovllm_jax.engine.replica import Replica, choose_replica
+from nanovllm_jax.engine.request import Request, RequestStatus
 from nanovllm_jax.engine.sampling_plan import plan_sampling
-from nanovllm_jax.engine.schedule import Schedule
-from nanovllm_jax.engine.scheduler import Scheduler
+from nanovllm_jax.engine.schedule import Schedule, ScheduledSequence
 from nanovllm_jax.engine.stats import EngineStats
 from nanovllm_jax.errors import DeviceError, RequestError
 from nanovllm_jax.outputs import FinishReason, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
-from nanovllm_jax.step.runner import InFlight, Runner, TokenLogprobs
+from nanovllm_jax.step.runner import StepResult
 
 logger = logging.getLogger(__name__)
+
+# Between two looks at replicas that all work. Short beside a step (0.3 ms at the least), long beside a look (1 us).
+_POLL_S = 50e-6
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,11 @@ class PreparedRequest:
 class Engine:
     """Requests in, outputs out, one step at a time. `nanovllm_jax.engine.build.build_engine` makes one.
 
-    Only `prepare` may be called from any thread; all else belongs to the one that steps.
+    Only `prepare` may be called from any thread; all else belongs to the one that steps. Replicas do not wait for each
+    other: each has its own steps under way, and whichever is ready first is read first.
 
     Args:
-        scheduler: decides each step.
-        runner: runs it.
+        replicas: at least one; requests are spread over them.
         tokenizer: None if the engine deals in token ids alone.
         eos_token_ids: the model's end ids.
         vocab_size: V.
@@ -63,8 +68,7 @@ class Engine:
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        runner: Runner,
+        replicas: Sequence[Replica],
         tokenizer: Any | None,
         *,
         eos_token_ids: frozenset[int],
@@ -72,23 +76,23 @@ class Engine:
         max_logprobs: int,
         seed: int | None,
     ) -> None:
-        self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
+        self.replicas, self.tokenizer = tuple(replicas), tokenizer
         self._eos, self._vocab_size, self._max_logprobs = eos_token_ids, vocab_size, max_logprobs
         self._seeds = np.random.default_rng(seed)
         self.stats = EngineStats()
         self._collector = Collector(tokenizer, eos_token_ids, self.stats)
-        # Marks each dispatched step in a profiler's trace; only set while one is taken.
+        # Marks each step of the first replica in a profiler's trace; only set while one is taken.
         self.annotate_step: Callable[[Schedule], AbstractContextManager[object]] | None = None
-        self._in_flight: InFlight | None = None
+        self._replica_of: dict[str, Replica] = {}  # by the ids of unfinished requests
+        # Launching a program keeps a thread for 0.3 to 2 ms, most of it outside of Python: replicas do so side by side.
+        self._launchers = ThreadPoolExecutor(len(replicas), "launch") if len(replicas) > 1 else None
         self._failure: Exception | None = None
         self._closed = False
-        # Requests whose next step depends on tokens that only the host can match (bad words of several tokens).
-        self._lockstep: set[Request] = set()
 
     @property
     def has_unfinished(self) -> bool:
         """Whether a request waits or runs."""
-        return self.scheduler.has_unfinished
+        return any(replica.scheduler.has_unfinished for replica in self.replicas)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, stream: bool = False
@@ -143,11 +147,11 @@ class Engine:
             )
             for index in range(params.n)
         ]
-        self.scheduler.check(requests[0])
+        self.replicas[0].scheduler.check(requests[0])
         return PreparedRequest(request_id, requests, parsed.text, stream, arrival_time)
 
-    def enqueue(self, prepared: PreparedRequest) -> None:
-        """The second half of `add_request`: queue it for the next step.
+    def enqueue(self, prepared: PreparedRequest) -> Replica:
+        """The second half of `add_request`: queue it for the next step of the replica that is returned.
 
         Raises:
             RequestError: if it can never fit, or its id is in use.
@@ -157,11 +161,14 @@ class Engine:
         if prepared.request_id in self._collector:
             message = f"The request id {prepared.request_id!r} is in use; give each request its own id."
             raise RequestError(message, param="request_id")
+        replica = choose_replica(self.replicas, prepared.samples[0])
         for request in prepared.samples:  # all or none: the first one raises if the request cannot be served
-            self.scheduler.add(request)
+            replica.scheduler.add(request)
             if request.plan.bad_words:
-                self._lockstep.add(request)
+                replica.lockstep.add(request)
+        self._replica_of[prepared.request_id] = replica
         self._collector.add(prepared.samples, prepared.text, stream=prepared.stream, arrival_time=prepared.arrival_time)
+        return replica
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request; returns what it has got so far, None for unknown ids."""
@@ -169,117 +176,146 @@ class Engine:
             return None
         return self._end(request_id, "abort")
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes of every replica; False, and nothing happens, while a request runs."""
+        if any(replica.scheduler.num_running for replica in self.replicas):
+            return False
+        return all(replica.scheduler.reset_prefix_cache() for replica in self.replicas)
+
     def update_gauges(self) -> EngineStats:
-        """Bring the figures up to date that are not counted as they happen, and return all."""
-        stats, scheduler, blocks = self.stats, self.scheduler, self.scheduler.block_manager
-        stats.num_running, stats.num_waiting = scheduler.num_running, scheduler.num_waiting
-        stats.cache_usage = 1 - blocks.num_free_blocks / blocks.num_blocks
-        stats.num_queried_tokens, stats.num_hit_tokens = blocks.num_queried_tokens, blocks.num_hit_tokens
-        stats.num_preemptions = scheduler.num_preemptions
+        """Bring the figures up to date that are not counted as they happen, and return all; replicas are summed."""
+        stats, schedulers = self.stats, [replica.scheduler for replica in self.replicas]
+        managers = [scheduler.block_manager for scheduler in schedulers]
+        stats.num_running = sum(scheduler.num_running for scheduler in schedulers)
+        stats.num_waiting = sum(scheduler.num_waiting for scheduler in schedulers)
+        num_free, num_blocks = sum(m.num_free_blocks for m in managers), sum(m.num_blocks for m in managers)
+        stats.cache_usage = 1 - num_free / num_blocks
+        stats.num_queried_tokens = sum(m.num_queried_tokens for m in managers)
+        stats.num_hit_tokens = sum(m.num_hit_tokens for m in managers)
+        stats.num_preemptions = sum(scheduler.num_preemptions for scheduler in schedulers)
         return stats
 
     def step(self) -> list[RequestOutput]:
-        """Dispatch the next step and read the one before it.
+        """Dispatch the next step of each replica that has none waiting, and read those that are done.
+
+        Waits for the first one if all replicas that work have a step waiting behind the one that runs.
 
         Returns:
             Outputs of requests that finished, and of those that stream and got tokens.
 
         Raises:
-            DeviceError: if the device fails; every request ends and the engine is of no more use.
+            DeviceError: if a device fails; every request ends and the engine is of no more use.
             KeyboardInterrupt: after the step, if Ctrl-C came during it, since the device state it hands on would
                 be lost in its middle.
         """
         self._check_alive()
         with _deferred_interrupt():
-            outputs: list[RequestOutput] = []
-            if self._lockstep:
-                outputs += self._read()
-            schedule = self.scheduler.schedule()
-            dispatched = self._dispatch(schedule) if schedule else None
-            outputs += self._read()
-            self._in_flight = dispatched
-            return outputs
+            started = self._dispatch()
+            working = [replica for replica in self.replicas if replica.in_flight]
+            due = [replica for replica in working if len(replica.in_flight) > 1 or replica not in started]
+            if len(working) > 1:
+                done = [replica for replica in due if replica.in_flight[0].is_ready]
+                while not done and len(due) == len(working):
+                    time.sleep(_POLL_S)
+                    done = [replica for replica in due if replica.in_flight[0].is_ready]
+                due = done
+            return [output for replica in due for output in self._read(replica)]
 
     def wait(self) -> None:
-        """Until the device has done what was dispatched; its tokens stay for the next `step`."""
-        if self._in_flight is not None:
-            self._in_flight.tokens.block_until_ready()
+        """Until the devices have done what was dispatched; its tokens stay for the next `step`."""
+        for replica in self.replicas:
+            for step in replica.in_flight:
+                step.tokens.block_until_ready()
 
     def drain(self) -> None:
-        """Read what is in flight; nothing of aborted requests is left on the device."""
+        """Read what is in flight; nothing of aborted requests is left on the devices."""
         if self._failure is None and not self._closed:
             with _deferred_interrupt():
-                self._read()
+                for replica in self.replicas:
+                    while replica.in_flight:
+                        self._read(replica)
 
     def close(self) -> None:
         """End all requests and give the device memory back."""
         if not self._closed:
             self.drain()
             self._closed = True
-            self.runner.close()
+            if self._launchers:
+                self._launchers.shutdown()
+            for replica in self.replicas:
+                replica.runner.close()
             gc.unfreeze()  # what the start froze may be collected, should another engine follow
 
-    def _dispatch(self, schedule: Schedule) -> InFlight:
+    def _dispatch(self) -> set[Replica]:
+        """Dispatch a step of each replica that may start one; returns those that did."""
+        scheduled = {replica: schedule for replica in self.replicas if (schedule := replica.next_schedule())}
+        for schedule in scheduled.values():
+            self._note_admissions(schedule)
+        run = self._launchers.map if self._launchers and len(scheduled) > 1 else map
+        for error in list(run(self._launch, scheduled, scheduled.values())):
+            if error is not None:
+                raise self._fail(error) from error
+        return set(scheduled)
+
+    def _launch(self, replica: Replica, schedule: Schedule) -> Exception | None:
+        """Dispatch one step; in a thread of its own where several replicas start one."""
+        mark = self.annotate_step if replica is self.replicas[0] else None
+        try:
+            with mark(schedule) if mark else nullcontext():
+                replica.dispatch(schedule)
+        except Exception as error:
+            replica.scheduler.on_step_failed(schedule)
+            return error
+        return None
+
+    def _note_admissions(self, schedule: Schedule) -> None:
         for sequence in schedule.sequences:
             if sequence.is_admitted:
                 self._collector.on_scheduled(sequence.request)
                 if sequence.request.num_preemptions == 0:
                     self.stats.num_prompt_tokens += sequence.request.num_prompt_tokens
-        try:
-            with self.annotate_step(schedule) if self.annotate_step else nullcontext():
-                return self.runner.dispatch(schedule)
-        except Exception as error:
-            self.scheduler.on_step_failed(schedule)
-            raise self._fail(error) from error
 
-    def _read(self) -> list[RequestOutput]:
-        """Take the tokens of the step in flight, if there is one."""
-        step, self._in_flight = self._in_flight, None
-        if step is None:
-            return []
+    def _read(self, replica: Replica) -> list[RequestOutput]:
+        """Take the tokens of a replica's oldest step in flight, waiting for them if need be."""
+        step = replica.in_flight.popleft()
         try:
-            result = self.runner.read(step)
+            result = replica.runner.read(step)
         except Exception as error:
             raise self._fail(error) from error
-        now = time.time()
-        touched: dict[str, None] = {}
-        outputs: list[RequestOutput | None] = []
-        for index, sequence in enumerate(step.schedule.sequences):
+        now, outputs = time.time(), []
+        touched: dict[str, None] = {}  # requests that may have something to report
+        logprobs = result.logprobs or itertools.repeat(None)
+        for sequence, tokens, its_logprobs in zip(step.schedule.sequences, result.tokens, logprobs, strict=False):
             request = sequence.request
-            if request.is_finished:
+            if request.status is RequestStatus.FINISHED:
                 continue  # it ended while this step was in flight
             try:
-                if request in result.prompt_logprobs and request.sample_index == 0:
-                    self._collector.on_prompt_logprobs(request, sequence.start, result.prompt_logprobs[request])
-                if result.tokens[index]:
-                    self._take(request, result.tokens[index], result.logprobs[index] if result.logprobs else None, now)
+                if result.prompt_logprobs:
+                    self._take_prompt_logprobs(sequence, result)
+                if not tokens:
+                    continue  # a chunk before the prompt's end
+                num_taken, reason, report = self._collector.on_tokens(request, tokens, its_logprobs, now)
+                replica.scheduler.on_tokens(request, tokens if num_taken == len(tokens) else tokens[:num_taken])
+                if reason:
+                    replica.scheduler.finish(request)
+                    replica.lockstep.discard(request)
+                if report:
                     touched[request.request_id] = None
             except Exception:
                 touched.pop(request.request_id, None)
                 outputs.append(self._give_up(request.request_id))
+        self._collector.end_step()
         for request_id in touched:
             try:
-                outputs.append(self._collector.take_output(request_id, now))
+                outputs.append(self._take_output(request_id, now))
             except Exception:
                 outputs.append(self._give_up(request_id))
         return [output for output in outputs if output is not None]
 
-    def _take(self, request: Request, tokens: list[int], logprobs: TokenLogprobs | None, now: float) -> None:
-        """Take a request's tokens of one step up to its end; what was decoded behind is dropped."""
-        reason, num_taken = None, 0
-        for token in tokens:
-            if token < 0:  # non-finite logits
-                reason = self._collector.on_finish(request, "error")
-            else:
-                self.scheduler.on_token(request, token)
-                num_taken += 1
-                reason = self._collector.on_token(request, token, logprobs)
-            if reason:
-                self.scheduler.finish(request)
-                self._lockstep.discard(request)
-                break
-        if num_taken:
-            self._collector.note_time(request, num_taken, now)
+    def _take_prompt_logprobs(self, sequence: ScheduledSequence, result: StepResult) -> None:
+        request = sequence.request
+        if request in result.prompt_logprobs and request.sample_index == 0:
+            self._collector.on_prompt_logprobs(request, sequence.start, result.prompt_logprobs[request])
 
     def _give_up(self, request_id: str) -> RequestOutput | None:
         """End a request whose tokens could not be taken: what is wrong with it must not end the others."""
@@ -287,15 +323,22 @@ class Engine:
         return self._end(request_id, "error")
 
     def _end(self, request_id: str, reason: FinishReason) -> RequestOutput | None:
-        for request in self.scheduler.abort(request_id):
-            self._lockstep.discard(request)
+        replica = self._replica_of[request_id]
+        for request in replica.scheduler.abort(request_id):
+            replica.lockstep.discard(request)
         self._collector.end(request_id, reason)
         try:
-            return self._collector.take_output(request_id, time.time())
+            return self._take_output(request_id, time.time())
         except Exception:
             if reason == "error":
                 raise
             return self._give_up(request_id)
+
+    def _take_output(self, request_id: str, now: float) -> RequestOutput | None:
+        output = self._collector.take_output(request_id, now)
+        if output is not None and output.finished:
+            del self._replica_of[request_id]
+        return output
 
     def _fail(self, error: Exception) -> DeviceError:
         self._failure = error

@@ -36,6 +36,7 @@ class Request:
         token_ids: the prompt, then every output token that has been read back, as int32: steps and hashes take slices.
         output_token_ids: the output tokens that have been read back.
         max_tokens: output tokens after which it ends with "length"; set by `Scheduler.add`.
+        last_position: of its longest output's last token, which is never computed; set by `Scheduler.add`.
         arrival: order of arrival, unique; set by `Scheduler.add`.
         rank: order of service, smallest first; set by `Scheduler.add`.
         row: device row from admission to finish or preemption, else NO_ROW.
@@ -61,6 +62,7 @@ class Request:
     token_ids: array[int] = field(init=False)
     output_token_ids: list[int] = field(init=False, default_factory=list)
     max_tokens: int = field(init=False, default=0)
+    last_position: int = field(init=False, default=0)
     arrival: int = field(init=False, default=0)
     rank: tuple[int, int] = field(init=False, default=(0, 0))
 

@@ -8,9 +8,9 @@ ids and strings) costs at most one token, which the engine drops.
 
 from __future__ import annotations
 
+import itertools
 from bisect import insort
 from heapq import heappop, heappush
-from itertools import count
 from operator import attrgetter
 
 from nanovllm_jax.engine.block_manager import BlockManager
@@ -32,13 +32,15 @@ class Scheduler:
         config: limits and policies.
         block_manager: the KV cache's blocks and prefix cache.
         num_preemptions: times a running request lost its row and blocks.
+        num_queued_tokens: prompt tokens of all unfinished requests, and the most that they may generate.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.block_manager = BlockManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.num_preemptions = 0
-        self._arrivals = count()
+        self.num_queued_tokens = 0
+        self._arrivals = itertools.count()
         self._requests: dict[str, list[Request]] = {}  # unfinished, by request id
         self._waiting: list[tuple[tuple[int, int], Request]] = []  # heap; finished ones leave when they surface
         self._prefilling: list[Request] = []  # running with prompt tokens to compute, smallest rank first
@@ -86,6 +88,8 @@ class Scheduler:
             raise RequestError(message, param="request_id")
         samples.append(request)
         request.max_tokens = min(request.params.max_tokens or room, room)
+        request.last_position = request.num_prompt_tokens + request.max_tokens - 1
+        self.num_queued_tokens += request.num_prompt_tokens + request.max_tokens
         request.arrival = next(self._arrivals)
         priority = request.priority if self.config.scheduling_policy == "priority" else 0
         request.rank = (priority, request.arrival)
@@ -140,21 +144,23 @@ class Scheduler:
             most = 1  # the host has a part in sampling each token
         rows: list[ScheduledSequence] = []
         for request in self._decoding:  # a victim never stands before the request that needs its blocks
-            remaining = request.max_tokens - len(request.output_token_ids) - request.num_unread
+            start, block_ids = request.num_computed_tokens, request.block_ids
+            remaining = request.last_position - start
             if remaining <= 0:
                 continue  # all of its tokens are sampled; it ends when they are read
-            start, num_tokens = request.num_computed_tokens, min(most, remaining)
-            room = len(request.block_ids) * block_size - start
+            num_tokens = most if remaining >= most else remaining
+            room = len(block_ids) * block_size - start
             if room < num_tokens:
                 if room and self.block_manager.num_free_blocks == 0:
                     num_tokens = room  # nobody is preempted for tokens that can wait
                 elif not self._append_block(request):
                     break
-            request.num_computed_tokens = start + num_tokens
+            request.num_computed_tokens = end = start + num_tokens
             request.num_unread += num_tokens
-            if (start + num_tokens) // block_size > start // block_size:
+            # Ids that are not read back yet are registered in `on_tokens`.
+            if start < len(request.token_ids) and start // block_size < end // block_size:
                 self.block_manager.register_full_blocks(request)
-            rows.append(ScheduledSequence(request, start, num_tokens, True, True, False, request.block_ids))
+            rows.append(ScheduledSequence(request, start, num_tokens, True, True, False, block_ids))
         return rows
 
     def _may_compute_prompts(self) -> bool:
@@ -214,12 +220,14 @@ class Scheduler:
         request.row = NO_ROW
         self.block_manager.free(request)
 
-    def on_token(self, request: Request, token_id: int) -> None:
-        """Takes one token read back from the device, in the order of steps; never for a finished request."""
-        request.num_unread -= 1
-        request.token_ids.append(token_id)
-        request.output_token_ids.append(token_id)
-        if len(request.token_ids) % self.config.block_size == 0:
+    def on_tokens(self, request: Request, token_ids: list[int]) -> None:
+        """Takes tokens read back from the device, in the order of steps; never for a finished request."""
+        request.num_unread -= len(token_ids)
+        known, block_size = request.token_ids, self.config.block_size
+        num_full = len(known) // block_size
+        known.extend(token_ids)
+        request.output_token_ids.extend(token_ids)
+        if len(known) // block_size > num_full:
             self.block_manager.register_full_blocks(request)
 
     def finish(self, request: Request) -> None:
@@ -233,6 +241,7 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._leave_row(request)
         request.status = RequestStatus.FINISHED
+        self.num_queued_tokens -= request.num_prompt_tokens + request.max_tokens
         samples = self._requests[request.request_id]
         samples.remove(request)
         if not samples:
@@ -266,6 +275,9 @@ class Scheduler:
         rows = [request.row for request in running] + self._free_rows
         if sorted(rows) != list(range(self.config.max_num_seqs)):
             raise RuntimeError("Each row must be free or held by one running request.")
+        unfinished = itertools.chain(*self._requests.values())
+        if self.num_queued_tokens != sum(request.num_prompt_tokens + request.max_tokens for request in unfinished):
+            raise RuntimeError("The count of queued tokens differs from the unfinished requests.")
         self.block_manager.check_integrity(running)
 
     def _too_long(self, request: Request) -> str:

@@ -29,7 +29,7 @@ def plan_catalogue(model: ModelConfig, config: EngineConfig, gpu: Gpu | None) ->
         ConfigError: if the model does not divide over the devices, or the weights fill the GPU.
     """
     model = split_heads(model, config.tensor_parallel_size)
-    mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
+    mesh = make_mesh(config.tensor_parallel_size, 1)  # replicas are equal
     on_gpu = gpu is not None or mesh.devices.flat[0].platform != "cpu"
     dtype = weight_dtype(config.dtype, model, on_gpu=on_gpu)
     kv_dtype = cache_dtype(config, dtype)

@@ -64,15 +64,17 @@ class Profiling:
 def profile_engine(engine: Engine, folder: str | Path) -> Iterator[Profiling]:
     """Trace what an engine does inside the block, without Python's own calls, which would slow the host.
 
+    Of several replicas the steps of the first are marked and summed up; the trace itself has all.
+
     Raises:
         ConfigError: if the trace has no step.
     """
     profiling = Profiling(folder)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
-    catalogue = engine.runner.programs.catalogue
+    programs = engine.replicas[0].runner.programs
     engine.wait()  # a step from before the block must not run into it
-    engine.annotate_step = _annotator(catalogue)
+    engine.annotate_step = _annotator(programs.catalogue)
     try:
         with jax.profiler.trace(str(folder), profiler_options=options):
             yield profiling
@@ -80,7 +82,7 @@ def profile_engine(engine: Engine, folder: str | Path) -> Iterator[Profiling]:
     finally:
         engine.annotate_step = None
     trace = read_trace(folder)
-    profiling.finish(summarise(trace, program_texts(trace, engine.runner.programs), str(folder)))
+    profiling.finish(summarise(trace, program_texts(trace, programs), str(folder)))
 
 
 def _annotator(catalogue: Catalogue) -> Callable[[Schedule], AbstractContextManager[object]]:

@@ -11,29 +11,35 @@ from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.errors import ConfigError, DeviceError
 from nanovllm_jax.models.params import Params, ParamSpec, abstract_params, map_specs
 
-MODEL_AXIS = "model"
+DATA_AXIS, MODEL_AXIS = "data", "model"
+_AXIS_TYPES = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto)
 # Tensor parallelism splits heads, the MLP and the vocabulary; nothing else is split.
 AXIS_RULES: dict[str | None, str] = {"kv_heads": MODEL_AXIS, "mlp": MODEL_AXIS, "vocab": MODEL_AXIS}
 
 
 def make_mesh(tensor_parallel_size: int, data_parallel_size: int) -> Mesh:
-    """A mesh of `data_parallel_size` x `tensor_parallel_size` local devices.
+    """A mesh of `data_parallel_size` replicas x `tensor_parallel_size` shards, over local devices.
 
     Raises:
-        ConfigError: if data_parallel_size is not 1, which this version does not support.
         DeviceError: if there are fewer devices.
     """
-    if data_parallel_size != 1:
-        raise ConfigError(f"data_parallel_size is {data_parallel_size}; this version runs one replica: pass 1.")
-    devices = jax.local_devices()
-    if len(devices) < tensor_parallel_size:
+    devices, count = jax.local_devices(), data_parallel_size * tensor_parallel_size
+    if len(devices) < count:
         raise DeviceError(
-            f"tensor_parallel_size is {tensor_parallel_size}, but JAX sees {len(devices)} devices ({devices[0]}, ...): "
-            f"lower it to {len(devices)} or make more devices visible."
+            f"data_parallel_size {data_parallel_size} x tensor_parallel_size {tensor_parallel_size} needs {count} "
+            f"devices, but JAX sees {len(devices)} ({devices[0]}, ...): lower one of them or make more devices visible."
         )
     shape = (data_parallel_size, tensor_parallel_size)
-    axis_types = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto)
-    return jax.make_mesh(shape, ("data", MODEL_AXIS), devices=devices[:tensor_parallel_size], axis_types=axis_types)
+    return jax.make_mesh(shape, (DATA_AXIS, MODEL_AXIS), devices=devices[:count], axis_types=_AXIS_TYPES)
+
+
+def replica_meshes(mesh: Mesh) -> list[Mesh]:
+    """The part of the mesh that each replica runs on, [1, shards].
+
+    Replicas share nothing but the host, and a step of one mesh would end with its slowest replica: so each gets
+    programs for devices of its own instead of a place in one program.
+    """
+    return [Mesh(devices[None], mesh.axis_names, axis_types=_AXIS_TYPES) for devices in mesh.devices]
 
 
 def split_heads(config: ModelConfig, tensor_parallel_size: int) -> ModelConfig:

@@ -125,7 +125,9 @@ class Catalogue:
 
     def _jitted(self, key: ProgramKey) -> Any:
         program = self.describe(key)
-        function = program.function
+        # A new function each time: JAX would give back what it compiled for an equal catalogue, which may have come
+        # from XLA's cache and does then not serialise whole.
+        function = partial(program.function)
         if self.config.axis_name is not None:
             in_specs = jax.tree.map(lambda x: x.sharding.spec, program.arguments)
             # Results that are equal on every device are so by construction, which the check cannot see.

@@ -14,6 +14,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,16 +25,17 @@ from jax.experimental import serialize_executable
 
 import nanovllm_kernels
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
+from nanovllm_jax.step.relocation import load_relocated
 from nanovllm_kernels._compat import register_gpu_runtimes
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton")
-KEPT_FOLDERS = 8  # one for each combination of model, arguments and versions; the least recently used goes first
+KEPT_FOLDERS = 16  # one for each combination of model, arguments and versions; the least recently used goes first
 
 
 class ExecutableStore:
-    """The compiled programs of one catalogue on one kind of device.
+    """The compiled programs of one catalogue on one kind of device; replicas on other devices share them.
 
     Loading runs code that the files hold, as with any cache of executables: the folder must be the user's own.
 
@@ -45,6 +47,7 @@ class ExecutableStore:
 
     def __init__(self, root: Path, catalogue: Catalogue, options: Mapping[str, Any] | None) -> None:
         self.folder = root / _digest(catalogue, options)
+        self._options = options
         self._devices = list(catalogue.mesh.devices.flat)
         if self._devices[0].platform == "gpu":
             register_gpu_runtimes()
@@ -55,9 +58,11 @@ class ExecutableStore:
         if not path.exists():
             return None
         try:
-            payload, in_tree, out_tree = pickle.loads(path.read_bytes())
+            compiled_for, serialized = pickle.loads(path.read_bytes())
+            if compiled_for != [device.id for device in self._devices]:
+                return load_relocated(serialized, compiled_for, self._devices, self._options)
             return serialize_executable.deserialize_and_load(
-                payload, in_tree, out_tree, backend=self._devices[0].client, execution_devices=self._devices
+                *serialized, backend=self._devices[0].client, execution_devices=self._devices
             )
         except Exception as error:  # whatever is wrong with the file, compiling is the remedy
             logger.warning("%s does not load (%s); it is compiled again", path, error)
@@ -66,8 +71,9 @@ class ExecutableStore:
     def save(self, key: ProgramKey, compiled: jax.stages.Compiled) -> None:
         """Keep a program; a full disk or a back end that cannot is worth a warning."""
         try:
+            compiled_for = [device.id for device in self._devices]
             # As it is: kernels are compressed already, so that zlib would gain 8% and take as long as serialising does.
-            self._write(self._path(key).name, pickle.dumps(serialize_executable.serialize(compiled)))
+            self._write(self._path(key).name, pickle.dumps((compiled_for, serialize_executable.serialize(compiled))))
         except Exception as error:
             logger.warning("%s is not kept for the next start: %s", key, error)
 
@@ -75,10 +81,11 @@ class ExecutableStore:
         """Make this the most recently used store, and remove the least recently used beyond `KEPT_FOLDERS`."""
         if not self.folder.exists():
             return
-        os.utime(self.folder)
-        folders = sorted(self.folder.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
-        for folder in folders[KEPT_FOLDERS:]:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process, which starts now too, may remove one meanwhile
+            os.utime(self.folder)
+            folders = sorted(self.folder.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+            for folder in folders[KEPT_FOLDERS:]:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, key: ProgramKey) -> Path:
         return self.folder / f"{key.kind}-{key.size}.bin"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from nanovllm_jax.errors import DeviceError
@@ -65,12 +66,12 @@ def temporary_bytes(programs: Programs) -> int:
 
 
 def blocks_that_fit(
-    device: Any, *, fixed_bytes: int, temporary: int, block_bytes: int, gpu_memory_utilization: float
+    devices: Sequence[Any], *, fixed_bytes: int, temporary: int, block_bytes: int, gpu_memory_utilization: float
 ) -> int:
     """Blocks that fit beside weights, device state and temporaries.
 
     Args:
-        device: a `jax.Device`; its allocator's limit is the budget.
+        devices: `jax.Device`s; the smallest limit of their allocators is the budget.
         fixed_bytes: weights and all other device state.
         temporary: what `temporary_bytes` gives, or is expected to.
         block_bytes: K and V of one block over all layers, on one device.
@@ -80,9 +81,9 @@ def blocks_that_fit(
     Raises:
         DeviceError: if not even one multiple of blocks fits.
     """
-    stats = device.memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    if device.platform == "cpu" or limit is None:
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if devices[0].platform == "cpu" or limit is None:
         return max(CPU_CACHE_BYTES // block_bytes, 1)
     asked = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
     if asked != f"{gpu_memory_utilization:.3f}":

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _RECORDED_BY_DEFAULT = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION"  # in jaxlib 0.11.2
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
+_being_made: dict[tuple[str, ProgramKey], threading.Lock] = {}  # by the folder that keeps it
 _cache_hits: Counter[int] = Counter()  # by thread: compilation reports its hits on the thread that asked
 
 
@@ -104,14 +106,22 @@ class Programs:
         devices = catalogue.mesh.devices
         self._options = _gpu_options(command_buffers, devices.size > 1) if devices.flat[0].platform == "gpu" else None
         self.store = None if kept_in is None else ExecutableStore(kept_in, catalogue, self._options)
+        if self.store:
+            self.store.mark_used()
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
         self._workers = workers
 
     def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:
         """The compiled program; compiles it now if it is not yet there."""
-        if key not in self._compiled and not self._load(key):
-            self._make(key, None)
+        if key not in self._compiled:
+            with self._one_at_once(key):
+                if not self._load(key):
+                    self._make(key, None)
         return self._compiled[key]
+
+    def _one_at_once(self, key: ProgramKey) -> AbstractContextManager[object]:
+        """Of replicas that need a program at once, one compiles for all."""
+        return _being_made.setdefault((str(self.store.folder), key), threading.Lock()) if self.store else nullcontext()
 
     def compiled(self) -> dict[ProgramKey, jax.stages.Compiled]:
         """What is compiled so far."""
@@ -119,8 +129,6 @@ class Programs:
 
     def compile_all(self) -> None:
         """Have every program: loaded if an earlier start kept it, else compiled."""
-        if self.store:
-            self.store.mark_used()
         self.compile(self.catalogue.all_keys())
 
     def compile(self, keys: Sequence[ProgramKey]) -> None:

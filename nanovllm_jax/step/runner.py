@@ -57,6 +57,11 @@ class InFlight:
     logprobs: tuple[jax.Array, ...] | None
     prompt_logprobs: tuple[jax.Array, ...] | None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the device has done it."""
+        return self.tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+
 
 @dataclass
 class _Row:
@@ -126,9 +131,11 @@ class Runner:
         """Wait for a step and return what it sampled."""
         sequences = step.schedule.sequences
         by_step = np.atleast_2d(np.asarray(step.tokens))
-        columns = by_step[:, : len(sequences)].T.tolist()
-        counts = (s.num_tokens if s.is_decode else int(s.samples) for s in sequences)
-        tokens = [column[:count] for column, count in zip(columns, counts, strict=True)]
+        tokens = by_step[:, : len(sequences)].T.tolist()
+        for index, s in enumerate(sequences):
+            count = s.num_tokens if s.is_decode else int(s.samples)
+            if count < len(by_step):
+                del tokens[index][count:]
         logprobs = _split_logprobs(step.logprobs, len(sequences)) if step.logprobs else None
         prompt: dict[Request, list[TokenLogprobs]] = {}
         if step.prompt_logprobs:
@@ -170,13 +177,13 @@ class Runner:
 
     def _decode_delta(self, sequences: Sequence[ScheduledSequence], size: int) -> np.ndarray:
         """[3, size] int32: row slots, the blocks that they open, and how many tokens each computes."""
-        delta = _no_decodes(size)
+        delta, count = _no_decodes(size), len(sequences)
+        delta[0, :count] = [sequence.request.row for sequence in sequences]
+        delta[2, :count] = [sequence.num_tokens for sequence in sequences]
         for i, sequence in enumerate(sequences):
-            request = sequence.request
-            row = self._rows[request.row]
-            delta[0, i], delta[2, i] = request.row, sequence.num_tokens
-            if len(request.block_ids) > row.blocks_sent:
-                delta[1, i] = request.block_ids[-1]
+            row, block_ids = self._rows[sequence.request.row], sequence.block_ids
+            if len(block_ids) > row.blocks_sent:
+                delta[1, i] = block_ids[-1]
                 row.blocks_sent += 1
         return delta
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from nanovllm_jax.config import ModelConfig, RopeConfig
 from nanovllm_jax.errors import ConfigError, WeightsError
@@ -21,7 +22,7 @@ from nanovllm_jax.weights.generation import GenerationDefaults, generation_confi
 from nanovllm_jax.weights.messages import first_few, reason
 from nanovllm_jax.weights.source import ORBAX_CONFIG
 
-_PARAMS = "params"
+_PARAMS, _KV_HEADS = "params", "kv_heads"
 
 
 def save_orbax(
@@ -69,22 +70,18 @@ def load_orbax_config(directory: Path) -> ModelConfig:
 def load_orbax_params(directory: Path, config: ModelConfig, dtype: jnp.dtype, shardings: Params) -> Params:
     """Restore every leaf to its devices in `dtype`.
 
+    Where a KV head has copies, the devices that hold one of them read all of its query group, and each keeps its part.
+
     Raises:
         WeightsError: if the arrays are missing, corrupt or do not fit the config.
-        ConfigError: if KV heads would have to be copied.
     """
     import orbax.checkpoint as ocp
 
-    if config.kv_head_copies > 1:
-        raise ConfigError(
-            f"tensor_parallel_size {config.num_kv_heads} is more than the model's KV heads, and an Orbax checkpoint "
-            "holds each of them once: load the original checkpoint, or lower tensor_parallel_size."
-        )
-    path = directory.absolute() / _PARAMS
-    specs = abstract_params(config)
+    path, copies = directory.absolute() / _PARAMS, config.kv_head_copies
+    stored = replace(config, num_kv_heads=config.num_kv_heads // copies, kv_head_copies=1)
     wanted = jax.tree.map(
-        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding),
-        specs,
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=_stored(spec, sharding, copies)),
+        abstract_params(stored),
         shardings,
         is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
     )
@@ -94,11 +91,42 @@ def load_orbax_params(directory: Path, config: ModelConfig, dtype: jnp.dtype, sh
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             _check_shapes(path, checkpointer.metadata(path).item_metadata.tree, wanted)
-            return checkpointer.restore(path, args=ocp.args.StandardRestore(wanted))
+            restored = checkpointer.restore(path, args=ocp.args.StandardRestore(wanted))
     except WeightsError:
         raise
     except Exception as error:  # Orbax raises many classes, also the bare one
         raise WeightsError(f"{path} cannot be restored ({reason(error)}); convert the model again.") from error
+    return jax.tree.map(
+        lambda spec, sharding, leaf: _with_copies(leaf, spec, sharding, stored.group_size, copies),
+        abstract_params(stored),
+        shardings,
+        restored,
+        is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
+    )
+
+
+def _stored(spec: ParamSpec, sharding: Sharding, copies: int) -> Sharding:
+    """The sharding of a leaf as it is stored: by KV head, with `copies` devices in a row holding the same one."""
+    if copies == 1 or _KV_HEADS not in spec.axes:
+        return sharding
+    shards = cast(Mesh, cast(NamedSharding, sharding).mesh)  # KV heads are copied on a mesh only
+    mesh = Mesh(shards.devices.reshape(-1, copies), (_KV_HEADS, "copies"))
+    return NamedSharding(mesh, PartitionSpec(*(axis if axis == _KV_HEADS else None for axis in spec.axes)))
+
+
+def _with_copies(leaf: jax.Array, spec: ParamSpec, sharding: Sharding, group_size: int, copies: int) -> jax.Array:
+    """[.., K, G (+ 2), ..] -> [.., K * copies, G / copies (+ 2), ..]: queries are dealt out, key and value copied."""
+    if copies == 1 or _KV_HEADS not in spec.axes:
+        return leaf
+    axis = spec.axes.index(_KV_HEADS)
+
+    def copy(stored: jax.Array) -> jax.Array:
+        queries, others = jnp.split(stored, [group_size], axis + 1)
+        before, (heads, _, *after) = stored.shape[:axis], stored.shape[axis:]
+        dealt = queries.reshape(*before, heads * copies, group_size // copies, *after)
+        return jnp.concatenate([dealt, jnp.repeat(others, copies, axis)], axis + 1)
+
+    return jax.jit(copy, out_shardings=sharding)(leaf)
 
 
 def _check_shapes(path: Path, stored: Any, wanted: Params) -> None:

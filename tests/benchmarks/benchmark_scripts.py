@@ -13,7 +13,7 @@ EMBEDDED = BENCHMARKS.parent / "nanovllm_jax" / "assets" / "tiny"
 def import_all() -> None:
     """Imports them; their folder does not stay on the path, where its `kernels` would pass for another package."""
     sys.path.insert(0, str(BENCHMARKS))
-    for name in ("collectives", "limit", "models", "results_log", "steps", "tables", "workloads"):
+    for name in ("collectives", "limit", "models", "results_log", "scaling", "steps", "tables", "workloads"):
         importlib.import_module(name)
     sys.path.remove(str(BENCHMARKS))
 

@@ -46,3 +46,13 @@ def test_startup_finds_empty_caches_then_filled_ones(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "starts.txt").read_text().split() == ["cold", "warm"] * 2
     assert list(figures(done)) == ["vllm/startup_cold_s", "vllm/startup_warm_s"]
+
+
+def test_decode_step_of_replicas_and_shards():
+    sizes = ["--tensor-parallel-size=2", "--data-parallel-size=2", "--batch=2", "--new-tokens=3", "--repeats=1"]
+    small = [f"--llm={option}" for option in ("max_num_seqs=4", "max_num_batched_tokens=64", "enforce_eager=true")]
+    done = run("decode_step.py", *sizes, *small, "--context=16", "--ceilings", "1", "0.001")
+    assert done.returncode == 0, done.stderr
+    (line,) = figures(done).values()
+    assert (line["figure"], line["device"]) == ("dp2tp2_8b_b2_step_ms", "4 x cpu")
+    assert line["limit"] > 0

@@ -75,3 +75,14 @@ def test_recording_needs_the_shape_that_the_names_stand_for():
     done = run(SCRIPT, "--record")
     assert done.returncode == 2
     assert "--record is for --model qwen3-0.6b" in done.stderr
+
+
+def test_replicas_get_a_draw_each_and_the_figure_says_so():
+    done = run(SCRIPT, "--smoke", "--case=single", "--repeats=1", "--data-parallel-size=2", *OURS_SMALL)
+    assert done.returncode == 0, done.stderr
+    (line,) = figures(done).values()
+    assert (line["figure"], line["device"]) == ("dp2_single_out_tok_s", "2 x cpu")
+    refused = run(SCRIPT, "--smoke", "--engine=vllm", "--data-parallel-size=2")
+    assert "--data-parallel-size is for nanovllm-jax alone" in refused.stderr
+    refused = run(SCRIPT, "--smoke", "--llm=tensor_parallel_size=2")
+    assert "--llm tensor_parallel_size: write --tensor-parallel-size 2" in refused.stderr

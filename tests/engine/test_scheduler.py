@@ -40,7 +40,7 @@ def read(scheduler, schedule, token=7):
     for sequence in schedule.sequences:
         request = sequence.request
         if sequence.samples and not request.is_finished:
-            scheduler.on_token(request, token)
+            scheduler.on_tokens(request, [token])
             if len(request.output_token_ids) >= request.max_tokens:
                 scheduler.finish(request)
 
@@ -334,7 +334,7 @@ def test_a_request_can_finish_while_a_decode_of_it_is_in_flight():
     scheduler = make_scheduler()
     request = add(scheduler, "a", 3)
     first, stray = scheduler.schedule(), scheduler.schedule()
-    scheduler.on_token(request, 1)
+    scheduler.on_tokens(request, [1])
     scheduler.finish(request)
     read(scheduler, stray)
     assert request.output_token_ids == [1]

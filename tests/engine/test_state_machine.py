@@ -243,7 +243,7 @@ class HostShellMachine(RuleBasedStateMachine):
                     self.take(sequence.request, token)
 
     def take(self, request, token):
-        self.scheduler.on_token(request, token)
+        self.scheduler.on_tokens(request, [token])
         stopped = token in (request.params.stop_token_ids or ())
         if stopped or len(request.output_token_ids) >= request.max_tokens:
             assert request.output_token_ids == reference_output(request)

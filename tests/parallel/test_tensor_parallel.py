@@ -3,39 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from parallel_runs import PROMPTS, TIGHT, UNCACHED, generate, open_llm
 from tiny_models import write_tiny_model
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.config import ModelConfig, RopeConfig
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.parallel.mesh import split_heads
-
-PROMPTS = [[1, 2, 3], [7] * 33, list(range(20, 70)), [7] * 40]
-PARAMS = [
-    SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
-    SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True),
-    SamplingParams(temperature=0.8, top_p=0.9, top_k=30, seed=4, max_tokens=20, ignore_eos=True),
-    SamplingParams(
-        temperature=0.8, seed=5, max_tokens=20, ignore_eos=True, repetition_penalty=1.3, logit_bias={300: 2}
-    ),
-]
-TIGHT = {"num_gpu_blocks_override": 10, "max_num_batched_tokens": 17}  # chunks and preemption
-
-
-def generate(path, shards, **settings):
-    arguments = {"max_num_batched_tokens": 64} | settings
-    with LLM(
-        str(path),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=128,
-        max_num_seqs=4,
-        enforce_eager=True,
-        tensor_parallel_size=shards,
-        **arguments,
-    ) as llm:
-        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
-        return [output.outputs[0].token_ids for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +19,23 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(model):
-    return generate(model, 1)
+    return generate(model)[0]
 
 
 @pytest.mark.parametrize(
     ("shards", "settings"),
     [
         pytest.param(2, {}, id="2"),
-        pytest.param(2, TIGHT | {"enable_prefix_caching": False}, id="2-tight-uncached"),
+        pytest.param(2, TIGHT | UNCACHED, id="2-tight-uncached"),
         pytest.param(4, TIGHT, id="4-tight", marks=pytest.mark.slow),
         pytest.param(8, {}, id="8-copied-kv-heads"),
         pytest.param(8, TIGHT, id="8-tight", marks=pytest.mark.slow),
     ],
 )
 def test_shards_change_no_token(model, alone, shards, settings):
-    assert generate(model, shards, **settings) == alone
+    tokens, num_preemptions = generate(model, shards, **settings)
+    assert tokens == alone
+    assert bool(num_preemptions) == (TIGHT.items() <= settings.items())
 
 
 def test_logprobs_are_those_of_one_device(model):
@@ -76,6 +52,20 @@ def test_logprobs_are_those_of_one_device(model):
     for one, two in zip(*found, strict=True):
         assert {token: rank for token, (rank, _) in one.items()} == {token: rank for token, (rank, _) in two.items()}
         assert [lp for _, lp in one.values()] == pytest.approx([lp for _, lp in two.values()], abs=1e-4)
+
+
+def test_in_bfloat16_shards_choose_among_the_five_likeliest():
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with open_llm(None, 4, 1, dtype="bfloat16") as llm:
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    texts = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
+    scores = SamplingParams(max_tokens=1, prompt_logprobs=5)
+    with open_llm(None, 1, 1, dtype="bfloat16") as llm:
+        scored = llm.generate(texts, scores, use_tqdm=False)
+    for text, output in zip(texts, scored, strict=True):
+        ranks = [entries[token].rank for token, entries in zip(text[-24:], output.prompt_logprobs[-24:], strict=True)]
+        assert max(ranks) <= 5
+        assert sum(rank == 1 for rank in ranks) >= 20
 
 
 def config(**sizes):

@@ -21,7 +21,7 @@ class Served:
         return kind(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def is_idle(self):
-        blocks = self.llm._engine.scheduler.block_manager
+        blocks = self.llm._engine.replicas[0].scheduler.block_manager
         return (self.llm.stats.num_running, self.llm.stats.num_waiting, self.llm.num_unfinished) == (
             0,
             0,

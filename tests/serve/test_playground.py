@@ -28,14 +28,14 @@ def ask(page, text):
 @pytest.fixture
 def held(served, monkeypatch):
     """The engine stops after a few steps until this event is set."""
-    dispatch, event, steps = served.llm._engine.runner.dispatch, threading.Event(), iter(range(6))
+    dispatch, event, steps = served.llm._engine.replicas[0].runner.dispatch, threading.Event(), iter(range(6))
 
     def dispatch_some(schedule):
         if next(steps, None) is None:
             event.wait(60)
         return dispatch(schedule)
 
-    monkeypatch.setattr(served.llm._engine.runner, "dispatch", dispatch_some)
+    monkeypatch.setattr(served.llm._engine.replicas[0].runner, "dispatch", dispatch_some)
     yield event
     event.set()
 

@@ -128,24 +128,24 @@ def test_clients_that_leave_hold_nothing(served, seconds):
 
 def test_a_request_that_fails_ends_alone_and_a_dead_engine_says_so(monkeypatch):
     llm = AsyncLLM(max_model_len=256, max_num_seqs=2, max_num_batched_tokens=64, enforce_eager=True)
-    on_token = llm._engine._collector.on_token
+    on_tokens = llm._engine._collector.on_tokens
 
     def break_one(request, *args):
         if request.prompt_token_ids == [66, 66]:
             raise ValueError("broken")
-        return on_token(request, *args)
+        return on_tokens(request, *args)
 
     def fail(schedule):
         raise RuntimeError("no device")
 
     with serving(llm) as served, served.client() as client:
-        monkeypatch.setattr(llm._engine._collector, "on_token", break_one)
+        monkeypatch.setattr(llm._engine._collector, "on_tokens", break_one)
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(model="tiny", prompt=[66, 66])
         assert caught.value.status_code == 500
         stream = client.completions.create(model="tiny", prompt="Once", max_tokens=200, stream=True)
         next(stream)
-        monkeypatch.setattr(llm._engine.runner, "dispatch", fail)
+        monkeypatch.setattr(llm._engine.replicas[0].runner, "dispatch", fail)
         with pytest.raises(openai.APIError, match="no device"):
             list(stream)
         assert httpx.get(f"{served.url}/health").status_code == 503

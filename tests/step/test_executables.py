@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -9,32 +10,42 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from test_programs import catalogue
 
+from nanovllm_jax.step import draw
 from nanovllm_jax.step.admission import pack_updates
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.programs import Programs
 from nanovllm_jax.step.state import RowFloat, RowInt
 
-UPDATE = ProgramKey("update_rows")
+UPDATE, EXTRAS = ProgramKey("update_rows"), ProgramKey("update_extras")
 
 
 class Small(Catalogue):
     """The programs that compile in no time."""
 
     def all_keys(self):
-        return [UPDATE, ProgramKey("update_extras")]
+        return [UPDATE, EXTRAS]
 
 
 @pytest.fixture
-def small():
-    """Without XLA's own cache, which other tests turn on: what comes from there is not kept."""
+def no_xla_cache():
+    """Other tests turn it on, and what comes from there is not kept."""
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
-    one = catalogue("xla")
-    one.__class__ = Small
-    yield one
+    yield
     jax.config.update("jax_enable_compilation_cache", enabled)
     compilation_cache.reset_cache()
+
+
+def small_catalogue(shards=1, replica=0):
+    one = catalogue("xla", shards, replica)
+    one.__class__ = Small
+    return one
+
+
+@pytest.fixture
+def small(no_xla_cache):
+    return small_catalogue()
 
 
 def loaded(programs):
@@ -53,6 +64,42 @@ def test_a_second_start_loads_every_program_and_they_do_the_same(small, tmp_path
         results.append(jax.tree.map(np.asarray, programs[UPDATE](rows, packed)))
     jax.tree.map(np.testing.assert_array_equal, *results)
     assert results[0]["block_tables"][3, 1] == 7
+
+
+def update_both(programs):
+    """What the programs make of zeros, and the devices that hold it."""
+    both, found = programs.catalogue, []
+    (rows_update,) = pack_updates([(3, range(len(RowInt)), [0.5] * len(RowFloat))], [(3, 1, [7])])
+    length = draw.extras_update_length(both.config.shape.max_adjustments)
+    extras_update = np.arange(length, dtype=np.int32) % 16
+    for key, state, packed in ((UPDATE, both.rows, rows_update), (EXTRAS, both.extras, extras_update)):
+        zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), state)
+        found.append(programs[key](zeros, packed))
+    return jax.tree.map(np.asarray, found), {leaf.sharding.mesh for leaf in jax.tree.leaves(found)}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_replicas_on_other_devices_take_what_the_first_one_compiled(no_xla_cache, tmp_path, shards):
+    results = []
+    for replica in range(8 // shards):
+        mine = small_catalogue(shards, replica)
+        programs = Programs(mine, command_buffers=True, kept_in=tmp_path)
+        programs.compile_all()
+        assert loaded(programs) == [replica > 0] * 2
+        result, meshes = update_both(programs)
+        assert meshes == {mine.mesh}
+        results.append(result)
+    for result in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, result, results[0])
+    assert results[0][0]["block_tables"][3, 1] == 7
+    assert results[0][1]["counts"].any()
+
+
+def test_replicas_that_need_a_program_at_once_compile_it_once(no_xla_cache, tmp_path):
+    replicas = [Programs(small_catalogue(1, i), command_buffers=True, kept_in=tmp_path) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda programs: programs[UPDATE], replicas))
+    assert sorted(loaded(programs) for programs in replicas) == [[False], [True], [True], [True]]
 
 
 def test_a_damaged_file_is_compiled_again_with_a_warning(small, tmp_path, caplog):

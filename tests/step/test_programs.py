@@ -11,7 +11,7 @@ import pytest
 
 from nanovllm_jax.config import ModelConfig, RopeConfig
 from nanovllm_jax.models.params import ParamSpec, abstract_params
-from nanovllm_jax.parallel.mesh import MODEL_AXIS, make_mesh, param_shardings
+from nanovllm_jax.parallel.mesh import MODEL_AXIS, make_mesh, param_shardings, replica_meshes
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.programs import Programs
 from nanovllm_jax.step.state import StateShape
@@ -37,8 +37,8 @@ QWEN3 = ModelConfig(
 STEPS = [ProgramKey("decode", 16), ProgramKey("decode_forward", 16), ProgramKey("prefill", 64)]
 
 
-def catalogue(backend: str, shards: int = 1) -> Catalogue:
-    mesh = make_mesh(shards, 1)
+def catalogue(backend: str, shards: int = 1, replica: int = 0) -> Catalogue:
+    mesh = replica_meshes(make_mesh(shards, replica + 1))[replica]
     params = jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=sharding),
         abstract_params(QWEN3),
@@ -59,9 +59,9 @@ def catalogue(backend: str, shards: int = 1) -> Catalogue:
     )
 
 
-def lowered_for_cuda(key: ProgramKey, shards: int) -> str:
+def lowered_for_cuda(key: ProgramKey, shards: int, replica: int = 0) -> str:
     with lowering_for(90):
-        return lower(catalogue("triton", shards), key)
+        return lower(catalogue("triton", shards, replica), key)
 
 
 @pytest.mark.parametrize("key", catalogue("triton").all_keys(), ids=str)
@@ -101,6 +101,13 @@ def test_a_split_step_sums_twice_a_layer_and_once_for_the_embedding(shards):
         # Where the step samples, each shard's best score and its id are merged.
         assert text.count("stablehlo.all_gather") == (2 if key.kind == "decode" else 0)
         assert not [name for name in ("all_to_all", "permute") if f"stablehlo.{name}" in text]
+
+
+@pytest.mark.parametrize(("shards", "replicas"), [(1, 2), (1, 8), (2, 2), (2, 4), (4, 2)])
+def test_the_last_replica_runs_the_program_of_the_first(shards, replicas):
+    for key in STEPS:
+        # No device is named in it, so one compilation serves all.
+        assert lowered_for_cuda(key, shards, replicas - 1) == lowered_for_cuda(key, shards)
 
 
 @pytest.mark.parametrize("key", STEPS, ids=str)

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from checkpoint_files import LLAMA, assert_same, expected_params, hf_tensors, on_first_device, write_hf
 from tokenizers import Tokenizer
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nanovllm_jax.errors import ConfigError, WeightsError
 from nanovllm_jax.models.families import model_config_from_hf
+from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, split_heads
 from nanovllm_jax.weights import (
     convert,
     load_generation_defaults,
@@ -31,8 +33,12 @@ RAW = LLAMA | {
 
 @pytest.fixture(scope="module")
 def hf_model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("hf")
-    write_hf(directory, RAW, hf_tensors(model_config_from_hf(RAW)))
+    return write_model(tmp_path_factory.mktemp("hf"), RAW)
+
+
+def write_model(directory, raw):
+    """A Hugging Face directory with a tokenizer."""
+    write_hf(directory, raw, hf_tensors(model_config_from_hf(raw)))
     tokenizer = Tokenizer(BPE({"<end>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<end>", chat_template="{{ messages }}"
@@ -80,6 +86,23 @@ def test_arrays_are_cast_to_the_dtype_asked_for(converted):
 
 def test_leaves_restore_to_eight_devices(converted, load_on_eight_devices):
     load_on_eight_devices(converted)
+
+
+@pytest.mark.parametrize(("kv_heads", "shards"), [(1, 8), (2, 8), (2, 4)])
+def test_kv_heads_are_copied_where_there_are_more_shards(tmp_path, kv_heads, shards):
+    raw = RAW | {"num_key_value_heads": kv_heads, "attention_bias": True}
+    original, directory = write_model(tmp_path / "hf", raw), tmp_path / "orbax"
+    convert(str(original), directory)
+    config = split_heads(load_model_config(locate(str(directory))), shards)
+    assert config.kv_head_copies == shards // kv_heads
+    shardings = param_shardings(config, make_mesh(shards, 1))
+    expected, found = (load_params(locate(str(path)), config, "float32", shardings) for path in (original, directory))
+
+    def check(leaf, want, sharding):
+        assert leaf.sharding == sharding
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(want))
+
+    jax.tree.map(check, found, expected, shardings)
 
 
 def test_a_directory_in_use_is_not_overwritten(hf_model, tmp_path):

@@ -1,0 +1,175 @@
+"""What the host does for each token of each row: the real engine over devices that are only a clock.
+
+    python benchmarks/host_work.py                                   # devices that need no time: all is the host's
+    python benchmarks/host_work.py --data-parallel-size 8 --step-ms 24 --launch-ms 1.4
+
+Scheduler, block manager, packing, reading and outputs are the engine's own; its programs return at once. With
+`--step-ms` a decode step is ready that long after the one before it (a prefill of 16,384 tokens after twice that), and
+`--launch-ms` is how long the runtime keeps the calling thread for each program without needing Python.
+Needs no GPU; the times are this machine's and say nothing of a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanovllm_jax.cli.bench import print_table, random_requests
+from nanovllm_jax.config import EngineConfig, ModelConfig, RopeConfig
+from nanovllm_jax.engine.engine import Engine
+from nanovllm_jax.engine.plan import abstract_weights, describe_programs, smallest_shape
+from nanovllm_jax.engine.replica import Replica
+from nanovllm_jax.engine.schedule import SchedulerConfig
+from nanovllm_jax.engine.scheduler import Scheduler
+from nanovllm_jax.parallel.mesh import make_mesh
+from nanovllm_jax.sampling_params import SamplingParams
+from nanovllm_jax.step.catalogue import ProgramKey
+from nanovllm_jax.step.runner import Runner
+from nanovllm_jax.step.state import StateShape
+
+ROWS, MAX_MODEL_LEN, DECODE_STEPS = 256, 2048, 4
+# Its size changes nothing on the host.
+MODEL = ModelConfig(
+    family="qwen3", vocab_size=151_936, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1,
+    head_dim=8, max_position_embeddings=MAX_MODEL_LEN, rms_norm_eps=1e-6, rope=RopeConfig(),
+)  # fmt: skip
+_sleep_without_python = ctypes.CDLL(None).usleep  # ctypes lets other threads run meanwhile
+
+
+class Clock:
+    """A device: what it was given to do is done one after the other.
+
+    Args:
+        launch_s: how long the runtime keeps the thread that starts a program.
+    """
+
+    def __init__(self, launch_s: float) -> None:
+        self.launch_s, self.free_at = launch_s, 0.0
+
+    def run(self, seconds: float) -> float:
+        """Starts a program; when it will be done."""
+        if self.launch_s:
+            _sleep_without_python(int(self.launch_s * 1e6))
+        self.free_at = max(self.free_at, time.perf_counter()) + seconds
+        return self.free_at
+
+
+class Tokens:
+    """The sampled tokens of a program, on the host at `done_at`."""
+
+    def __init__(self, shape: tuple[int, ...], done_at: float) -> None:
+        self._tokens, self._done_at = np.zeros(shape, np.int32), done_at
+
+    def copy_to_host_async(self) -> None:
+        """Nothing to do."""
+
+    def is_ready(self) -> bool:
+        """Whether the device has done it."""
+        return time.perf_counter() >= self._done_at
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if (left := self._done_at - time.perf_counter()) > 0:
+            time.sleep(left)
+        return self._tokens
+
+
+class StandInPrograms:
+    """Programs with the real ones' arguments and results, and no computation."""
+
+    def __init__(self, catalogue: Any, clock: Clock, step_s: float) -> None:
+        self.catalogue, self._clock, self._step_s = catalogue, clock, step_s
+
+    def __getitem__(self, key: ProgramKey) -> Callable[..., Any]:
+        clock, size = self._clock, key.size
+        match key.kind:
+            case "decode" | "decode_filtered":
+                return lambda params, caches, rows, delta: (
+                    caches, rows, Tokens((DECODE_STEPS, size), clock.run(self._step_s * size / ROWS))
+                )  # fmt: skip
+            case "prefill":
+                seconds = 2 * self._step_s * size / 16_384
+                return lambda params, caches, rows, delta: (caches, rows, clock.run(seconds), None, None)
+            case "decode_forward":
+                return lambda params, caches, rows, delta: (caches, rows, clock.run(self._step_s), None)
+            case "plain" | "filtered":
+                return lambda head, rows, hidden, sampled: (rows, Tokens((size,), clock.run(0)))
+            case "update_rows":
+                return lambda rows, packed: rows
+            case _:
+                raise KeyError(key)
+
+
+def make_engine(num_replicas: int, step_s: float, launch_s: float) -> Engine:
+    """The engine as a start on GPUs makes it, over clocks instead of GPUs."""
+    config = EngineConfig(max_num_seqs=ROWS, max_model_len=MAX_MODEL_LEN, decode_steps=DECODE_STEPS)
+    mesh = make_mesh(1, 1)
+    smallest = smallest_shape(MODEL, config)
+    shape = StateShape(ROWS * smallest.blocks_per_row, config.block_size, ROWS, MAX_MODEL_LEN)
+    weights = abstract_weights(MODEL, jnp.dtype("bfloat16"), mesh)
+    catalogue = describe_programs(MODEL, config, shape, weights, jnp.dtype("bfloat16"), mesh, on_gpu=True)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), catalogue.params)
+    limits = SchedulerConfig(
+        ROWS, config.max_num_batched_tokens, MAX_MODEL_LEN, config.block_size, shape.num_blocks,
+        decode_steps=DECODE_STEPS,
+    )  # fmt: skip
+    replicas = [
+        Replica(Scheduler(limits), Runner(StandInPrograms(catalogue, Clock(launch_s), step_s), params))  # pyright: ignore
+        for _ in range(num_replicas)
+    ]
+    return Engine(replicas, None, eos_token_ids=frozenset({1}), vocab_size=MODEL.vocab_size, max_logprobs=20, seed=0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One bench256 for each replica; seconds, on the wall and of this process's CPU time."""
+
+    queued_s: float  # until all requests are queued
+    cpu_s: float  # after that
+    total_s: float
+    num_tokens: int
+
+
+def timed_run(engine: Engine, seed: int) -> Run:
+    """Queues all requests, then steps until they are done."""
+    prompts, lengths = random_requests(seed, ROWS * len(engine.replicas), (100, 1024), (100, 1024))
+    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n, detokenize=False) for n in lengths]
+    gc.collect()
+    started = time.perf_counter()
+    for i, (prompt, its_params) in enumerate(zip(prompts, params, strict=True)):
+        engine.add_request(f"{seed}-{i}", {"prompt_token_ids": prompt}, its_params)
+    queued_s, cpu, num_tokens = time.perf_counter() - started, time.process_time(), 0
+    while engine.has_unfinished:
+        num_tokens += sum(len(output.outputs[0].token_ids) for output in engine.step())
+    return Run(queued_s, time.process_time() - cpu, time.perf_counter() - started, num_tokens)
+
+
+def main() -> None:
+    """Times `--repeats` runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-parallel-size", type=int, default=1, help="replicas, each with 256 requests")
+    parser.add_argument("--step-ms", type=float, default=0, help="of a decode step of 256 rows and 4 tokens")
+    parser.add_argument("--launch-ms", type=float, default=0, help="that a program keeps its thread")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    engine = make_engine(args.data_parallel_size, args.step_ms / 1e3, args.launch_ms / 1e3)
+    rows = []
+    for seed in range(args.repeats):
+        run = timed_run(engine, seed)
+        rates = f"{run.num_tokens / run.total_s:,.0f}", f"{run.cpu_s / run.num_tokens * 1e6:.2f}"
+        rows.append([str(seed), f"{run.queued_s * 1e3:.1f}", f"{run.total_s:.3f}", *rates])
+    engine.close()
+    columns = ["run", "ms until all are queued", "s in all", "output tok/s", "CPU us a token after that"]
+    print_table(f"{args.data_parallel_size} replicas", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""How speed grows with the number of GPUs of one host: replicas (data parallel), shards (tensor parallel) and both.
+
+    python benchmarks/scaling.py --record --plot scaling.png
+    python benchmarks/scaling.py --gpus 1,4 --only dp --only tp
+    python benchmarks/scaling.py --smoke --model nanovllm_jax/assets/tiny      # any machine; figures mean nothing
+
+- dp: bench256 of Qwen3-0.6B's shape, 256 requests for each replica: `dp<N>_bench256_speedup` is output tokens a second
+  over one GPU's.
+- tp: Qwen3-8B's shape: a decode step at 64 rows of 1,024 ids and at 1 row of 512, and the prefill of the 64:
+  `tp<N>_8b_b64_step_ms`, `tp<N>_8b_b1_step_ms`, `tp<N>_8b_prefill_ms`, `tp<N>_8b_b64_speedup`.
+- both: bench256 of Qwen3-8B's shape on replicas of two GPUs each, over one such replica: `dp<N>tp2_bench256_speedup`.
+- large: a decode step of Qwen3-32B's shape on all GPUs, 64 rows of 1,024 ids.
+
+Weights are random. What fits side by side on the GPUs starts together, and is then measured one after the other. A
+speed-up compares runs of this command alone; its limit is the number of GPUs, so its share of that is the efficiency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import limit
+import results_log
+from arguments import engine_spec, make_parser, parse
+from engine_process import OURS, EngineProcess, EngineSpec
+from models import MODELS, config_of, prepare_model
+from reporting import Outcome, progress
+from steps import Cell, least_times, measure_steps
+from workloads import CASES, draw_for_replicas, warm_up
+
+from nanovllm_jax.cli.bench import MAX_TOKEN_ID, Requests
+
+RECORDED_MODEL = "qwen3-8b"
+PARTS = ("dp", "tp", "both", "large")
+SMALL, MIDDLE, LARGE = "qwen3-0.6b", "qwen3-8b", "qwen3-32b"
+BENCH = next(case for case in CASES if case.name == "bench256")
+WARM_UP_REPEAT = 500  # its draws are not those of a timed run
+TIME_LIMIT_S = 480
+SMOKE_DEVICES = "--xla_force_host_platform_device_count=8"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One engine and what is measured with it.
+
+    Attributes:
+        model: a name of `models.MODELS`.
+        replicas: of the model.
+        shards: devices of each replica.
+        steps: names of decode steps to time: b64, b1.
+        bench: whether to run bench256.
+    """
+
+    model: str
+    replicas: int = 1
+    shards: int = 1
+    steps: tuple[str, ...] = ()
+    bench: bool = False
+
+    @property
+    def devices(self) -> int:
+        """Devices that it needs."""
+        return self.replicas * self.shards
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.model} dp{self.replicas} tp{self.shards}"
+
+
+@dataclass
+class Results:
+    """What was measured so far: by setup and measure, the values of all repetitions."""
+
+    values: dict[tuple[Setup, str], list[float]] = field(default_factory=dict)
+    facts: dict[Setup, dict] = field(default_factory=dict)
+
+    def ratios(self, setup: Setup, base: Setup, measure: str) -> list[float] | None:
+        """Of a measure with `setup` over that with `base`, repetition by repetition; None if one is missing."""
+        of, over = self.values.get((setup, measure)), self.values.get((base, measure))
+        return [a / b for a, b in zip(of, over, strict=True)] if of and over and setup != base else None
+
+
+def main() -> int:
+    """Measures wave after wave; the exit status."""
+    args = parse_args()
+    deadline = time.monotonic() + args.time_limit
+    with ExitStack() as stack:
+        args.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        visible = visible_devices(args)
+        present, left_out = [n for n in args.gpus if n <= len(visible)], [n for n in args.gpus if n > len(visible)]
+        outcome, results = Outcome(args.record), Results()
+        if left_out:
+            outcome.note(f"there are {len(visible)} devices; left out: {', '.join(map(str, left_out))}")
+        setups = plan(present, args.only)
+        for wave in waves(setups, len(visible)):
+            for setup in run_wave(wave, visible, deadline, args, results, outcome):
+                outcome.add(figure_lines(setup, setups, results, args))
+    if outcome.lines and args.plot:
+        save_plot(outcome.lines, args.plot)
+    return outcome.finish()
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__, model=RECORDED_MODEL)
+    parser.add_argument("--gpus", default="1,2,4,8", help="numbers of GPUs to measure on (default: 1,2,4,8)")
+    parser.add_argument("--only", action="append", choices=PARTS, help="repeatable (default: all)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the speed-ups there")
+    parser.add_argument("--smoke", action="store_true", help="tiny draws: shows that everything works, nothing else")
+    parser.set_defaults(repeats=2, time_limit=TIME_LIMIT_S)
+    args = parse(parser, recorded_model=RECORDED_MODEL)
+    if args.engine != [OURS]:
+        parser.error(f"scaling is measured of {OURS} alone")
+    if args.tensor_parallel_size > 1 or args.data_parallel_size > 1:
+        parser.error("the sizes follow from --gpus")
+    if args.smoke != (args.model != RECORDED_MODEL):
+        parser.error("--smoke and --model go together: the shapes that are measured are fixed")
+    try:
+        args.gpus = sorted({int(number) for number in args.gpus.split(",")})
+    except ValueError:
+        parser.error(f"--gpus {args.gpus}: write numbers with commas between them")
+    if args.gpus[0] < 1:
+        parser.error(f"--gpus {args.gpus[0]}: a number must be at least 1")
+    args.only = args.only or list(PARTS)
+    return args
+
+
+def visible_devices(args: argparse.Namespace) -> list[str]:
+    """Names of the devices that a process would see, asked in a process of its own: this one must hold none."""
+    program = "import jax; print(len(jax.devices()), jax.devices()[0].platform)"
+    spec = engine_spec(args, OURS, environment={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | smoke_environment(args))
+    done = subprocess.run(
+        [spec.python, "-c", program], env=spec.process_environment(), capture_output=True, text=True, check=True
+    )
+    count, platform = done.stdout.split()[-2:]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = named.split(",") if named and platform != "cpu" else [str(i) for i in range(int(count))]
+    progress(f"{count} devices ({platform})")
+    return names
+
+
+def smoke_environment(args: argparse.Namespace) -> dict[str, str]:
+    """Host devices, where nothing is measured."""
+    return {"XLA_FLAGS": SMOKE_DEVICES, "JAX_PLATFORMS": "cpu"} if args.smoke else {}
+
+
+def plan(gpus: Sequence[int], parts: Sequence[str]) -> list[Setup]:
+    """What to measure, what matters most first; of equal setups one serves all parts."""
+    setups: list[Setup] = []
+    most, pair = max(gpus, default=0), Setup(MIDDLE, 1, 2, ("b64", "b1") if "tp" in parts else (), True)
+    if "dp" in parts and most > 1:
+        setups += [Setup(SMALL, n, 1, bench=True) for n in sorted({1, most})]
+    if "tp" in parts:
+        setups += [Setup(MIDDLE, 1, n, ("b64", "b1")) for n in gpus]
+    if "both" in parts and most >= 4:
+        setups = [setup for setup in setups if (setup.model, setup.devices) != (MIDDLE, 2)]
+        setups += [pair, Setup(MIDDLE, most // 2, 2, bench=True)]
+    if "large" in parts and most > 1:
+        setups.append(Setup(LARGE, 1, most, ("b64",)))
+    if "dp" in parts:
+        setups += [Setup(SMALL, n, 1, bench=True) for n in gpus if 1 < n < most]
+    return setups
+
+
+def waves(setups: Sequence[Setup], num_devices: int) -> Iterator[list[Setup]]:
+    """Setups that run side by side: each takes the first wave that has room for it."""
+    found: list[list[Setup]] = []
+    for setup in setups:
+        for wave in found:
+            if sum(other.devices for other in wave) + setup.devices <= num_devices:
+                wave.append(setup)
+                break
+        else:
+            found.append([setup])
+    yield from found
+
+
+def run_wave(
+    wave: Sequence[Setup],
+    visible: Sequence[str],
+    deadline: float,
+    args: argparse.Namespace,
+    results: Results,
+    outcome: Outcome,
+) -> Iterator[Setup]:
+    """Starts engines side by side, then measures one after the other; yields each setup that was measured."""
+    specs, first = [], 0
+    for setup in wave:
+        devices = ",".join(visible[first : first + setup.devices])
+        specs.append(spec_of(setup, devices, args))
+        first += setup.devices
+    progress(f"starting {', '.join(setup.name for setup in wave)}")
+    with ExitStack() as stack, ThreadPoolExecutor(len(wave)) as pool:
+        starts = [
+            pool.submit(EngineProcess, spec, model_folder(setup, args), deadline)
+            for setup, spec in zip(wave, specs, strict=True)
+        ]
+        processes = []
+        for setup, start in zip(wave, starts, strict=True):
+            with outcome.guard(OURS, lambda setup=setup: setup.name):
+                processes.append((setup, start.result()))
+                stack.callback(processes[-1][1].kill)
+        for setup, process in processes:
+            progress(f"{setup.name}: was ready {process.startup_s:.1f} s after its start, on {process.device}")
+            device = results_log.device_name(process.device, setup.devices)
+            results.facts[setup] = {"device": device, "versions": process.versions, "commit": args.commit}
+            with outcome.guard(OURS, lambda setup=setup: setup.name), process:
+                measure(setup, process, args, results)
+                yield setup
+
+
+def model_folder(setup: Setup, args: argparse.Namespace) -> str:
+    """The directory that the engine loads: a shape's config, or the model of a smoke run."""
+    if args.model not in MODELS:
+        return args.model
+    return str(prepare_model(setup.model, args.folder / setup.model, weights=False))
+
+
+def spec_of(setup: Setup, devices: str, args: argparse.Namespace) -> EngineSpec:
+    """The engine on its devices. Only bench256 needs all programs."""
+    sizes = {"tensor_parallel_size": setup.shards, "data_parallel_size": setup.replicas}
+    options: dict[str, object] = {**sizes, "compile_at_start": setup.bench}
+    if not setup.bench:
+        options |= {"max_num_seqs": 64}
+    if args.smoke:
+        options |= {"max_num_seqs": 4, "max_num_batched_tokens": 64, "enforce_eager": True}
+    environment = smoke_environment(args) or {"CUDA_VISIBLE_DEVICES": devices}
+    return engine_spec(args, OURS, options, dummy_weights=not args.smoke, environment=environment)
+
+
+def measure(setup: Setup, process: EngineProcess, args: argparse.Namespace, results: Results) -> None:
+    """All repetitions of all measures of a setup, after one that is not counted."""
+    if setup.bench:
+        process.run(warm_up())
+        runs = [process.run(bench_requests(setup, repeat, args)) for repeat in range(args.repeats)]
+        results.values[setup, "bench"] = [run.output_tok_s for run in runs]
+        progress(f"{setup.name}: {statistics.median(results.values[setup, 'bench']):,.0f} output tok/s")
+    for name in setup.steps:
+        cell = cell_of(name, setup, args)
+        measure_steps(process, cell, WARM_UP_REPEAT)
+        times = [measure_steps(process, cell, repeat) for repeat in range(args.repeats)]
+        results.values[setup, f"{name}_first"] = [run.first_token for run in times]
+        results.values[setup, name] = [run.per_token for run in times]
+        progress(f"{setup.name}: {name} {statistics.median(results.values[setup, name]) * 1e3:.3f} ms a step")
+
+
+def bench_requests(setup: Setup, repeat: int, args: argparse.Namespace) -> Requests:
+    """bench256's for each replica."""
+    return draw_for_replicas(BENCH.smoke if args.smoke else BENCH.draw, BENCH.first_seed, repeat, setup.replicas)
+
+
+def cell_of(name: str, setup: Setup, args: argparse.Namespace) -> Cell:
+    """Rows and lengths of a decode step."""
+    index = {"b64": 0, "b1": 1}[name]
+    if args.smoke:
+        return Cell(index, 3 if name == "b64" else 1, 16, 3, 255)
+    vocabulary = (config_of(setup.model) or {}).get("vocab_size", MAX_TOKEN_ID + 1)
+    return Cell(index, *((64, 1024) if name == "b64" else (1, 512)), 256, min(MAX_TOKEN_ID, vocabulary - 1))
+
+
+def figure_lines(setup: Setup, setups: Sequence[Setup], results: Results, args: argparse.Namespace) -> list[dict]:
+    """The figures that a setup's measures give, alone and over the setup that it is compared with."""
+    lines, facts = [], results.facts[setup]
+    size = {SMALL: "0.6b", MIDDLE: "8b", LARGE: "32b"}[setup.model]
+
+    def add(name: str, values: Sequence[float] | None, unit: str, best: float | None) -> None:
+        if values:
+            lines.append(results_log.figure_line(name, values, unit, best, **facts))
+
+    if setup.bench:
+        shards = f"tp{setup.shards}" if setup.shards > 1 else ""
+        name = f"dp{setup.replicas}{shards}_bench256"
+        add(f"{name}_out_tok_s", results.values.get((setup, "bench")), "tok/s", None)
+        base = next(one for one in setups if (one.model, one.shards, one.replicas) == (setup.model, setup.shards, 1))
+        add(f"{name}_speedup", results.ratios(setup, base, "bench"), "x", setup.replicas)
+    for step in setup.steps:
+        name, limits = f"tp{setup.shards}_{size}", least_seconds(setup, step, args, facts["device"])
+        values, first = results.values[setup, step], results.values[setup, f"{step}_first"]
+        add(f"{name}_{step}_step_ms", [value * 1e3 for value in values], "ms", limits and limits[1] * 1e3)
+        if step == "b64" and setup.model == MIDDLE:
+            add(f"{name}_prefill_ms", [value * 1e3 for value in first], "ms", limits and limits[0] * 1e3)
+            base = next((one for one in setups if (one.model, one.devices) == (MIDDLE, 1)), setup)
+            add(f"{name}_b64_speedup", results.ratios(base, setup, "b64"), "x", setup.shards)
+    return lines
+
+
+def least_seconds(setup: Setup, step: str, args: argparse.Namespace, device: str) -> tuple[float, float] | None:
+    """What the devices allow for the first tokens and for a decode step; None if that is not known."""
+    ceilings, config = limit.ceilings_for(device.rpartition(" x ")[2], args.ceilings), config_of(setup.model)
+    if ceilings is None or config is None or args.smoke:
+        return None
+    least = least_times(limit.shape_of(config), ceilings.of_devices(setup.shards), cell_of(step, setup, args))
+    return least.first_token, least.per_token
+
+
+def save_plot(lines: Sequence[dict], path: Path) -> None:
+    """Draws the speed-ups where matplotlib is installed."""
+    try:
+        from chart import draw_scaling
+    except ImportError as error:
+        print(f"no plot: {error}; `chart.py scaling` draws it elsewhere from the JSON lines", file=sys.stderr)
+        return
+    draw_scaling(lines, path)
+    print(f"plot in {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Replicas on GPUs of one host: programs that the first one compiled run on the others."""
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.step import executables
+from nanovllm_jax.step.relocation import load_relocated
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="JAX sees no GPU"),
+]
+PROMPTS = [[1, 2, 3], list(range(50, 90)), [7] * 20, [300, 400, 500, 600]]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def generate(prompts, **settings):
+    arguments = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64, "compile_at_start": False}
+    with LLM(skip_tokenizer_init=True, **arguments, **settings) as llm:
+        logs = [replica.runner.programs.compile_log for replica in llm._engine.replicas]
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs], logs
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Empty, and without XLA's own: what comes from there is not kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
+
+
+def test_a_program_that_is_loaded_as_if_for_other_devices_does_the_same(own_cache, monkeypatch):
+    alone, _ = generate(PROMPTS)
+
+    def load(payload, in_tree, out_tree, *, backend, execution_devices):
+        ids = [device.id for device in execution_devices]
+        return load_relocated((payload, in_tree, out_tree), ids, execution_devices, None)
+
+    monkeypatch.setattr(executables.serialize_executable, "deserialize_and_load", load)
+    again, (log,) = generate(PROMPTS)
+    assert again == alone
+    assert len(log) > 3
+    assert all(record.trace_s == 0 for record in log)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
+def test_each_replica_writes_what_one_gpu_writes_and_only_the_first_compiles(own_cache):
+    count = min(jax.device_count(), len(PROMPTS))
+    # A prompt a replica, alone in its bucket as it is on one GPU.
+    alone = [generate([prompt])[0][0] for prompt in PROMPTS[:count]]
+    tokens, logs = generate(PROMPTS[:count], data_parallel_size=count)
+    assert tokens == alone
+    assert all(record.trace_s == 0 for log in logs for record in log)
