@@ -9,14 +9,12 @@ is up the remaining shapes keep what they had.
 """
 
 import argparse
-import importlib
 import itertools
 import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -179,14 +177,13 @@ def repeats(weights) -> int:
 def call_with(one: Launch | Tiling, in_kernel_merge: bool):
     """A call whose launch is fixed while it is traced."""
     import_jax_triton()
-    module: Any = importlib.import_module("nanovllm_kernels.skinny_matmul")
 
     def call(arrays, w, counters):
-        chosen, module.launch_parameters = module.launch_parameters, lambda *_, **__: one
+        chosen, launches.launch_parameters = launches.launch_parameters, lambda *_, **__: one
         try:
             return skinny_matmul(**arrays, w=w, counters=counters if in_kernel_merge else None, backend="triton")
         finally:
-            module.launch_parameters = chosen
+            launches.launch_parameters = chosen
 
     return call
 

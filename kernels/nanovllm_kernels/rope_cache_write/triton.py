@@ -17,7 +17,6 @@ from nanovllm_kernels._device import ceil_div, load_scale, next_power_of_2, to_c
 _NUM_WARPS = 4
 # Elements of half a head a program: one 16-byte load for each of its 128 threads in bfloat16.
 _TILE_ELEMENTS = 1024
-_FEW_TOKENS = 1024  # of a step whose programs take a head each
 
 
 @triton.jit
@@ -43,7 +42,6 @@ def rope_cache_write_kernel(
     HALF: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_HALF: tl.constexpr,
-    APART: tl.constexpr,  # a program for each head
     NORM: tl.constexpr,
     SCALED: tl.constexpr,
 ):
@@ -65,35 +63,33 @@ def rope_cache_write_kernel(
     v_scale = load_scale(v_scale_ptr, kv_head, SCALED)
 
     for head in tl.static_range(GROUP + 1):
-        if not APART or head == tl.program_id(2):
-            source = qkv_ptr + ((group_row * (GROUP + 2) + head) * (2 * HALF))[:, None] + dims[None, :]
-            first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-            second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-            if NORM:
-                norm_ptr = q_norm_ptr if head < GROUP else k_norm_ptr
-                square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-                scale = tl.rsqrt(square / (2 * HALF) + EPS)[:, None]
-                first_weight = tl.load(norm_ptr + dims, mask=dims < HALF, other=0.0).to(tl.float32)[None, :]
-                second_weight = tl.load(norm_ptr + HALF + dims, mask=dims < HALF, other=0.0).to(tl.float32)[None, :]
-                # Rounded to the model's dtype before and after the weight, as the reference does.
-                first = ((first * scale).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
-                second = ((second * scale).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
-            low = (first * cos - second * sin).to(dtype)
-            high = (second * cos + first * sin).to(dtype)
-            if head < GROUP:
-                out = q_ptr + ((group_row * GROUP + head) * (2 * HALF))[:, None] + dims[None, :]
-                tl.store(out, low, mask=mask)
-                tl.store(out + HALF, high, mask=mask)
-            else:
-                tl.store(k_cache_ptr + target, to_cache(low, k_cache_ptr, k_scale), mask=written)
-                tl.store(k_cache_ptr + target + HALF, to_cache(high, k_cache_ptr, k_scale), mask=written)
+        source = qkv_ptr + ((group_row * (GROUP + 2) + head) * (2 * HALF))[:, None] + dims[None, :]
+        first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+        if NORM:
+            norm_ptr = q_norm_ptr if head < GROUP else k_norm_ptr
+            square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+            scale = tl.rsqrt(square / (2 * HALF) + EPS)[:, None]
+            first_weight = tl.load(norm_ptr + dims, mask=dims < HALF, other=0.0).to(tl.float32)[None, :]
+            second_weight = tl.load(norm_ptr + HALF + dims, mask=dims < HALF, other=0.0).to(tl.float32)[None, :]
+            # Rounded to the model's dtype before and after the weight, as the reference does.
+            first = ((first * scale).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
+            second = ((second * scale).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
+        low = (first * cos - second * sin).to(dtype)
+        high = (second * cos + first * sin).to(dtype)
+        if head < GROUP:
+            out = q_ptr + ((group_row * GROUP + head) * (2 * HALF))[:, None] + dims[None, :]
+            tl.store(out, low, mask=mask)
+            tl.store(out + HALF, high, mask=mask)
+        else:
+            tl.store(k_cache_ptr + target, to_cache(low, k_cache_ptr, k_scale), mask=written)
+            tl.store(k_cache_ptr + target + HALF, to_cache(high, k_cache_ptr, k_scale), mask=written)
 
-    if not APART or tl.program_id(2) == GROUP + 1:
-        source = qkv_ptr + ((group_row * (GROUP + 2) + GROUP + 1) * (2 * HALF))[:, None] + dims[None, :]
-        low = tl.load(source, mask=written, other=0.0)
-        high = tl.load(source + HALF, mask=written, other=0.0)
-        tl.store(v_cache_ptr + target, to_cache(low, v_cache_ptr, v_scale), mask=written)
-        tl.store(v_cache_ptr + target + HALF, to_cache(high, v_cache_ptr, v_scale), mask=written)
+    source = qkv_ptr + ((group_row * (GROUP + 2) + GROUP + 1) * (2 * HALF))[:, None] + dims[None, :]
+    low = tl.load(source, mask=written, other=0.0)
+    high = tl.load(source + HALF, mask=written, other=0.0)
+    tl.store(v_cache_ptr + target, to_cache(low, v_cache_ptr, v_scale), mask=written)
+    tl.store(v_cache_ptr + target + HALF, to_cache(high, v_cache_ptr, v_scale), mask=written)
 
 
 def rope_cache_write_triton(
@@ -114,11 +110,8 @@ def rope_cache_write_triton(
     num_blocks, _, block_size, _ = k_cache.shape
     group, half = heads - 2, head_dim // 2
     tile_half = next_power_of_2(half)
-    # A decode step has few tokens: a program for each head then, which waits for memory once, and smaller tiles, so
-    # that every multiprocessor takes some.
-    apart = num_tokens <= _FEW_TOKENS
-    programs = num_kv_heads * (heads if apart else 1)
-    spread = next_power_of_2(num_tokens * programs // current_target().multiprocessors)
+    # A decode step has few tokens: smaller tiles then, so that every multiprocessor takes some.
+    spread = next_power_of_2(num_tokens * num_kv_heads // current_target().multiprocessors)
     tile_tokens = max(1, min(_TILE_ELEMENTS // tile_half, spread))
     queries = []
 
@@ -141,7 +134,7 @@ def rope_cache_write_triton(
                 num_kv_heads,
                 kernel=rope_cache_write_kernel,
                 out_type=jax.ShapeDtypeStruct((num_tokens, num_kv_heads * group, head_dim), qkv.dtype),
-                grid=(ceil_div(num_tokens, tile_tokens), num_kv_heads, heads if apart else 1),
+                grid=(ceil_div(num_tokens, tile_tokens), num_kv_heads),
                 num_warps=_NUM_WARPS,
                 num_stages=1,
                 EPS=eps,
@@ -150,7 +143,6 @@ def rope_cache_write_triton(
                 HALF=half,
                 TILE_TOKENS=tile_tokens,
                 TILE_HALF=tile_half,
-                APART=apart,
                 NORM=q_norm is not None,
                 SCALED=k_scale is not None,
             )

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_backend, check_float, check_shape
 from nanovllm_kernels._compat import current_target, import_jax_triton
-from nanovllm_kernels.skinny_matmul.launch import Tiling, launch_parameters
 from nanovllm_kernels.skinny_matmul.reference import rms_norm_xla, skinny_matmul_xla
 
 # One counter for each output tile of the largest launch that splits K; see `split_counters`.
@@ -86,6 +85,8 @@ def skinny_matmul(
     too_old = w.dtype == _FP8 and current_target().compute_capability < _FP8_CAPABILITY
     if x.dtype == jnp.float32 or too_old:
         return skinny_matmul_xla(x, w, **options)
+    from nanovllm_kernels.skinny_matmul.launch import Tiling, launch_parameters
+
     if norm is not None and x.dtype == jnp.float16:
         # x * norm, which is not yet divided by the row's rms, may be past float16's largest number.
         options |= {"norm": None}
