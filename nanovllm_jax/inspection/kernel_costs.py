@@ -191,18 +191,6 @@ def _paged_attention(site: Site) -> Work:
     return Work(flops, queries_and_output + 2 * keys * site.K * site.D * site.cache_itemsize + tables)
 
 
-def _decode_layer(site: Site) -> Work:
-    """A layer's weights once, its attention and its cache write; hidden states in and out. The rest stays in L2."""
-    model, attention, write = site.model, _paged_attention(site), _rope_cache_write(site)
-    width, mlp = model.hidden_size, model.intermediate_size
-    weights = width * site.D * 2 * (site.H + site.K) + 3 * width * mlp
-    heads = site.T * site.D * site.itemsize
-    # Queries, keys and values of the new tokens and what attention makes of them are passed on inside.
-    inside = heads * 2 * site.H + heads * 2 * (site.H + site.K)
-    moved = weights * site.itemsize + 2 * site.T * width * site.itemsize + attention.bytes + write.bytes - inside
-    return Work(2 * site.T * weights + attention.flops + write.flops, moved)
-
-
 def _skinny_matmul(call: Call) -> Work:
     """Activations [M, K] and a weight read, [M, N] written; gate and up columns give one column each."""
     x, weight = call.leading
@@ -243,7 +231,6 @@ def _sample(call: Call) -> Work:
 BY_LOAD: dict[str, Callable[[Site], Work]] = {
     "rope_cache_write": _rope_cache_write,
     "paged_decode": _paged_attention,
-    "decode_layer": _decode_layer,
     "ragged_prefill": _paged_attention,
 }
 BY_OPERANDS: dict[str, Callable[[Call], Work]] = {

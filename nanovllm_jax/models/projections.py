@@ -53,10 +53,9 @@ def fused_counters(backend: Backend, num_tokens: int, dtype: DTypeLike) -> Int[A
 
 
 def poison_unless_zero(x: Float[Array, "T E"], counters: Int[Array, " tiles"]) -> Float[Array, "T E"]:
-    """NaN instead of hidden states that a kernel may have added up too early.
+    """NaN instead of hidden states that a product may have added up too early.
 
-    Every product that splits K has a first tile, whose counter is back at zero if all went well; a kernel for a whole
-    layer leaves the first of its words at zero.
+    Every product that splits K has a first tile, whose counter is back at zero if all went well.
     """
     return jnp.where(counters[0] == 0, x, jnp.nan)
 

@@ -29,18 +29,12 @@ from nanovllm_jax.models.projections import (
 )
 from nanovllm_jax.models.rope import rope_tables
 from nanovllm_jax.parallel.collectives import sum_shards, table_of
-from nanovllm_kernels import layer_words
-from nanovllm_kernels.norm import rms_norm
 
 _MIN_HEAD_ROWS = 16
 
 LayerCache = tuple[Array, Array]  # K and V
 Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cosine and sine
 Attend = Callable[[Float[Array, "T K heads D"], Params, Rope, LayerCache], tuple[Float[Array, "T H D"], LayerCache]]
-# One layer as one kernel: hidden states, parameters, rotary tables, cache, the kernel's words, the number of the call.
-WholeLayer = Callable[
-    [Float[Array, "1 E"], Params, Rope, LayerCache, jax.Ref, Int[Array, ""]], tuple[Float[Array, "1 E"], LayerCache]
-]
 
 
 class Unfinished(NamedTuple):
@@ -62,7 +56,6 @@ def transformer(
     attend: Attend,
     axis_name: str | None = None,
     backend: Backend = "xla",
-    whole_layer: WholeLayer | None = None,
 ) -> tuple[Float[Array, "T E"], list[LayerCache]]:
     """Hidden states after the final norm, and the caches with K and V of all T tokens written.
 
@@ -76,10 +69,7 @@ def transformer(
             and cache: norms and rotates queries and keys, writes keys and values to the cache, then attends.
         axis_name: mesh axis over which heads, MLP and vocabulary are split, inside `shard_map`; None if they are not.
         backend: of norms, activations and the products of few tokens; see `models.projections`.
-        whole_layer: does each layer's work, `attend`'s too, where there is one kernel for all of it.
     """
-    if whole_layer is not None:
-        return _whole_layers(params, config, tokens, positions, caches, whole_layer)
     layers = _Layers(params, config, tokens, positions, attend, axis_name, backend)
     new_caches = [layers.whole(index, cache) for index, cache in enumerate(caches)]
     residual = layers.residual
@@ -176,39 +166,6 @@ class _Layers:
             arguments = (self.residual, self._params[-1], self._rope, cache, self.counters)
             unfinished, cache, self.counters = self._attention(*arguments)
         return unfinished, cache
-
-
-def _whole_layers(
-    params: Params,
-    config: ModelConfig,
-    tokens: Int[Array, " 1"],
-    positions: Int[Array, " 1"],
-    caches: list[LayerCache],
-    whole_layer: WholeLayer,
-) -> tuple[Float[Array, "1 E"], list[LayerCache]]:
-    """What `transformer` does, for one row of a model that is not split."""
-
-    def one(
-        x: Float[Array, "1 E"],
-        params: Params,
-        rope: Rope,
-        cache: LayerCache,
-        words: Int[Array, " words"],
-        number: Int[Array, ""],
-    ) -> tuple[Float[Array, "1 E"], LayerCache, Int[Array, " words"]]:
-        ref = jax.new_ref(words)
-        with jax.named_scope("decode_layer"):
-            new_x, cache = whole_layer(x, params, rope, cache, ref, number)
-        return typed_as(x, new_x), cache, jax.freeze(ref)
-
-    layers, rope = params["layers"], rope_tables(positions, config.head_dim, config.rope)
-    x = _embed(params["embed"], tokens, None, None)
-    layer, words, new_caches = jax.jit(one), layer_words(layers[0], caches[0][0]), []
-    for index, (layer_params, cache) in enumerate(zip(layers, caches, strict=True)):
-        with jax.named_scope(f"layer{index}"):
-            x, cache, words = layer(x, layer_params, rope, cache, words, jnp.int32(index + 1))
-        new_caches.append(cache)
-    return rms_norm(poison_unless_zero(x, words), params["final_norm"], config.rms_norm_eps), new_caches
 
 
 def _layer(

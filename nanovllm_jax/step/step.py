@@ -26,7 +26,6 @@ from nanovllm_jax.models.transformer import (
     LayerCache,
     Rope,
     Unfinished,
-    WholeLayer,
     finish,
     transformer,
     transformer_until_last,
@@ -34,7 +33,7 @@ from nanovllm_jax.models.transformer import (
 from nanovllm_jax.parallel.collectives import table_of
 from nanovllm_jax.step.draw import Variant, draw, head_of
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateShape
-from nanovllm_kernels import decode_layer, decode_layer_supports, paged_decode, ragged_prefill, rope_cache_write
+from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
 
 MIN_MOSAIC_TOKENS = 1024  # of a prefill
 
@@ -126,9 +125,8 @@ def _decode_once(
     context_lens = jnp.where(active, position + 1, 0)
     attention = partial(paged_decode, block_tables=table, context_lens=context_lens)
     attend = _attend(config, "paged_decode", slots, attention, config.backend)
-    whole_layer = _whole_layer(config, params, caches, table, context_lens)
     hidden, caches = transformer(
-        params, config.model, token, position, caches, attend, config.axis_name, config.backend, whole_layer
+        params, config.model, token, position, caches, attend, config.axis_name, config.backend
     )
     ints = rows["ints"].at[slot, RowInt.NUM_TOKENS].add(active.astype(jnp.int32))
     return hidden, caches, rows | {"ints": ints}
@@ -196,31 +194,3 @@ def _attend(
         return out, (k_cache, v_cache)
 
     return attend
-
-
-def _whole_layer(
-    config: StepConfig, params: Params, caches: Caches, block_tables: Int[Array, "B P"], context_lens: Int[Array, " B"]
-) -> WholeLayer | None:
-    """A decode step's layer as one kernel, where there is one: for one row, on one device."""
-    model, (k_cache, _) = config.model, caches[0]
-    if config.backend != "triton" or config.axis_name is not None or len(context_lens) != 1:
-        return None
-    if not decode_layer_supports(params["layers"][0], k_cache):
-        return None
-    options = {"eps": model.rms_norm_eps, "scale": model.head_dim**-0.5, "sliding_window": model.sliding_window}
-
-    def whole_layer(
-        x: Float[Array, "1 E"],
-        weights: Params,
-        rope: Rope,
-        cache: LayerCache,
-        words: jax.Ref,
-        number: Int[Array, ""],
-    ) -> tuple[Float[Array, "1 E"], LayerCache]:
-        row = block_tables, context_lens
-        x, *new_cache = decode_layer(
-            x, weights, *rope, *cache, *row, **options, words=words, call=number, backend="triton"
-        )
-        return x, (new_cache[0], new_cache[1])
-
-    return whole_layer

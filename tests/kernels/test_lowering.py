@@ -16,8 +16,6 @@ import pytest
 
 from nanovllm_kernels import (
     add_rms_norm,
-    decode_layer,
-    layer_words,
     lowering_for,
     paged_decode,
     ragged_prefill,
@@ -29,7 +27,6 @@ from nanovllm_kernels import (
 )
 from nanovllm_kernels._compat import import_jax_triton
 from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
-from nanovllm_kernels.decode_layer.cases import LayerCase, layer_inputs
 from nanovllm_kernels.silu_mul.cases import CASES as SILU_CASES
 from nanovllm_kernels.skinny_matmul.cases import CASES as SKINNY_CASES
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, skinny_inputs
@@ -280,34 +277,6 @@ def test_skinny_matmul_merges_splits_in_a_second_kernel_without_counters(compile
     case = next(case for case in SKINNY_CASES if case.name == "down")
     lower_skinny(case, 90, in_kernel_merge=False)
     assert [kernel for kernel, _ in compiled] == ["product_kernel", "merge_splits_kernel"]
-
-
-def lower_layer(case, architecture, donate=()):
-    def call(*args):
-        words = jax.new_ref(layer_words(args[1], args[4]))
-        return decode_layer(*args, **case.options, words=words, call=jnp.int32(1), backend="triton")
-
-    with lowering_for(architecture) as target:
-        arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), layer_inputs(case))
-        traced = jax.jit(call, donate_argnums=donate).trace(*arrays)
-        return traced.lower(lowering_platforms=("cuda",)).as_text(), target.shared_bytes
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    "case",
-    [
-        LayerCase("with_norms", 100, 256, 4, 2, 128, 512),
-        LayerCase("with_bias", 100, 448, 7, 1, 64, 1024, qk_norm=False, qkv_bias=True, sliding_window=50),
-    ],
-    ids=lambda case: case.name,
-)
-def test_a_whole_layer_compiles_to_one_kernel_that_updates_the_cache_in_place(compiled, architecture, case):
-    text, limit = lower_layer(case, architecture, donate=(4, 5))
-    assert text.count("custom_call @triton_kernel_call_ffi") == 1
-    assert [name for name, _ in compiled] == ["decode_layer_kernel"]
-    assert all(shared <= limit for _, shared in compiled)
-    assert text.count("tf.aliasing_output") == 2
 
 
 def test_unknown_architecture_is_refused_with_those_known():

@@ -11,7 +11,6 @@ from kernel_oracle import (
     add_rms_norm_oracle,
     decode_oracle,
     dequantised,
-    layer_oracle,
     prefill_oracle,
     relative_error,
     silu_mul_oracle,
@@ -24,8 +23,6 @@ from scipy import stats
 from nanovllm_kernels import (
     add_rms_norm,
     add_shards,
-    decode_layer,
-    layer_words,
     paged_decode,
     ragged_prefill,
     rope_cache_write,
@@ -39,8 +36,6 @@ from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
 from nanovllm_kernels.add_rms_norm.cases import add_rms_norm_inputs
 from nanovllm_kernels.add_shards.cases import CASES as SUM_CASES
 from nanovllm_kernels.add_shards.exchange import make_exchange, programs_that_failed
-from nanovllm_kernels.decode_layer.cases import CASES as LAYER_CASES
-from nanovllm_kernels.decode_layer.cases import layer_inputs
 from nanovllm_kernels.paged_decode.cases import CASES as DECODE_CASES
 from nanovllm_kernels.ragged_prefill import mosaic_supports
 from nanovllm_kernels.ragged_prefill.cases import CASES as PREFILL_CASES
@@ -206,35 +201,6 @@ def test_skinny_matmul_with_the_launches_of_a_model(case, rows):
     assert relative_error(got[0], skinny_oracle(arrays, case)) < 5e-3
     for other in got[1:]:
         np.testing.assert_array_equal(np.asarray(other), np.asarray(got[0]))
-
-
-@pytest.mark.parametrize("case", LAYER_CASES, ids=lambda case: case.name)
-def test_decode_layer(case):
-    def calls(x, weights, cos, sin, k_cache, v_cache, tables, lens):
-        # The same words for all calls: each must wait for what this call sends, though all send the same.
-        words = jax.new_ref(layer_words(weights, k_cache))
-        row, results = (cos, sin, k_cache, v_cache, tables, lens), []
-        for number in range(1, 21):
-            shared = {"words": words, "call": jnp.int32(number), "backend": "triton"}
-            results.append(decode_layer(x, weights, *row, **case.options, **shared))
-        return results, words[0]
-
-    for seed in (0, 1):
-        inputs = layer_inputs(case, seed)
-        results, gave_up = jax.jit(calls)(*inputs)
-        expected = layer_oracle(*inputs, **case.options)
-        assert not gave_up
-        assert relative_error(results[0][0], expected[0]) < 1e-2
-        for got, cache in zip(results[0][1:], expected[1:], strict=True):
-            seen = ~np.isnan(cache)
-            got = np.asarray(got, np.float64)
-            assert not np.isnan(got[seen]).any()
-            assert np.isnan(got[~seen]).all()
-            assert relative_error(got[seen][None], cache[seen][None]) < 5e-3
-        # Sums in a fixed order repeat to the bit.
-        for other in results[1:]:
-            for got, first in zip(other, results[0], strict=True):
-                np.testing.assert_array_equal(np.asarray(got).view(np.uint16), np.asarray(first).view(np.uint16))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
