@@ -1,5 +1,4 @@
 import dataclasses
-import gc
 import json
 import shutil
 
@@ -121,8 +120,6 @@ def test_arrays_that_do_not_fit_the_config_are_named(copy):
     assert "['layers'][2]" in str(error.value)
 
 
-# Orbax leaves coroutines behind when a restore fails; they go here, not in whatever test runs next.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 def test_corrupt_arrays_and_config_are_named(copy):
     for file in (copy / "params" / "ocdbt.process_0" / "d").iterdir():
         file.write_bytes(file.read_bytes()[:50])
@@ -134,4 +131,3 @@ def test_corrupt_arrays_and_config_are_named(copy):
     (copy / "nanovllm_config.json").write_text('{"family": "llama", "rope": {"bend": 3}}')
     with pytest.raises(WeightsError, match="of another version"):
         load(copy)
-    gc.collect()
