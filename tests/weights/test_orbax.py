@@ -1,6 +1,9 @@
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -120,11 +123,29 @@ def test_arrays_that_do_not_fit_the_config_are_named(copy):
     assert "['layers'][2]" in str(error.value)
 
 
-def test_corrupt_arrays_and_config_are_named(copy):
+def failed_load(directory):
+    """What a user reads when the command line loads it; Orbax's reads that still run when one fails end with it."""
+    command = [
+        sys.executable,
+        "-c",
+        "from nanovllm_jax.cli import main; main()",
+        "generate",
+        "--model",
+        str(directory),
+        "a",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    return " ".join(done.stderr.split())
+
+
+def test_corrupt_arrays_are_named(copy):
     for file in (copy / "params" / "ocdbt.process_0" / "d").iterdir():
         file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(WeightsError, match=r"cannot be restored.*convert the model again"):
-        load(copy)
+    assert re.search(r"cannot be restored.*convert the model again", failed_load(copy))
+
+
+def test_missing_arrays_and_a_wrong_config_are_named(copy):
     shutil.rmtree(copy / "params")
     with pytest.raises(WeightsError, match=r"cannot be restored.*convert the model again"):
         load(copy)
