@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -123,9 +124,15 @@ def versions(lines: Sequence[dict]) -> str:
     for engine in ENGINES:
         if engine in newest:
             packages = ", ".join(f"{name} {number}" for name, number in newest[engine]["versions"].items())
-            commit = f", commit {newest[engine]['commit'][:10]}" if engine == OURS and newest[engine]["commit"] else ""
-            texts.append(f"{engine} on {newest[engine]['date']}: {packages}{commit}.")
+            texts.append(f"{engine} on {newest[engine]['date']}: {packages}{commits(lines) if engine == OURS else ''}.")
     return "  \n".join(texts)
+
+
+def commits(lines: Sequence[dict]) -> str:
+    """Our commits, each with how many of the figures it has."""
+    ours = Counter(line["commit"][:7] for line in lines if "/" not in line["figure"] and line["commit"])
+    found = ", ".join(f"{commit} ({count})" for commit, count in ours.items())
+    return f"; figures by commit: {found}" if found else ""
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -115,6 +115,7 @@ class AsyncLLM:
             RequestError: if the prompt or the parameters cannot be served.
             DeviceError: if the engine failed or is closed.
         """
+        await self.check_health()
         params = sampling_params or self.get_default_sampling_params()
         request_id = f"async-{next(self._ids)}" if request_id is None else request_id
         if request_id in self._streams:
@@ -219,10 +220,12 @@ class AsyncLLM:
                     outputs.close()
 
     async def _in_tokenizer_thread[T](self, function: Callable[[], T]) -> T:
+        await self.check_health()
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
 
     def _leave(self, outputs: RequestStream) -> None:
-        if self._streams.pop(outputs.request_id, None) is not None:
+        if self._streams.get(outputs.request_id) is outputs:  # not a later one of the same id
+            del self._streams[outputs.request_id]
             self._thread.abort(outputs.request_id)
 
 

@@ -83,7 +83,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         meshes = replica_meshes(mesh)
         model_config = split_heads(whole, config.tensor_parallel_size)
         dtype = weight_dtype(config.dtype, model_config, on_gpu=mesh.devices.flat[0].platform != "cpu")
-        exchanged = can_exchange(mesh)
+        exchanged = all(map(can_exchange, meshes))
         loading = pool.submit(_load, source, model_config, dtype, meshes, config)
         planned = model_config, config, dtype, meshes, exchanged
         programs, shape = _plan(*planned)

@@ -49,14 +49,16 @@ class EngineThread:
         """
 
         def add() -> None:
+            known = prepared.request_id in self._open
             try:
                 if self._error is not None:
                     raise self._error
+                self._open.add(prepared.request_id)  # first: whatever else goes wrong ends all that are open
                 self._engine.enqueue(prepared)
             except (RequestError, DeviceError) as error:
+                if not known:
+                    self._open.discard(prepared.request_id)
                 self._on_events([(prepared.request_id, error)])
-            else:
-                self._open.add(prepared.request_id)
 
         self._put(add)
 
@@ -64,6 +66,8 @@ class EngineThread:
         """End a request; its last output has the finish reason "abort". Unknown ids are ignored."""
 
         def abort() -> None:
+            if self._error is not None:
+                return  # it ended with all others
             output = self._engine.abort(request_id)
             self._engine.update_gauges()
             if output is not None:
@@ -126,11 +130,11 @@ class EngineThread:
             command = self._inbox.get()
             if command is not None:
                 command()
-        self._on_events([(request_id, error) for request_id in self._open])
+        self._on_events([(request_id, error) for request_id in list(self._open)])
         self._open.clear()
         try:
             self._engine.close()
-        except DeviceError:
+        except Exception:
             logger.exception("the engine did not close")
 
     def _take_commands(self) -> bool:

@@ -3,7 +3,7 @@
 The engine dispatches a step before it reads the tokens of the step before, so a request's state advances
 when it is scheduled: `num_computed_tokens` counts what is in flight, `num_unread` the sampled ids that are
 still on the device. What is known without them (a finish by length) is decided here; what needs them (stop
-ids and strings) costs at most one token, which the engine drops.
+ids and strings) costs what is left of this step and the next one, which the engine drops.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ async def run_batch(
     """
     done = _read_done(target)
     counts = BatchCounts()
-    slots = asyncio.Semaphore(2 * llm.config.max_num_seqs)  # the engine never waits for the next line
+    rows = llm.config.max_num_seqs * llm.config.data_parallel_size
+    slots = asyncio.Semaphore(2 * rows)  # the engine never waits for the next line
     with target.open("ab+") as file:
         output = _Output(file)
         async with _first_error(), asyncio.TaskGroup() as group:

@@ -113,7 +113,7 @@ def _check_queue(llm: AsyncLLM, config: ServeConfig) -> None:
     """Refuse what would wait behind more than `max_queue` others."""
     if config.max_queue is None:
         return
-    waiting = llm.num_unfinished - llm.config.max_num_seqs
+    waiting = llm.num_unfinished - llm.config.max_num_seqs * llm.config.data_parallel_size
     if max(waiting, llm.stats.num_waiting) >= config.max_queue:
         message = f"The queue is full ({config.max_queue} requests); try again later."
         raise APIError(503, message, code="queue_full", headers={"Retry-After": "1"})

@@ -33,7 +33,7 @@ def test_engines_stand_side_by_side_and_the_last_line_counts(tmp_path):
     measured = ["27,000 (26,000 to 27,100)", "23,453 (22,431 to 23,543)", "36,000", "75%"]
     assert cells(text, "`bench256_out_tok_s`")[2:] == measured
     assert cells(text, "`startup_warm_s`")[1:] == ["s", "9.5", "", "", ""]
-    assert "commit 0123456789" in text
+    assert "figures by commit: 0123456 (2)" in text
 
 
 def test_times_are_shares_the_other_way_round(tmp_path):
