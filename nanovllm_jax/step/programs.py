@@ -50,8 +50,6 @@ def use_persistent_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # Named scopes are metadata: without them in the key, a profile would show those of an older version of the code.
-    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
 
 
 def _gpu_options(command_buffers: bool, several_devices: bool) -> dict[str, str | bool]:
