@@ -102,6 +102,7 @@ def test_requests_are_aborted_on_their_replica_and_the_caches_stay_while_one_run
     assert two.reset_prefix_cache()
 
 
+@pytest.mark.slow
 def test_many_tasks_share_the_replicas(two):
     arguments = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64, "dtype": "float32"}
     llm = AsyncLLM(None, skip_tokenizer_init=True, enforce_eager=True, data_parallel_size=2, **arguments)
@@ -120,6 +121,7 @@ def test_many_tasks_share_the_replicas(two):
     assert tokens == [output.outputs[0].token_ids for output in two.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
 
+@pytest.mark.slow
 def test_bad_words_of_several_tokens_are_kept_out_on_every_replica():
     prompts = ["To be, or not to be", "Who is there?", "The king", "And God said"]
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -54,6 +54,7 @@ def test_logprobs_are_those_of_one_device(model):
         assert [lp for _, lp in one.values()] == pytest.approx([lp for _, lp in two.values()], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_shards_choose_among_the_five_likeliest():
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     with open_llm(None, 4, 1, dtype="bfloat16") as llm:
