@@ -25,11 +25,9 @@ from nanovllm_kernels import (
     silu_mul,
     skinny_matmul,
 )
-from nanovllm_kernels._cases import AttentionCase
-from nanovllm_kernels.add_rms_norm.cases import AddRmsNormCase
+from nanovllm_kernels._cases import AttentionCase, RowsCase
 from nanovllm_kernels.rope_cache_write.cases import RopeCacheWriteCase
 from nanovllm_kernels.sample.cases import SampleCase, sample_inputs
-from nanovllm_kernels.silu_mul.cases import SiluMulCase
 from nanovllm_kernels.skinny_matmul.cases import SkinnyCase
 
 ROTATED_BYTES = 300e6  # six times the L2 of an H100 or H200
@@ -165,7 +163,7 @@ def cache_write(case: RopeCacheWriteCase, backend: str) -> Chain:
     return Chain(name, function, jax.eval_shape(fill), fill, calls, moved, donated=2)
 
 
-def add_norm(case: AddRmsNormCase, backend: str) -> Chain:
+def add_norm(case: RowsCase, backend: str) -> Chain:
     """Each call over rows of its own."""
     shape = (case.num_tokens, case.size)
     moved = 4 * jnp.dtype(case.dtype).itemsize * math.prod(shape)
@@ -182,7 +180,7 @@ def add_norm(case: AddRmsNormCase, backend: str) -> Chain:
     return Chain(f"add_rms_norm {case.name}, {backend}", function, jax.eval_shape(fill), fill, calls, moved)
 
 
-def activation(case: SiluMulCase, backend: str) -> Chain:
+def activation(case: RowsCase, backend: str) -> Chain:
     """Each call over gates and values of its own."""
     shape = (case.num_tokens, 2, case.size)
     moved = 3 * jnp.dtype(case.dtype).itemsize * case.num_tokens * case.size

@@ -28,7 +28,7 @@ from arguments import (
     parse,
 )
 from engine_process import OURS, EngineProcess
-from reporting import Outcome, progress
+from reporting import Outcome, draw, progress
 from steps import Cell, StepTimes, limits, measure_steps
 from workloads import warm_up
 
@@ -51,7 +51,8 @@ def main() -> int:
             with outcome.guard(engine, lambda left=left: ", ".join(f"b{cell.batch}_c{cell.context}" for cell in left)):
                 measure(engine, left, model, args, outcome, dummy_weights=dummy_weights)
     if outcome.lines and args.plot:
-        save_plot(outcome.lines, figure_prefix(args.engine[0], args), args.plot)
+        prefix = f"{figure_prefix(args.engine[0], args)}t"  # a chart shows one engine
+        draw("latency", [line for line in outcome.lines if line["figure"].startswith(prefix)], args.plot)
     return outcome.finish()
 
 
@@ -107,17 +108,6 @@ def cell_lines(cell: Cell, process: EngineProcess, times: list[StepTimes], args:
         )
         for name, part in (("ttft_ms", "first_token"), ("tpot_ms", "per_token"))
     ]
-
-
-def save_plot(lines: list[dict], prefix: str, path: Path) -> None:
-    """Draws both times where matplotlib is installed."""
-    try:
-        from chart import draw_latency
-    except ImportError as error:
-        print(f"no plot: {error}; `chart.py` draws it elsewhere from the JSON lines", file=sys.stderr)
-        return
-    draw_latency([line for line in lines if line["figure"].startswith(f"{prefix}t")], path)
-    print(f"plot in {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

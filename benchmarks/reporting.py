@@ -90,3 +90,14 @@ def of_limit(line: dict) -> str:
         return ""
     share = line["value"] / line["limit"]
     return f"{1 / share if line['unit'] in ('s', 'ms') else share:.0%}"
+
+
+def draw(kind: str, lines: Sequence[dict], path: Path) -> None:
+    """Draws figures where matplotlib is installed; `kind` is one of `chart.DRAWINGS`."""
+    try:
+        from chart import DRAWINGS
+    except ImportError as error:
+        print(f"no picture: {error}; `chart.py {kind}` draws it elsewhere from the JSON lines", file=sys.stderr)
+        return
+    DRAWINGS[kind](lines, path)
+    print(f"picture in {path}", file=sys.stderr)

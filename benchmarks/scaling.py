@@ -35,7 +35,7 @@ import results_log
 from arguments import engine_spec, make_parser, parse
 from engine_process import OURS, EngineProcess, EngineSpec
 from models import MODELS, config_of, prepare_model
-from reporting import Outcome, progress
+from reporting import Outcome, draw, progress
 from steps import Cell, least_times, measure_steps
 from workloads import CASES, draw_for_replicas, warm_up
 
@@ -108,7 +108,7 @@ def main() -> int:
             for setup in run_wave(wave, visible, deadline, args, results, outcome):
                 outcome.add(figure_lines(setup, setups, results, args))
     if outcome.lines and args.plot:
-        save_plot(outcome.lines, args.plot)
+        draw("scaling", outcome.lines, args.plot)
     return outcome.finish()
 
 
@@ -303,17 +303,6 @@ def least_seconds(setup: Setup, step: str, args: argparse.Namespace, device: str
         return None
     least = least_times(limit.shape_of(config), ceilings.of_devices(setup.shards), cell_of(step, setup, args))
     return least.first_token, least.per_token
-
-
-def save_plot(lines: Sequence[dict], path: Path) -> None:
-    """Draws the speed-ups where matplotlib is installed."""
-    try:
-        from chart import draw_scaling
-    except ImportError as error:
-        print(f"no plot: {error}; `chart.py scaling` draws it elsewhere from the JSON lines", file=sys.stderr)
-        return
-    draw_scaling(lines, path)
-    print(f"plot in {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import results_log
 from arguments import engine_spec, figure_prefix, make_parser, max_token_id, num_devices, open_model, parse
 from engine_process import OURS, EngineProcess, OutOfTime
 from models import config_of
-from reporting import Outcome, progress
+from reporting import Outcome, draw, progress
 from workloads import CASES, SPEEDUP, SPEEDUP_CASES, Case, Figure, draw_for_replicas, uniform, warm_up
 
 from nanovllm_jax.cli.bench import Requests, Run
@@ -70,7 +70,7 @@ def main() -> int:
                         outcome.add(figure_lines(result, args) + speedup_lines(measured, args))
                         left.remove(result.case.name)
     if outcome.lines and args.chart:
-        save_chart(outcome.lines, args.chart)
+        draw("throughput", outcome.lines, args.chart)
     return outcome.finish()
 
 
@@ -170,17 +170,6 @@ def facts(result: Measured, args: argparse.Namespace) -> dict:
     """What a line says beside the figure."""
     device = results_log.device_name(result.device, num_devices(args))
     return {"device": device, "versions": result.versions, "commit": args.commit}
-
-
-def save_chart(lines: Sequence[dict], path: Path) -> None:
-    """Draws the chart where matplotlib is installed."""
-    try:
-        from chart import draw_throughput
-    except ImportError as error:
-        print(f"no chart: {error}; `chart.py` draws it elsewhere from the JSON lines above", file=sys.stderr)
-        return
-    draw_throughput(lines, path)
-    print(f"chart in {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

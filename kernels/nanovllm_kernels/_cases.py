@@ -1,4 +1,4 @@
-"""Attention problems in NumPy: what tests and benchmarks share. Everything a kernel must not read is NaN."""
+"""Problems in NumPy that tests and benchmarks share. In attention's everything that a kernel must not read is NaN."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ DTYPES: dict[str, Any] = {
     "float16": np.float16,
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
 }
+
+
+@dataclass(frozen=True)
+class RowsCase:
+    """One problem of an operation on rows of `size` elements."""
+
+    name: str
+    num_tokens: int
+    size: int
+    dtype: str = "bfloat16"
 
 
 def kv_scales(cache_dtype: str, num_kv_heads: int, rng: np.random.Generator) -> dict[str, Any]:

@@ -2,25 +2,12 @@ import ast
 from pathlib import Path
 
 import pytest
+from schedulers import BLOCK, make_scheduler
 
 import nanovllm_jax
 from nanovllm_jax.engine.request import NO_ROW, Request, RequestStatus
-from nanovllm_jax.engine.scheduler import Scheduler, SchedulerConfig
 from nanovllm_jax.errors import ConfigError, RequestError
 from nanovllm_jax.sampling_params import SamplingParams
-
-BLOCK = 4
-
-
-def make_scheduler(**changes):
-    limits = {
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 64,
-        "max_model_len": 64,
-        "block_size": BLOCK,
-        "num_blocks": 32,
-    }
-    return Scheduler(SchedulerConfig(**(limits | changes)))
 
 
 def add(scheduler, request_id, prompt, max_tokens=8, **kwargs):

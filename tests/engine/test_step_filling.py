@@ -1,25 +1,14 @@
 import random
+from functools import partial
 
 import pytest
+import schedulers
 
 from nanovllm_jax.engine.request import Request
-from nanovllm_jax.engine.schedule import SchedulerConfig
-from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.step_filling import StepFilling
 from nanovllm_jax.sampling_params import SamplingParams
 
-BLOCK = 4
-
-
-def make_scheduler(**changes):
-    limits = {
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "max_model_len": 64,
-        "block_size": BLOCK,
-        "num_blocks": 128,
-    }
-    return Scheduler(SchedulerConfig(**(limits | changes)))
+make_scheduler = partial(schedulers.make_scheduler, max_num_seqs=8, num_blocks=128)
 
 
 def first_step(scheduler, prompts, *, early, **kwargs):

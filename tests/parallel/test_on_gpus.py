@@ -2,7 +2,6 @@
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.step import executables
@@ -25,15 +24,8 @@ def generate(prompts, **settings):
 
 
 @pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    """Empty, and without XLA's own: what comes from there is not kept."""
+def own_cache(tmp_path, monkeypatch, no_xla_cache):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()
 
 
 def test_a_program_that_is_loaded_as_if_for_other_devices_does_the_same(own_cache, monkeypatch):

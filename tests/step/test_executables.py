@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from test_programs import catalogue
 
 from nanovllm_jax.step import draw
@@ -24,17 +23,6 @@ class Small(Catalogue):
 
     def all_keys(self):
         return [UPDATE, EXTRAS]
-
-
-@pytest.fixture
-def no_xla_cache():
-    """Other tests turn it on, and what comes from there is not kept."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()
 
 
 def small_catalogue(shards=1, replica=0):
