@@ -30,7 +30,7 @@ def load_relocated(
         serialized: what `jax.experimental.serialize_executable.serialize` gave.
         compiled_for: ids of the devices that it was compiled for, in the order of their mesh.
         devices: as many others, in the same order.
-        options: XLA's options that it was compiled with.
+        options: XLA's options of the catalogue's programs; those of single programs only matter while compiling.
     """
     payload, in_tree, out_tree = serialized
     unpickler = _Relocating(payload, compiled_for, devices, options)
