@@ -1,9 +1,9 @@
 """The products of a layer, each with the norm before it and the addition or activation after it.
 
 Decode steps have few rows and are bound by reading the weights: there, on a GPU, each is one fused kernel
-(`nanovllm_kernels.skinny_matmul`). Elsewhere they are XLA's einsums, and what a product adds to the hidden states is
-left to the norm that follows, which then reads them once (`nanovllm_kernels.add_rms_norm`). Which one runs is decided
-once a step, by `fused_counters`.
+(`nanovllm_kernels.skinny_matmul`). Elsewhere they are XLA's einsums. On one GPU cuBLAS then adds what a product adds to
+the hidden states; what is summed over shards first is left to the norm that follows, which reads both once
+(`nanovllm_kernels.add_rms_norm`). Which one runs is decided once a step, by `fused_counters`.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ def add_attention(
     """Hidden states, to which nothing waits to be added, plus the heads' output projection summed over shards."""
     weight, bias, x = params["o"], params.get("o_bias"), residual.x
     if counters is None:
-        update = sum_shards(einsum("tkgd,kgde->te", heads, weight), axis_name, table=table)
-        return Residual(x, _add_bias(update, bias))
+        return _add(x, einsum("tkgd,kgde->te", heads, weight), bias, axis_name, table)
     flat, flat_weight = heads.reshape(x.shape[0], -1), weight.reshape(-1, x.shape[1])
     return Residual(_add_fused(x, flat, flat_weight, bias, axis_name, table, counters))
 
@@ -111,13 +110,25 @@ def add_mlp(
             gate_up = _add_bias(einsum("te,ezf->tzf", normalised, params["gate_up"]), gate_up_bias)
             gated = silu_mul(gate_up, backend=backend)
         with jax.named_scope("down"):
-            update = sum_shards(einsum("tf,fe->te", gated, params["down"]), axis_name, table=table)
-            return Residual(residual.x, _add_bias(update, down_bias))
+            return _add(residual.x, einsum("tf,fe->te", gated, params["down"]), down_bias, axis_name, table)
     options = {"norm": params["post_norm"], "eps": eps, "bias": gate_up_bias}
     with jax.named_scope("gate_up"):
         gated = skinny_matmul(residual.x, params["gate_up"], **options, counters=counters, backend="triton")
     with jax.named_scope("down"):
         return Residual(_add_fused(residual.x, gated, params["down"], down_bias, axis_name, table, counters))
+
+
+def _add(
+    x: Float[Array, "T E"],
+    product: Float[Array, "T E"],
+    bias: Float[Array, " E"] | None,
+    axis_name: str | None,
+    table: Int[Array, "*mesh entries"] | None,
+) -> Residual:
+    if axis_name is None:
+        # XLA makes the addition cuBLAS's: 37 us less for each layer of Qwen3-0.6B at 16,384 tokens (H100).
+        return Residual(x + _add_bias(product, bias))
+    return Residual(x, _add_bias(sum_shards(product, axis_name, table=table), bias))
 
 
 def _add_fused(

@@ -145,7 +145,8 @@ class _Layers:
         x = _embed(params["embed"], tokens, axis_name, self._table)
         self.counters = fused_counters(backend, x.shape[0], x.dtype)
         # Where additions wait for norms, zeros before the first layer make all layers the same function.
-        self.residual = Residual(x, typed_as(x, jnp.zeros_like(x)) if self.counters is None else None)
+        waits = self.counters is None and axis_name is not None
+        self.residual = Residual(x, typed_as(x, jnp.zeros_like(x)) if waits else None)
         self._params = params["layers"]
         self._rope = rope_tables(positions, config.head_dim, config.rope)
         options = {"config": config, "attend": attend, "backend": backend}
