@@ -209,9 +209,10 @@ def _add_shards(call: Call) -> Work:
     return Work((shards + len(arrays) - 2) * math.prod(part.shape), moved)
 
 
-def _add_rms_norm(call: Call) -> Work:
-    """The addition, the square and its sum, and two products, an element."""
-    return Work(5 * math.prod(call.operands[0].shape), call.bytes)
+def _rms_norm(call: Call) -> Work:
+    """The square and its sum, and two products, an element; with an addition before them one more."""
+    each = 5 if call.kernel.startswith("add") else 4
+    return Work(each * math.prod(call.operands[0].shape), call.bytes)
 
 
 def _silu_mul(call: Call) -> Work:
@@ -236,7 +237,8 @@ BY_LOAD: dict[str, Callable[[Site], Work]] = {
 BY_OPERANDS: dict[str, Callable[[Call], Work]] = {
     "product_kernel": _skinny_matmul,
     "add_shards_kernel": _add_shards,
-    "add_rms_norm_kernel": _add_rms_norm,
+    "add_rms_norm_kernel": _rms_norm,
+    "rms_norm_kernel": _rms_norm,
     "silu_mul_kernel": _silu_mul,
     "product_mosaic": _skinny_matmul,
     "sample": _sample,

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.parallel.collectives import sum_shards
 from nanovllm_kernels import add_rms_norm, silu_mul, skinny_matmul, split_counters
-from nanovllm_kernels.norm import rms_norm
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel
 
 Backend = Literal["xla", "triton"]
@@ -34,8 +33,6 @@ class Residual(NamedTuple):
         self, weight: Float[Array, " E"], eps: float, backend: Backend
     ) -> tuple[Residual, Float[Array, "T E"]]:
         """The sum, added up, and its root-mean-square norm."""
-        if self.update is None:
-            return self, rms_norm(self.x, weight, eps)
         total, normalised = add_rms_norm(self.x, self.update, weight, eps=eps, backend=backend)
         return Residual(typed_as(self.x, total)), normalised
 

@@ -13,8 +13,8 @@ DECODE_STEPS = 4  # tokens a row in one decode step on a GPU
 def closed_formula(config, tokens, sequences, pairs, keys, *, is_prefill=False):
     """(flops, bytes) of a whole step of bfloat16: weights once, activations of products, K and V.
 
-    Of a prefill also what activations move, apart from products there; less what the last layer does after attention,
-    which only the last tokens pass. Norms are XLA's, which are not counted.
+    Of a prefill also what norms and activations move, apart from products there; less what the last layer does after
+    attention, which only the last tokens pass.
     """
     E, F, L = config.hidden_size, config.intermediate_size, config.num_layers
     heads, kv, D = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.head_dim
@@ -27,7 +27,7 @@ def closed_formula(config, tokens, sequences, pairs, keys, *, is_prefill=False):
     moved = L * (weights + activations + attention)
     if is_prefill:
         flops -= 2 * tokens * (heads * E + 3 * E * F)
-        moved += L * tokens * 3 * F - tokens * (heads + 3 * E + 6 * F)
+        moved += L * tokens * (4 * E + 3 * F) - tokens * (heads + 5 * E + 6 * F)
     return flops, BF16 * moved
 
 

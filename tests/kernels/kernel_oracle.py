@@ -123,7 +123,7 @@ def relative_error(got, expected):
 
 def add_rms_norm_oracle(x, update, weight, *, eps):
     """The sum, and the norm of the sum as the dtype holds it: that rounding is part of what is asked for."""
-    total = x.astype(np.float64) + update
+    total = x.astype(np.float64) + (0 if update is None else update)
     held = total.astype(x.dtype).astype(np.float64)
     return total, held / np.sqrt(np.mean(held**2, axis=1, keepdims=True) + eps) * weight.astype(np.float64)
 

@@ -131,14 +131,17 @@ def test_kernels_of_float8_caches_compile(compiled, architecture, operation):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("added", [True, False], ids=["sum", "alone"])
 @pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
-def test_add_rms_norm_compiles_to_one_kernel(compiled, architecture, case):
+def test_add_rms_norm_compiles_to_one_kernel(compiled, architecture, case, added):
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(case.dtype))
     x, weight = shape((case.num_tokens, case.size)), shape((case.size,))
     with lowering_for(architecture):
-        traced = jax.jit(lambda *args: add_rms_norm(*args, eps=1e-6, backend="triton")).trace(x, x, weight)
+        traced = jax.jit(lambda *args: add_rms_norm(*args, eps=1e-6, backend="triton")).trace(
+            x, x if added else None, weight
+        )
         traced.lower(lowering_platforms=("cuda",))
-    assert [name for name, _ in compiled] == ["add_rms_norm_kernel"]
+    assert [name for name, _ in compiled] == ["add_rms_norm_kernel" if added else "rms_norm_kernel"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

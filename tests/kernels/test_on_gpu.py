@@ -95,9 +95,11 @@ def test_rope_cache_write(case):
     np.testing.assert_array_equal(np.asarray(caches[1]).view(np.uint8), np.asarray(results["xla"][2]).view(np.uint8))
 
 
+@pytest.mark.parametrize("added", [True, False], ids=["sum", "alone"])
 @pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
-def test_add_rms_norm(case):
-    arrays = add_rms_norm_inputs(case)
+def test_add_rms_norm(case, added):
+    x, update, weight = add_rms_norm_inputs(case)
+    arrays = x, update if added else None, weight
     got = jax.jit(lambda *arrays: add_rms_norm(*arrays, eps=1e-6, backend="triton"))(*arrays)
     for one, expected in zip(got, add_rms_norm_oracle(*arrays, eps=1e-6), strict=True):
         assert relative_error(one, expected) < TOLERANCE[case.dtype]
