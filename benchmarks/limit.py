@@ -43,8 +43,9 @@ class Ceilings:
         return replace(self, bytes_per_s=count * self.bytes_per_s, flops_per_s=count * self.flops_per_s)
 
 
-# By device kind: a device copy of 2 GiB, and the largest bf16 product (8192 cubed).
+# By device kind: a device copy of 4 GiB, and the largest bf16 product (8192 cubed).
 MEASURED = {"NVIDIA H200": Ceilings(4.3e12, 790e12)}
+MEMORY_BYTES = {"NVIDIA H200": 141e9, "NVIDIA H100 80GB HBM3": 80e9}
 
 
 @dataclass(frozen=True)
