@@ -9,9 +9,11 @@ import argparse
 from dataclasses import dataclass
 
 from engine_process import EngineProcess
-from limit import MEMORY_BYTES, Ceilings, Shape, ceilings_for, decode_seconds, kv_cache_bytes, prefill_seconds, shape_of
+from limit import Ceilings, Shape, ceilings_for, decode_seconds, kv_cache_bytes, prefill_seconds, shape_of
 from models import config_of
 from workloads import uniform
+
+from nanovllm_jax.inspection.gpus import gpu_of_device
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,12 @@ def fits(process: EngineProcess, cell: Cell, args: argparse.Namespace, num_devic
 
     Engines use nine tenths of the memory; a tenth of the rest is left for temporaries. True where sizes are not known.
     """
-    config, memory = config_of(args.model), MEMORY_BYTES.get(process.device)
-    if not config or not memory:
+    config, gpu = config_of(args.model), gpu_of_device(process.device)
+    if not config or not gpu:
         return True
     shape = shape_of(config, kv_cache_bytes=kv_cache_bytes(process.spec.options))
     cache = cell.batch * (cell.context + cell.new_tokens) * shape.kv_bytes
-    return shape.step_bytes + cache <= 0.8 * memory * num_devices
+    return shape.step_bytes + cache <= 0.8 * gpu.memory_bytes * num_devices
 
 
 def limits(process: EngineProcess, cell: Cell, args: argparse.Namespace, num_devices: int) -> StepTimes | None:
