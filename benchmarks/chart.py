@@ -1,16 +1,19 @@
 """Draws what was measured: `python benchmarks/chart.py {throughput,latency,scaling} LINES.jsonl CHART.png`.
 
 Throughput: a bar an engine, its range over the repetitions, and a dashed line at what the device allows. Latency: a
-line a context. Scaling: speed-up over the number of GPUs, a line a case. Needs matplotlib (the dependency group
+line a context. Scaling: speed-up over the number of GPUs, a line a case. `chart.py roofline POINTS.json CHART.png`
+draws what `kernels.py --plot` wrote: a point a case, under the ceilings. Needs matplotlib (the dependency group
 `bench`), which machines that measure need not have.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import results_log
@@ -126,17 +129,48 @@ def draw_scaling(lines: Sequence[dict], path: Path) -> None:
     plt.close(sheet)
 
 
+def draw_roofline(roofline: Mapping[str, Any], path: Path) -> None:
+    """Kernels under the two ceilings: operations a byte that has to move across, operations a second up."""
+    copy_rate, product_rate = roofline["copy_rate"], roofline["product_rate"]
+    sheet, panel = plt.subplots(figsize=(7.5, 5))
+    intensities = [2**exponent for exponent in range(-1, 14)]
+    roof = [min(copy_rate * each, product_rate) / 1e12 for each in intensities]
+    panel.loglog(intensities, roof, color="black", linewidth=1, label="device copy, bf16 product")
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for point in roofline["points"]:
+        if point["name"] != "bf16 product":
+            peer = " XLA" if point["name"].endswith(", xla") else ""
+            kinds.setdefault(f"{point['name'].split()[0]}{peer}", []).append(point)
+    for kind, points in kinds.items():
+        across = [point["intensity"] for point in points]
+        up = [point["rate"] / 1e12 for point in points]
+        panel.scatter(across, up, s=16, label=kind, marker="x" if kind.endswith("XLA") or kind == "cuDNN" else "o")
+    panel.set(xlabel="operations a byte that has to move", ylabel="TFLOP/s", title=f"kernels on {roofline['device']}")
+    panel.legend(fontsize=8)
+    sheet.tight_layout()
+    sheet.savefig(path, dpi=150)
+    plt.close(sheet)
+
+
 def main() -> None:
-    """Draws the newest line of each figure of a file."""
+    """Draws the newest line of each figure of a file, or the points of a roofline."""
     if len(sys.argv) != 4 or sys.argv[1] not in DRAWINGS:
         raise SystemExit(__doc__)
-    lines = list(results_log.latest(Path(sys.argv[2])).values())
-    if sys.argv[1] == "latency":
+    kind, source, path = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    if kind == "roofline":
+        return draw_roofline(json.loads(source.read_text(encoding="utf-8")), path)
+    lines = list(results_log.latest(source).values())
+    if kind == "latency":
         lines = [line for line in lines if re.match(r"(ttft|tpot)_ms_", line["figure"])]
-    DRAWINGS[sys.argv[1]](lines, Path(sys.argv[3]))
+    return DRAWINGS[kind](lines, path)
 
 
-DRAWINGS = {"throughput": draw_throughput, "latency": draw_latency, "scaling": draw_scaling}
+DRAWINGS = {
+    "throughput": draw_throughput,
+    "latency": draw_latency,
+    "scaling": draw_scaling,
+    "roofline": draw_roofline,
+}
 
 if __name__ == "__main__":
     main()

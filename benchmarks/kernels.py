@@ -3,7 +3,8 @@
 A figure is a share of the device copy's rate, or a ratio to a peer (XLA, cuDNN) that does the same, all of one run of
 this command. Times are those of the device, from a trace: from the start of a call's first kernel to the end of its
 last one, merges and the gaps between kernels included. Programs run as captured graphs, peers at XLA's default
-autotuning. `--quick` leaves out the products; `--plot` draws every case under the roofline.
+autotuning. `--quick` leaves out the products; `--plot` draws every case under the roofline, and writes the points
+beside the picture for `chart.py roofline`, since machines that measure need not have matplotlib.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import kernel_cases
 import kernel_timing  # before JAX starts its device
 import results_log
 from kernel_cases import Chain
+from reporting import draw
 
 from nanovllm_kernels.add_rms_norm.cases import BENCHMARKS as NORMS
 from nanovllm_kernels.paged_decode.cases import BENCHMARKS as DECODES
@@ -53,7 +55,8 @@ PRODUCT_FIGURES = {
     "skinny_vs_xla_256rows_06b": ("qwen3_0_6b", (128, 256)),
     "skinny_vs_xla_geomean_8b": ("qwen3_8b", (1, 8, 32, 64)),
 }
-LEAST_COPY = 4.1e12  # bytes a second on an H200, below which the machine is not fit to be measured on
+# Bytes a second of a device copy, by kind of GPU, below which the machine is not fit to be measured on.
+LEAST_COPY = {"NVIDIA H200": 4.1e12, "NVIDIA H100 80GB HBM3": 2.8e12}
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def _call(chain: Chain, program: Callable) -> Callable[[], object]:
     return call
 
 
-Figure = tuple[str, Sequence[float], str]
+Figure = tuple[str, Sequence[float], str]  # name, values, unit
 
 
 def attention(bench: Bench, copy_rate: float) -> Iterator[Figure]:
@@ -179,33 +182,34 @@ def _rates(ours: Measured, at_one: float) -> list[float]:
     return [at_one / each for each in ours.seconds]
 
 
-def draw_roofline(measured: Sequence[Measured], copy_rate: float, product_rate: float, path: Path) -> None:
-    """Every case with operations: operations a byte across, operations a second up, under the two ceilings."""
-    import matplotlib as mpl  # machines that measure need not have it
+def ceilings(bench: Bench, device_kind: str) -> tuple[float, float]:
+    """Bytes and operations a second that the device reaches now.
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    Raises:
+        SystemExit: if the copy is slower than it should be on this kind of GPU.
+    """
+    (copied,) = bench.time(kernel_cases.copy(), runs=20)
+    copy_rate = copied.chain.moved / min(copied.seconds)
+    least = LEAST_COPY.get(device_kind, 0.0)
+    if copy_rate < least:
+        raise SystemExit(
+            f"the device copy reaches {copy_rate / 1e12:.2f} TB/s of {least / 1e12:.2f}: not a fit machine"
+        )
+    (product,) = bench.time(kernel_cases.product(), runs=20)
+    return copy_rate, product.chain.flops / min(product.seconds)
 
-    figure, panel = plt.subplots(figsize=(7.5, 5))
-    intensities = [2**exponent for exponent in range(-1, 14)]
-    roof = [min(copy_rate * each, product_rate) / 1e12 for each in intensities]
-    panel.loglog(intensities, roof, color="black", linewidth=1, label="device copy, bf16 product")
-    kinds: dict[str, list[Measured]] = {}
-    for each in measured:
-        if each.chain.flops and each.chain.name != "bf16 product":
-            kind = each.chain.name.split()[0]
-            peer = " XLA" if each.chain.name.endswith(", xla") else ""
-            kinds.setdefault(f"{kind}{peer}", []).append(each)
-    for kind, those in kinds.items():
-        across = [each.chain.flops / each.chain.moved for each in those]
-        up = [each.chain.flops / each.median / 1e12 for each in those]
-        panel.scatter(across, up, s=16, label=kind, marker="x" if kind.endswith("XLA") or kind == "cuDNN" else "o")
-    panel.set_xlabel("operations a byte that has to move")
-    panel.set_ylabel("TFLOP/s")
-    panel.set_title(f"kernels on {jax.devices()[0].device_kind}")
-    panel.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+
+def points(measured: Sequence[Measured]) -> list[dict]:
+    """Every case with operations: operations a byte that has to move, operations a second."""
+    return [
+        {
+            "name": each.chain.name,
+            "intensity": each.chain.flops / each.chain.moved,
+            "rate": each.chain.flops / each.median,
+        }
+        for each in measured
+        if each.chain.flops
+    ]
 
 
 def main() -> None:
@@ -222,27 +226,32 @@ def main() -> None:
     if device.platform != "gpu":
         raise SystemExit(f"needs an NVIDIA GPU, but the devices are {jax.devices()}")
     bench = Bench(3 if options.quick else 7)
-    (copied,) = bench.time(kernel_cases.copy(), runs=20)
-    copy_rate = copied.chain.moved / min(copied.seconds)
-    if "H200" in device.device_kind and copy_rate < LEAST_COPY:
-        raise SystemExit(
-            f"the device copy reaches {copy_rate / 1e12:.2f} TB/s of {LEAST_COPY / 1e12}: not a fit machine"
-        )
+    copy_rate, product_rate = ceilings(bench, device.device_kind)
     lines = []
+
+    def add(name: str, values: Sequence[float], unit: str) -> None:
+        about = results_log.measured_here()
+        lines.append(results_log.figure_line(name, values, unit, None, **about, commit=options.commit))
+        print(json.dumps(lines[-1]), flush=True)
+        if options.record:
+            results_log.append(lines[-1:], Path(options.record))
+
+    add("device_copy_tb_s", [copy_rate / 1e12], "TB/s")
+    add("bf16_product_tflop_s", [product_rate / 1e12], "TFLOP/s")
     for group in options.only:
-        if options.quick and group == "skinny":
-            continue
-        for name, values, unit in MEASURES[group](bench, copy_rate):
-            about = results_log.measured_here()
-            lines.append(results_log.figure_line(name, values, unit, None, **about, commit=options.commit))
-            print(json.dumps(lines[-1]), flush=True)
-            if options.record:
-                results_log.append(lines[-1:], Path(options.record))
+        if not (options.quick and group == "skinny"):
+            for figure in MEASURES[group](bench, copy_rate):
+                add(*figure)
     if options.plot:
-        (product,) = bench.time(kernel_cases.product())
-        product_rate = product.chain.flops / min(product.seconds)
-        draw_roofline(bench.measured, copy_rate, product_rate, options.plot)
-    print(f"\ndevice copy {copy_rate / 1e12:.2f} TB/s, {device.device_kind}")
+        roofline = {
+            "device": device.device_kind,
+            "copy_rate": copy_rate,
+            "product_rate": product_rate,
+            "points": points(bench.measured),
+        }
+        options.plot.with_suffix(".json").write_text(json.dumps(roofline))
+        draw("roofline", roofline, options.plot)
+    print(f"\n{device.device_kind}: device copy {copy_rate / 1e12:.2f} TB/s, product {product_rate / 1e12:.0f} TFLOP/s")
     for line in lines:
         reach = REACH.get(line["figure"])
         print(f"{line['figure']:32} {line['value']:8.3f} {line['unit']:8} reach {'' if reach is None else reach}")

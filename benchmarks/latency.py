@@ -29,7 +29,7 @@ from arguments import (
 )
 from engine_process import OURS, EngineProcess
 from reporting import Outcome, draw, progress
-from steps import Cell, StepTimes, limits, measure_steps
+from steps import Cell, StepTimes, fits, limits, measure_steps
 from workloads import warm_up
 
 RECORDED_MODEL = "qwen3-0.6b"
@@ -83,6 +83,12 @@ def measure(
         process.run(warm_up())
         while left:
             cell = left[0]
+            if not fits(process, cell, args, num_devices(args)):
+                outcome.note(
+                    f"{engine}: {cell.batch} rows, context {cell.context}: more than the cache holds, left out"
+                )
+                left.pop(0)
+                continue
             times = [measure_steps(process, cell, repeat) for repeat in range(args.repeats)]
             progress(
                 f"{engine}: {cell.batch} rows, context {cell.context}: first token after "

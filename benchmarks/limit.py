@@ -1,7 +1,8 @@
 """The roofline of a case: what an ideal scheduler would need, from a model's config and measured ceilings.
 
-    python benchmarks/limit.py --model qwen3-0.6b                 # every case, bf16 and fp8 cache
-    python benchmarks/limit.py --model DIR --ceilings 3.0 620     # another GPU: TB/s and TFLOP/s measured there
+    python benchmarks/limit.py --model qwen3-0.6b                 # every case, bf16 and fp8 cache, on an H200
+    python benchmarks/limit.py --gpu H100
+    python benchmarks/limit.py --model DIR --ceilings 1.8 290     # another GPU: TB/s and TFLOP/s measured there
 
 All prompts are computed in one step, then every row gives a token a step until it has its length, with memory for
 all. A step takes what is slower, its bytes or its floating-point operations:
@@ -43,8 +44,8 @@ class Ceilings:
         return replace(self, bytes_per_s=count * self.bytes_per_s, flops_per_s=count * self.flops_per_s)
 
 
-# By device kind: a device copy of 2 GiB, and the largest bf16 product (8192 cubed).
-MEASURED = {"NVIDIA H200": Ceilings(4.3e12, 790e12)}
+# By device kind: a device copy of 4 GiB, and the largest bf16 product (8192 cubed).
+MEASURED = {"NVIDIA H200": Ceilings(4.3e12, 790e12), "NVIDIA H100 80GB HBM3": Ceilings(3.0e12, 790e12)}
 
 
 @dataclass(frozen=True)
@@ -172,16 +173,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-0.6b", help=f"{', '.join(MODELS)} or a model's directory")
     parser.add_argument("--repeats", type=int, default=3, help="draws of each case")
+    by_name = {kind.split()[1]: kind for kind in MEASURED}
+    parser.add_argument("--gpu", default="H200", choices=by_name, help="whose measured ceilings")
     add_ceilings_argument(parser)
     args = parser.parse_args()
-    ceilings, config = ceilings_for("NVIDIA H200", args.ceilings), config_of(args.model)
+    ceilings, config = ceilings_for(by_name[args.gpu], args.ceilings), config_of(args.model)
     rows = []
     for case in CASES:
         shape = shape_of(config, kv_cache_bytes=kv_cache_bytes(case.options))
         for figure in case.figures:
             limits = [figure.limit(shape, ceilings, case.draw(case.first_seed + i)) for i in range(args.repeats)]
             rows.append([figure.name, figure.unit, *map(results_log.number, limits)])
-    title = f"{args.model}, {ceilings.bytes_per_s / 1e12:g} TB/s, {ceilings.flops_per_s / 1e12:g} TFLOP/s"
+    rates = f"{ceilings.bytes_per_s / 1e12:g} TB/s, {ceilings.flops_per_s / 1e12:g} TFLOP/s"
+    title = f"{args.model}, {'given' if args.ceilings else by_name[args.gpu]}: {rates}"
     print_table(title, ["limit", "unit", *(f"draw {i}" for i in range(args.repeats))], rows)
 
 

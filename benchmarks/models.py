@@ -1,5 +1,7 @@
 """Shapes of models that figures are taken on, and checkpoints of them with random weights.
 
+    python benchmarks/models.py qwen3-0.6b DIR        # writes one that any engine loads
+
 Random weights serve parity only if rounding does not decide the text. Hugging Face's initialisation (0.02
 everywhere, tied head) fails at that: positions predict nearly the same tokens, and the top two of 152 thousand
 Gaussian logits lie so close that bfloat16 changes the winner at 4% of positions, against float32. Here instead:
@@ -18,6 +20,7 @@ import itertools
 import json
 import os
 import string
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -186,3 +189,9 @@ def config_of(model: str) -> dict[str, Any] | None:
         return MODELS[model]
     path = Path(model) / "config.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in MODELS:
+        raise SystemExit(f"usage: python benchmarks/models.py {{{','.join(MODELS)}}} DIR")
+    prepare_model(sys.argv[1], Path(sys.argv[2]), weights=True)

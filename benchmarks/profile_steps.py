@@ -118,8 +118,7 @@ def run_steps(llm: LLM, requests: Requests, decode_steps: int) -> float:
 def figures(profile: Any, decode_s: float) -> list[dict[str, Any]]:
     """One line a figure."""
     line = functools.partial(results_log.figure_line, **results_log.measured_here())
-    found = [line("host_gap_frac", [profile.host_gap_frac], "1", None)]
-    found.append(line("decode_step_ms_without_profiler", [decode_s * 1e3], "ms", None))
+    found = [line("decode_step_ms_without_profiler", [decode_s * 1e3], "ms", None)]
     for kind in profile.kinds:
         share = accounted(kind)
         if share is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import results_log
 from engine_process import OURS, EngineFailed, EngineMissing, OutOfTime
@@ -92,12 +93,12 @@ def of_limit(line: dict) -> str:
     return f"{1 / share if line['unit'] in ('s', 'ms') else share:.0%}"
 
 
-def draw(kind: str, lines: Sequence[dict], path: Path) -> None:
-    """Draws figures where matplotlib is installed; `kind` is one of `chart.DRAWINGS`."""
+def draw(kind: str, data: Any, path: Path) -> None:
+    """Draws figures, or what else `kind`, one of `chart.DRAWINGS`, takes, where matplotlib is installed."""
     try:
         from chart import DRAWINGS
     except ImportError as error:
-        print(f"no picture: {error}; `chart.py {kind}` draws it elsewhere from the JSON lines", file=sys.stderr)
+        print(f"no picture: {error}; `chart.py {kind}` draws it elsewhere from the JSON", file=sys.stderr)
         return
-    DRAWINGS[kind](lines, path)
+    DRAWINGS[kind](data, path)
     print(f"picture in {path}", file=sys.stderr)

@@ -18,6 +18,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_FOLDER = ROOT / "benchmarks" / "results"
 
+# Options that say where things are on one machine, which another has elsewhere; --record itself is kept.
+_PLACES = ("--pythonpath", "--python", "--model-dir", "--chart", "--plot", "--trace", "--commit", "--record")
+
 
 def figure_line(
     name: str,
@@ -96,10 +99,26 @@ def commit_name() -> str | None:
 
 
 def command() -> str:
-    """The command line of this process, with the script's path from the repository's root."""
+    """The command line of this process: the script from the repository's root, without paths of this machine."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    return shlex.join(["python", str(name), *sys.argv[1:]])
+    return shlex.join(["python", str(name), *without_places(sys.argv[1:])])
+
+
+def without_places(arguments: Sequence[str]) -> list[str]:
+    """Arguments that mean the same on another machine: of `_PLACES` neither option nor value, but `--record` stays."""
+    kept, is_place = [], False
+    for argument in arguments:
+        option, _, _ = argument.partition("=")
+        if argument.startswith("-"):
+            is_place = option in _PLACES
+            if option == "--record":
+                kept.append(option)
+            elif not is_place:
+                kept.append(argument)
+        elif not is_place:
+            kept.append(argument)
+    return kept
 
 
 def _git(*arguments: str) -> str:

@@ -38,25 +38,31 @@ def main() -> int:
         model = open_model(args, stack, weights=True)
         for engine in args.engine:
             with outcome.guard(engine, lambda: "start-up"):
-                outcome.add(measure(engine, model, args))
+                measure(engine, model, args, outcome)
     return outcome.finish()
 
 
-def measure(engine: str, model: str, args: argparse.Namespace) -> list[dict]:
-    """All repetitions of one engine; a line for each kind."""
+def measure(engine: str, model: str, args: argparse.Namespace, outcome: Outcome) -> None:
+    """Adds a line for each kind of start; if time runs out, of those that came to an end."""
     deadline = time.monotonic() + args.time_limit
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for repeat in range(args.repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            for kind in KINDS:
-                process, to_first_token = start(engine, model, args, Path(folder), deadline)
-                seconds[kind].append(to_first_token)
-                progress(f"{engine}: {kind} start {repeat + 1} of {args.repeats}: {to_first_token:.2f} s")
-    names = {"device": process.device, "versions": process.versions, "commit": args.commit}
-    return [
-        results_log.figure_line(f"{figure_prefix(engine, args)}startup_{kind}_s", values, "s", None, **names)
-        for kind, values in seconds.items()
-    ]
+    names = {}
+    try:
+        for repeat in range(args.repeats):
+            with tempfile.TemporaryDirectory() as folder:
+                for kind in KINDS:
+                    process, to_first_token = start(engine, model, args, Path(folder), deadline)
+                    names = {"device": process.device, "versions": process.versions, "commit": args.commit}
+                    seconds[kind].append(to_first_token)
+                    progress(f"{engine}: {kind} start {repeat + 1} of {args.repeats}: {to_first_token:.2f} s")
+    finally:
+        outcome.add(
+            [
+                results_log.figure_line(f"{figure_prefix(engine, args)}startup_{kind}_s", values, "s", None, **names)
+                for kind, values in seconds.items()
+                if values
+            ]
+        )
 
 
 def start(

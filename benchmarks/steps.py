@@ -13,6 +13,8 @@ from limit import Ceilings, Shape, ceilings_for, decode_seconds, kv_cache_bytes,
 from models import config_of
 from workloads import uniform
 
+from nanovllm_jax.inspection.gpus import gpu_of_device
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -53,6 +55,19 @@ def least_times(shape: Shape, ceilings: Ceilings, cell: Cell) -> StepTimes:
     return StepTimes(
         prefill_seconds(shape, ceilings, [(0, cell.context)] * cell.batch), sum(steps) / (cell.new_tokens - 1)
     )
+
+
+def fits(process: EngineProcess, cell: Cell, args: argparse.Namespace, num_devices: int) -> bool:
+    """Whether all rows of a cell have room beside each other: else some wait, and its times are not those of a batch.
+
+    Engines use nine tenths of the memory; a tenth of the rest is left for temporaries. True where sizes are not known.
+    """
+    config, gpu = config_of(args.model), gpu_of_device(process.device)
+    if not config or not gpu:
+        return True
+    shape = shape_of(config, kv_cache_bytes=kv_cache_bytes(process.spec.options))
+    cache = cell.batch * (cell.context + cell.new_tokens) * shape.kv_bytes
+    return shape.step_bytes + cache <= 0.8 * gpu.memory_bytes * num_devices
 
 
 def limits(process: EngineProcess, cell: Cell, args: argparse.Namespace, num_devices: int) -> StepTimes | None:

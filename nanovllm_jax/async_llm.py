@@ -129,6 +129,8 @@ class AsyncLLM:
             prepared = await self._in_tokenizer_thread(prepare) if not ready else prepare()
             outputs.prompt_token_ids = prepared.samples[0].prompt_token_ids
             self._thread.add(prepared)
+            if outputs.aborted:  # while it was tokenised, when the engine did not know it yet
+                self._thread.abort(request_id)
         except BaseException:
             outputs.close()
             raise
@@ -136,6 +138,9 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream ends with what it has got, finish_reason "abort". Unknown ids are ignored."""
+        outputs = self._streams.get(request_id)
+        if outputs is not None:
+            outputs.aborted = True
         self._thread.abort(request_id)
 
     async def reset_prefix_cache(self) -> bool:
@@ -235,6 +240,7 @@ class RequestStream:
     def __init__(self, llm: AsyncLLM, request_id: str, num_samples: int) -> None:
         self.request_id, self.num_samples = request_id, num_samples
         self.prompt_token_ids: list[int] = []
+        self.aborted = False
         self.loop = asyncio.get_running_loop()
         self._llm = llm
         self._latest: RequestOutput | Exception | None = None

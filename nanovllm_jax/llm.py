@@ -304,7 +304,6 @@ class LLM:
             model=self._name,
             programs=programs,
             context=context,
-            compilations=self.compile_log,
             buckets=[*programs.compiled(), *(key for key in keys if key not in programs.compiled())],
             profile=summary,
         )
@@ -325,9 +324,8 @@ class LLM:
 
     @property
     def compile_log(self) -> list[Compilation]:
-        """Each compilation so far: program, seconds, whether the cache had it, and which argument was new."""
-        programs = self._engine.replicas[0].runner.programs
-        return explain_compilations(programs.catalogue, programs.compile_log)
+        """Each compilation so far, of every replica: seconds, whether the cache had it, which argument was new."""
+        return explain_compilations([replica.runner.programs for replica in self._engine.replicas])
 
     def close(self) -> None:
         """End all requests and give the device memory back."""

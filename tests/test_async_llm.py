@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import aclosing
 
 import pytest
 from tiny_models import write_tiny_model
 
-from nanovllm_jax import LLM, AsyncLLM, DeviceError, RequestError, SamplingParams
+from nanovllm_jax import LLM, AsyncLLM, DeviceError, RequestError, SamplingParams, async_llm
 from nanovllm_jax.engine import collector
 
 SETTINGS = {
@@ -101,6 +102,27 @@ def test_cancelled_left_and_aborted_requests_hold_nothing(shared):
         assert await shared.reset_prefix_cache()
 
     asyncio.run(main())
+    assert is_empty(shared)
+
+
+def test_an_abort_while_the_prompt_is_tokenised_counts(shared, monkeypatch):
+    prepare, go_on = shared._engine.prepare, threading.Event()
+
+    def wait_then_prepare(*args, **kwargs):
+        go_on.wait()
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(shared._engine, "prepare", wait_then_prepare)
+    monkeypatch.setattr(async_llm, "_is_text", lambda prompt: True)
+
+    async def main():
+        task = asyncio.create_task(last(shared, [1], LONG, request_id="early"))
+        await asyncio.sleep(0)
+        await shared.abort("early")
+        go_on.set()
+        return await task
+
+    assert asyncio.run(main()).outputs[0].finish_reason == "abort"
     assert is_empty(shared)
 
 

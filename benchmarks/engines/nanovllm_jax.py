@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 
 PACKAGES = ["nanovllm-jax", "jax", "jaxlib", "jax-triton", "triton"]
@@ -15,6 +16,8 @@ class Engine:
         from nanovllm_jax.cli.terminal import set_up_logging
 
         set_up_logging(verbose=True)
+        for handler in logging.getLogger().handlers:  # milliseconds since about the start of the process
+            handler.setFormatter(logging.Formatter("%(relativeCreated)7d %(levelname)s %(message)s"))
         self.llm = LLM(model, **options)
 
     def generate(self, prompts: list[list[int]], output_lens: list[int]) -> tuple[list[int], int]:

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+import tomllib
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,12 +72,19 @@ def timed_run(engine, order: dict) -> dict:
 
 
 def versions(packages: list[str]) -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    """Of Python and of those packages that are installed or, as a checkout of their own, on the path."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))} | checkout_versions()
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-    return found
+    return {name: found[name] for name in ("python", *packages) if name in found}
+
+
+def checkout_versions() -> dict[str, str]:
+    """What the `pyproject.toml` of each folder on the path says."""
+    projects = (Path(folder, "pyproject.toml") for folder in sys.path if folder)
+    tables = (tomllib.loads(file.read_text()).get("project", {}) for file in projects if file.is_file())
+    return {table["name"]: table["version"] for table in tables if "version" in table}
 
 
 if __name__ == "__main__":

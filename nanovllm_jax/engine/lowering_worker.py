@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import BinaryIO, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -42,20 +42,29 @@ class LoweringOrder:
 
 
 def main() -> None:
-    """Answer each key that comes in until no more do."""
+    """Answer each key that comes in until no more do, or nobody reads the answers."""
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the replies
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which ends this process
+    try:
+        answer(requests, replies)
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):
+        os._exit(0)  # not through the end of Python, which would flush what nobody reads and complain
+
+
+def answer(requests: BinaryIO, replies: BinaryIO) -> NoReturn:
+    """Lower what comes in.
+
+    Raises:
+        EOFError, UnpicklingError: at its end, which may come inside an order.
+        BrokenPipeError: if nobody reads the answers.
+    """
     order: LoweringOrder = pickle.load(requests)
     jax.config.update("jax_num_cpu_devices", order.config.tensor_parallel_size)
     jax.config.update("jax_export_ignore_forward_compatibility", True)  # the same version compiles it
     catalogue, platform = order.catalogue(), "cuda" if order.target else "cpu"
     with lowering_for(order.target) if order.target else nullcontext():
         while True:
-            try:
-                key = pickle.load(requests)
-            except EOFError:
-                return
+            key = pickle.load(requests)
             started = time.perf_counter()
             exported = catalogue.export(key, platform)
             pickle.dump(Lowered(exported, time.perf_counter() - started), replies)

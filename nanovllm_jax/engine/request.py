@@ -91,11 +91,6 @@ class Request:
         return len(self.token_ids)
 
     @property
-    def num_tokens_with_unread(self) -> int:
-        """Prompt and output tokens, those included whose ids are still on the device."""
-        return len(self.token_ids) + self.num_unread
-
-    @property
     def is_finished(self) -> bool:
         """Whether it ended; a token of it that is read back later is to be dropped."""
         return self.status is RequestStatus.FINISHED

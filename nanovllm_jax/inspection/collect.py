@@ -69,7 +69,7 @@ def collect(
     look_into = _Collector(catalogue, programs if gpu is None else None, gpu, peaks, context, profile)
     found = [look_into.program(key) for key in keys]
     if compilations is None:
-        compilations = explain_compilations(catalogue, programs.compile_log) if programs else []
+        compilations = explain_compilations([programs]) if programs else []
     with lowering_for(gpu.compute_capability) if gpu else nullcontext():
         table = bucket_rows(
             catalogue,

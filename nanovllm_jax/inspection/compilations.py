@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from nanovllm_jax.inspection.report import Compilation
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
-from nanovllm_jax.step.programs import CompileRecord
+from nanovllm_jax.step.programs import Programs
 
 ARGUMENT_NAMES = {
     "decode": ("params", "caches", "rows", "delta"),
@@ -25,29 +25,30 @@ ARGUMENT_NAMES = {
 }
 
 
-def explain_compilations(catalogue: Catalogue, log: Sequence[CompileRecord]) -> list[Compilation]:
-    """The compile log with reasons, in the order of the log."""
-    last: dict[str, ProgramKey] = {}
-    found = []
-    first = min((record.started for record in log), default=0.0)
-    for record in log:
+def explain_compilations(replicas: Sequence[Programs]) -> list[Compilation]:
+    """The compile logs of replicas with reasons, each in its order, by one clock."""
+    first = min((record.started for programs in replicas for record in programs.compile_log), default=0.0)
+    return [entry for number, programs in enumerate(replicas) for entry in _explain_log(programs, number, first)]
+
+
+def _explain_log(programs: Programs, replica: int, first: float) -> Iterator[Compilation]:
+    catalogue, last = programs.catalogue, dict[str, ProgramKey]()
+    for record in programs.compile_log:
         key = record.key
         reason = compilation_reason(catalogue, key, last.get(key.kind))
         name = f"{key.kind}[{key.size}]" if key.size else key.kind
-        found.append(
-            Compilation(
-                program=name,
-                start_s=record.started - first,
-                trace_s=record.trace_s,
-                lower_s=record.lower_s,
-                compile_start_s=record.compile_started - first,
-                compile_s=record.compile_s,
-                cache_hit=record.cache_hit,
-                reason=reason,
-            )
+        yield Compilation(
+            program=name,
+            start_s=record.started - first,
+            trace_s=record.trace_s,
+            lower_s=record.lower_s,
+            compile_start_s=record.compile_started - first,
+            compile_s=record.compile_s,
+            cache_hit=record.cache_hit,
+            reason=reason,
+            replica=replica,
         )
         last[key.kind] = key
-    return found
 
 
 def compilation_reason(catalogue: Catalogue, key: ProgramKey, before: ProgramKey | None) -> str:

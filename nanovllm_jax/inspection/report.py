@@ -166,6 +166,7 @@ class Compilation:
     compile_s: float
     cache_hit: bool
     reason: str
+    replica: int = 0  # whose devices it is for
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,13 @@ MOST_WORKERS = 12  # each starts with two seconds of imports, which more workers
 _LEAST_PROGRAMS = 4  # that are worth a worker
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on, which may be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A program that a worker has lowered."""
@@ -55,9 +62,10 @@ class LoweringWorkers:
         """Every program as soon as it is lowered, in any order; None if that is left to this process.
 
         Neighbours share kernels, so a worker begins with a run of neighbours; when it has no more, it takes the last
-        program of the longest run.
+        program of the longest run. Of a worker that fails the others take what is left; close this generator early,
+        and all of them end at once.
         """
-        count = min(MOST_WORKERS, (os.cpu_count() or 1) * 3 // 4, len(keys) // _LEAST_PROGRAMS)
+        count = min(MOST_WORKERS, usable_cores() * 3 // 4, len(keys) // _LEAST_PROGRAMS)
         if count == 0:
             yield from ((key, None) for key in keys)
             return
@@ -71,21 +79,23 @@ class LoweringWorkers:
             worker, run = idle.get()
             with lock:
                 key = run.popleft() if run else max(runs, key=len).pop()
-            try:
-                return key, worker.lower(key)
-            finally:
-                idle.put((worker, run))
+            lowered = worker.lower(key)
+            with lock:
+                # The last one of all goes on, to say of what is left that nobody lowers it.
+                if not worker.failed or all(each.failed for each in workers):
+                    idle.put((worker, run))
+            return key, lowered
 
         pool = ThreadPoolExecutor(count)
         try:
             for future in as_completed([pool.submit(lower_next) for _ in keys]):
                 yield future.result()
         finally:
+            for worker in workers:
+                worker.stop()  # first, so that nobody waits for an answer that nobody needs
             pool.shutdown(cancel_futures=True)
             for worker in workers:
-                worker.close()
-            for worker in workers:
-                worker.wait()
+                worker.end()
 
 
 class _Worker:
@@ -94,11 +104,12 @@ class _Worker:
     def __init__(self, module: str, order: bytes) -> None:
         self._module, self._order = module, order
         self._process: subprocess.Popen[bytes] | None = None
-        self._failed = False
+        self._stopped = False
+        self.failed = False
 
     def lower(self, key: ProgramKey) -> Lowered | None:
         """The program; None, and a warning, if the process fails."""
-        if self._failed:
+        if self.failed or self._stopped:
             return None
         try:
             if self._process is None:
@@ -108,21 +119,25 @@ class _Worker:
             self._process.stdin.write(pickle.dumps(key))
             self._process.stdin.flush()
             return pickle.load(self._process.stdout)
-        except Exception as error:  # whatever went wrong there, this process can lower too
-            logger.warning("a lowering process ended at %s (%r); its programs are lowered here, slowly", key, error)
-            self._failed = True
+        except Exception as error:  # whatever went wrong there, others can lower too
+            if not self._stopped:
+                logger.warning("a lowering process ended at %s (%r); others lower its programs", key, error)
+            self.failed = True
             return None
 
-    def close(self) -> None:
-        """Let the process end."""
+    def stop(self) -> None:
+        """Have the process end whatever it does; it has nothing to put in order."""
+        self._stopped = True
+        if self._process is not None:
+            self._process.terminate()
+
+    def end(self) -> None:
+        """Stop, and wait until it has ended; nobody may be waiting for an answer of it any more."""
+        self.stop()
         if self._process is not None:
             for pipe in filter(None, (self._process.stdin, self._process.stdout)):
                 with suppress(OSError):
                     pipe.close()
-
-    def wait(self) -> None:
-        """Until it has ended."""
-        if self._process is not None:
             self._process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -130,6 +145,7 @@ class _Worker:
             [sys.executable, "-m", self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C in a terminal is for the engine, which ends this process
             env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         assert process.stdin is not None

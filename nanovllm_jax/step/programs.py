@@ -7,26 +7,29 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import jax
 
 from nanovllm_jax.models.projections import most_fused_rows
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.executables import ExecutableStore
-from nanovllm_jax.step.lowering import Lowered, LoweringWorkers
+from nanovllm_jax.step.lowering import Lowered, LoweringWorkers, usable_cores
 
 logger = logging.getLogger(__name__)
 
 _RECORDED_BY_DEFAULT = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION"  # in jaxlib 0.11.2
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
-_being_made: dict[tuple[str, ProgramKey], threading.Lock] = {}  # by the folder that keeps it
+# By the folder that keeps the program; an entry goes with the last thread that holds or waits for it.
+_being_made: WeakValueDictionary[tuple[str, ProgramKey], threading.Lock] = WeakValueDictionary()
+_being_made_guard = threading.Lock()
 _cache_hits: Counter[int] = Counter()  # by thread: compilation reports its hits on the thread that asked
 
 
@@ -119,7 +122,10 @@ class Programs:
 
     def _one_at_once(self, key: ProgramKey) -> AbstractContextManager[object]:
         """Of replicas that need a program at once, one compiles for all."""
-        return _being_made.setdefault((str(self.store.folder), key), threading.Lock()) if self.store else nullcontext()
+        if self.store is None:
+            return nullcontext()
+        with _being_made_guard:
+            return _being_made.setdefault((str(self.store.folder), key), threading.Lock())
 
     def compiled(self) -> dict[ProgramKey, jax.stages.Compiled]:
         """What is compiled so far."""
@@ -135,16 +141,23 @@ class Programs:
         Loading and XLA's compiler let other threads run meanwhile. Tracing and lowering are mostly Python, which does
         not, so workers do that for all but a few programs.
         """
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        pool = ThreadPoolExecutor(min(usable_cores(), 16))
+        try:
             missing = [key for key in keys if key not in self._compiled]
             absent = [key for key, found in zip(missing, pool.map(self._load, missing), strict=True) if not found]
-            if self._workers:
-                lowered = self._workers.lower(absent)
-            else:
-                lowered = ((key, None) for key in absent)
-            # The copied context says which GPU kernels are lowered for.
-            for future in [pool.submit(copy_context().run, self._make, *one) for one in lowered]:
-                future.result()
+            with closing(self._lower(absent)) as lowered:
+                # The copied context says which GPU kernels are lowered for.
+                for future in [pool.submit(copy_context().run, self._make, *one) for one in lowered]:
+                    future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun
+
+    def _lower(self, keys: Sequence[ProgramKey]) -> Generator[tuple[ProgramKey, Lowered | None]]:
+        """Programs that workers have lowered, as they come; None with a program that is left to this process."""
+        if self._workers:
+            yield from self._workers.lower(keys)
+        else:
+            yield from ((key, None) for key in keys)
 
     def _options_of(self, key: ProgramKey) -> dict[str, Any] | None:
         """XLA's options for a program.

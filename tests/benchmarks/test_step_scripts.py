@@ -56,3 +56,20 @@ def test_decode_step_of_replicas_and_shards():
     (line,) = figures(done).values()
     assert (line["figure"], line["device"]) == ("dp2tp2_8b_b2_step_ms", "4 x cpu")
     assert line["limit"] > 0
+
+
+def test_startup_keeps_the_starts_that_ended_in_time(tmp_path):
+    stuck = CACHES + "if 'warm' in pathlib.Path(__file__).with_name('starts.txt').read_text():\n"
+    stuck += "            threading.Event().wait()\n        "
+    done = run("startup.py", *vllm_that(stuck + OBEYS, tmp_path), "--repeats=2", "--time-limit=6")
+    assert "vllm used up its time; dropped: start-up" in done.stderr
+    assert [line["n"] for line in figures(done).values()] == [1]
+
+
+def test_cells_that_do_not_fit_are_left_out(tmp_path):
+    grid = ["--batch=1", "--batch=1000000", "--context=512", "--new-tokens=2", "--repeats=1"]
+    engine = vllm_that(OBEYS, tmp_path)
+    (tmp_path / "torch.py").write_text((tmp_path / "torch.py").read_text().replace("Pretend GPU", "NVIDIA H200"))
+    done = run("latency.py", *engine, *grid)
+    assert list(figures(done)) == ["vllm/ttft_ms_b1_c512", "vllm/tpot_ms_b1_c512"]
+    assert "vllm: 1000000 rows, context 512: more than the cache holds, left out" in done.stderr

@@ -1,7 +1,6 @@
 """Programs that another process lowers are those that this one would have compiled."""
 
 import dataclasses
-import os
 import re
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from nanovllm_jax.engine.lowering_worker import LoweringOrder
 from nanovllm_jax.engine.plan import smallest_shape
 from nanovllm_jax.inspection.scopes import scope_of_op
 from nanovllm_jax.parallel.mesh import split_heads
+from nanovllm_jax.step import lowering
 from nanovllm_jax.step.catalogue import ProgramKey
 from nanovllm_jax.step.lowering import LoweringWorkers
 from nanovllm_jax.step.programs import Programs
@@ -34,7 +34,7 @@ def scopes(compiled):
 
 @pytest.fixture
 def eight_cores(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(lowering, "usable_cores", lambda: 8)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -289,7 +289,7 @@ def test_a_decode_is_scheduled_while_its_token_is_unread():
     request = add(scheduler, "a", 3)
     first, second = scheduler.schedule(), scheduler.schedule()
     assert chunks(second) == [("a", 3, 1)]
-    assert (request.num_tokens, request.num_tokens_with_unread, request.num_computed_tokens) == (3, 5, 4)
+    assert (request.num_tokens, request.num_unread, request.num_computed_tokens) == (3, 2, 4)
     read(scheduler, first, token=8)
     read(scheduler, second, token=9)
     assert request.output_token_ids == [8, 9]

@@ -138,7 +138,14 @@ def test_bad_words_of_several_tokens_are_kept_out_on_every_replica():
 def test_an_inspection_looks_into_the_first_replica(two):
     report = two.inspect()
     assert report.card.devices == 1
-    assert two.compile_log
+
+
+def test_the_compile_log_has_every_replica(two):
+    two.generate(PROMPTS, GREEDY, use_tqdm=False)
+    report = two.inspect()
+    logged = {(entry.replica, entry.program) for entry in two.compile_log}
+    assert {program for replica, program in logged if replica == 0} == {one.program for one in report.compilations}
+    assert {replica for replica, _ in logged} == {0, 1}
 
 
 def test_the_start_says_what_each_device_holds(caplog):

@@ -1,8 +1,9 @@
-"""Answers each key with its process instead of a program; the order says at which key it dies."""
+"""Answers each key with its process instead of a program; the order says at which key it dies, or to be `stuck`."""
 
 import os
 import pickle
 import sys
+import time
 
 from nanovllm_jax.step.lowering import Lowered
 
@@ -16,3 +17,5 @@ while True:
         sys.exit(0)
     pickle.dump(Lowered(key, os.getpid()), sys.stdout.buffer)
     sys.stdout.buffer.flush()
+    if dies_at == "stuck":
+        time.sleep(60)
