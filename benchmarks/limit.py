@@ -44,7 +44,7 @@ class Ceilings:
 
 
 # By device kind: a device copy of 2 GiB, and the largest bf16 product (8192 cubed).
-MEASURED = {"NVIDIA H200": Ceilings(4.3e12, 790e12)}
+MEASURED = {"NVIDIA H200": Ceilings(4.3e12, 790e12), "NVIDIA H100 80GB HBM3": Ceilings(2.94e12, 784e12)}
 
 
 @dataclass(frozen=True)
