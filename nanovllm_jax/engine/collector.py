@@ -70,7 +70,7 @@ class Collector:
 
     def __init__(self, tokenizer: Any | None, eos_token_ids: frozenset[int], stats: EngineStats) -> None:
         self._tokenizer, self._eos, self._stats = tokenizer, eos_token_ids, stats
-        # Of the step that is being read: its tokens, samples that get their first, and s since the last token of others.
+        # Of the step that is being read: tokens, samples that get their first, and for others s since their last one.
         self._num_tokens = self._num_first = 0
         self._gaps: Counter[float] = Counter()
         # Most rows got their last token with the row before them: these are counted first, by the time of that token.
