@@ -44,8 +44,8 @@ class Ceilings:
         return replace(self, bytes_per_s=count * self.bytes_per_s, flops_per_s=count * self.flops_per_s)
 
 
-# By device kind: a device copy of 4 GiB, and the largest bf16 product (8192 cubed).
-MEASURED = {"NVIDIA H200": Ceilings(4.3e12, 790e12), "NVIDIA H100 80GB HBM3": Ceilings(3.0e12, 790e12)}
+# By device kind: a device copy of 2 to 4 GiB, and the largest bf16 product (8192 cubed).
+MEASURED = {"NVIDIA H200": Ceilings(4.3e12, 790e12), "NVIDIA H100 80GB HBM3": Ceilings(2.94e12, 784e12)}
 
 
 @dataclass(frozen=True)

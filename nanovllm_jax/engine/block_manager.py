@@ -94,7 +94,8 @@ class BlockManager:
         """Adds the least recently freed blocks to the request's table; their old content is forgotten."""
         for _ in range(count):
             block_id, _ = self._free.popitem(last=False)
-            self._forget(block_id)
+            if self._hash_of[block_id] is not None:
+                self._forget(block_id)
             self._reference_counts[block_id] = 1
             request.block_ids.append(block_id)
 
@@ -106,13 +107,15 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return
-        num_full = min(request.num_computed_tokens, request.num_tokens) // self.block_size
-        first, hashes = request.num_registered_blocks, self._hashes(request, num_full)
-        for digest, block_id in zip(hashes[first:num_full], request.block_ids[first:num_full], strict=True):
-            if digest not in self._block_with:  # of two equal blocks, the first serves
-                self._block_with[digest] = block_id
-                self._hash_of[block_id] = digest
-        request.num_registered_blocks = max(request.num_registered_blocks, num_full)
+        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
+        if num_full <= request.num_registered_blocks:
+            return
+        hashes, block_ids, block_with = self._hashes(request, num_full), request.block_ids, self._block_with
+        for index in range(request.num_registered_blocks, num_full):
+            if (digest := hashes[index]) not in block_with:  # of two equal blocks, the first serves
+                block_with[digest] = block_ids[index]
+                self._hash_of[block_ids[index]] = digest
+        request.num_registered_blocks = num_full
 
     def unregister_blocks(self, block_ids: Iterable[int]) -> None:
         """Takes blocks out of the prefix cache that a failed step did not fill."""

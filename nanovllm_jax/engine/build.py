@@ -170,8 +170,8 @@ def _plan(
         # On a CPU XLA's own cache does as much for one replica; others take what the first one compiled.
         kept_in = cache_folder() / "executables" if on_gpu or len(meshes) > 1 else None
         workers = None
-        if on_gpu and mesh.size == 1:  # an order describes a model's weights, not what shards may have beside them
-            order = LoweringOrder(model, config, shape, dtype, kv_dtype, current_target())
+        if on_gpu:
+            order = LoweringOrder(model, config, shape, dtype, kv_dtype, current_target(), exchanged)
             workers = LoweringWorkers("nanovllm_jax.engine.lowering_worker", order)
         return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in, workers=workers)
 

@@ -35,7 +35,7 @@ class Sample:
     stop_reason: int | str | None = None
 
     def __post_init__(self) -> None:
-        params = self.request.params
+        params, self.stops = self.request.params, self.request.plan.stop_token_ids
         # Most samples only end by length or by a stop token, which is seen without a look at each token.
         self.looks_at_tokens = params.logprobs is not None or (self.detokenizer is not None and bool(params.stop))
 
@@ -70,9 +70,12 @@ class Collector:
 
     def __init__(self, tokenizer: Any | None, eos_token_ids: frozenset[int], stats: EngineStats) -> None:
         self._tokenizer, self._eos, self._stats = tokenizer, eos_token_ids, stats
-        # Of the step that is being read: its tokens, those without one before them, and s since the one before.
+        # Of the step that is being read: tokens, samples that get their first, and for others s since their last one.
         self._num_tokens = self._num_first = 0
         self._gaps: Counter[float] = Counter()
+        # Most rows got their last token with the row before them: these are counted first, by the time of that token.
+        self._usual_last = 0.0
+        self._num_usual = 0
         self._groups: dict[str, Group] = {}
         self._samples: dict[Request, Sample] = {}
 
@@ -113,16 +116,24 @@ class Collector:
             there may be something to report.
         """
         sample, num_taken, reason = self._samples[request], len(tokens), None
-        room = request.max_tokens - len(request.output_token_ids)
-        goes_on = num_taken < room and min(tokens) >= 0 and request.plan.stop_token_ids.isdisjoint(tokens)
+        room, stops = request.max_tokens - len(request.output_token_ids), sample.stops
+        # What most rows of most steps take: this runs once a row and step, so it asks for no more than it must.
+        goes_on = num_taken < room and -1 not in tokens and (not stops or stops.isdisjoint(tokens))
         if not goes_on or sample.looks_at_tokens:
             num_taken, reason = self._find_end(sample, tokens, room)
             sample.finish_reason = reason
             if request.params.logprobs is not None and logprobs is not None and num_taken:
                 sample.logprobs.append(self._logprob_dict(tokens[0], logprobs, request.params.logprobs))
                 sample.cumulative_logprob += logprobs.logprob
-        if num_taken:
-            self._note_time(sample, num_taken, now)
+        if num_taken:  # they were read back together: no time passes between them
+            self._num_tokens += num_taken
+            last, sample.last_token_time = sample.last_token_time, now
+            if last is None:
+                self._note_first(request, now)
+            elif last == self._usual_last:
+                self._num_usual += 1
+            else:
+                self._note_gap(last, now)
         return num_taken, reason, reason is not None or sample.stream
 
     def _find_end(self, sample: Sample, tokens: list[int], room: int) -> tuple[int, FinishReason | None]:
@@ -147,21 +158,24 @@ class Collector:
                     return i, "stop"
         return num_taken, reason
 
-    def _note_time(self, sample: Sample, num_tokens: int, now: float) -> None:
-        """Count tokens of a sample that were read back together: no time passes between them."""
-        self._num_tokens += num_tokens
-        if sample.last_token_time is not None:
-            self._gaps[now - sample.last_token_time] += 1
-        else:
-            self._num_first += 1
-            metrics = self._groups[sample.request.request_id].metrics
-            if metrics.first_token_time is None:
-                metrics.first_token_time = now
-                self._stats.time_to_first_token.observe(now - metrics.arrival_time)
-        sample.last_token_time = now
+    def _note_first(self, request: Request, now: float) -> None:
+        self._num_first += 1
+        metrics = self._groups[request.request_id].metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            self._stats.time_to_first_token.observe(now - metrics.arrival_time)
 
-    def end_step(self) -> None:
-        """Count the tokens of one step and the times between them, of which there are few where rows are many."""
+    def _note_gap(self, last: float, now: float) -> None:
+        """Count the time since a sample's last token, where it is not that of the row before."""
+        if self._num_usual:
+            self._gaps[now - self._usual_last] += self._num_usual
+        self._usual_last, self._num_usual = last, 1
+
+    def end_step(self, now: float) -> None:
+        """Count the tokens of a step that was read at `now` and the times between them."""
+        if self._num_usual:
+            self._gaps[now - self._usual_last] += self._num_usual
+        self._usual_last, self._num_usual = 0.0, 0
         together = self._num_tokens - self._num_first - self._gaps.total()
         for gap, count in (*self._gaps.items(), (0.0, together)):
             self._stats.inter_token_latency.observe(gap, count)

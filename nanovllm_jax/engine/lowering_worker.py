@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.plan import abstract_weights, describe_programs
+from nanovllm_jax.parallel.collectives import exchange_params
 from nanovllm_jax.parallel.mesh import make_mesh
 from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.lowering import Lowered
@@ -32,11 +33,13 @@ class LoweringOrder:
     weight_dtype: jnp.dtype
     kv_dtype: jnp.dtype
     target: Target | None  # None: the CPU
+    exchanged: bool = False  # whether shards sum through each other's memory
 
     def catalogue(self) -> Catalogue:
         """The programs of one replica, over devices of this process that stand for its GPUs."""
         mesh = make_mesh(self.config.tensor_parallel_size, 1)
         weights = abstract_weights(self.model, self.weight_dtype, mesh)
+        weights |= exchange_params(mesh, exchanged=self.exchanged, abstract=True)
         on_gpu = self.target is not None
         return describe_programs(self.model, self.config, self.shape, weights, self.kv_dtype, mesh, on_gpu=on_gpu)
 

@@ -46,6 +46,8 @@ class Scheduler:
         self._prefilling: list[Request] = []  # running with prompt tokens to compute, smallest rank first
         self._decoding: list[Request] = []  # running and sampled, smallest rank first
         self._free_rows = list(reversed(range(config.max_num_seqs)))
+        self._block_size = config.block_size
+        self._num_full = 0  # requests among `_decoding` for which the host has a part in sampling each token
 
     @property
     def has_unfinished(self) -> bool:
@@ -135,20 +137,22 @@ class Scheduler:
             request.num_unread += 1
             self._prefilling.remove(request)
             insort(self._decoding, request, key=_by_rank)
+            self._num_full += request.plan.variant == "full"
         return ScheduledSequence(request, start, num_tokens, samples, False, is_admitted, request.block_ids)
 
     def _decode_rows(self, most: int) -> list[ScheduledSequence]:
         """Up to `most` tokens of every row that goes on, preempting from the end when the blocks run out."""
-        block_size = self.config.block_size
-        if any(request.plan.variant == "full" for request in self._decoding):
-            most = 1  # the host has a part in sampling each token
+        block_size, new = self._block_size, tuple.__new__
+        if self._num_full:
+            most = 1
         rows: list[ScheduledSequence] = []
         for request in self._decoding:  # a victim never stands before the request that needs its blocks
             start, block_ids = request.num_computed_tokens, request.block_ids
-            remaining = request.last_position - start
-            if remaining <= 0:
+            num_tokens = request.last_position - start
+            if num_tokens > most:
+                num_tokens = most
+            elif num_tokens <= 0:
                 continue  # all of its tokens are sampled; it ends when they are read
-            num_tokens = most if remaining >= most else remaining
             room = len(block_ids) * block_size - start
             if room < num_tokens:
                 if room and self.block_manager.num_free_blocks == 0:
@@ -158,9 +162,10 @@ class Scheduler:
             request.num_computed_tokens = end = start + num_tokens
             request.num_unread += num_tokens
             # Ids that are not read back yet are registered in `on_tokens`.
-            if start < len(request.token_ids) and start // block_size < end // block_size:
+            if end % block_size < num_tokens and start < len(request.token_ids):
                 self.block_manager.register_full_blocks(request)
-            rows.append(ScheduledSequence(request, start, num_tokens, True, True, False, block_ids))
+            # `ScheduledSequence(...)` calls a function in Python first, which is a third of its time.
+            rows.append(new(ScheduledSequence, (request, start, num_tokens, True, True, False, block_ids)))
         return rows
 
     def _may_compute_prompts(self) -> bool:
@@ -215,19 +220,22 @@ class Scheduler:
         heappush(self._waiting, (request.rank, request))
 
     def _leave_row(self, request: Request) -> None:
-        (self._decoding if request in self._decoding else self._prefilling).remove(request)
+        if request in self._decoding:
+            self._decoding.remove(request)
+            self._num_full -= request.plan.variant == "full"
+        else:
+            self._prefilling.remove(request)
         self._free_rows.append(request.row)
         request.row = NO_ROW
         self.block_manager.free(request)
 
     def on_tokens(self, request: Request, token_ids: list[int]) -> None:
         """Takes tokens read back from the device, in the order of steps; never for a finished request."""
-        request.num_unread -= len(token_ids)
-        known, block_size = request.token_ids, self.config.block_size
-        num_full = len(known) // block_size
-        known.extend(token_ids)
-        request.output_token_ids.extend(token_ids)
-        if len(known) // block_size > num_full:
+        count, known, block_size = len(token_ids), request.token_ids, self._block_size
+        request.num_unread -= count
+        known.fromlist(token_ids)  # `extend` takes four times as long
+        request.output_token_ids += token_ids
+        if len(known) % block_size < count:
             self.block_manager.register_full_blocks(request)
 
     def finish(self, request: Request) -> None:

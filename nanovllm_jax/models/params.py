@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax.typing import DTypeLike
 from nanovllm_jax.config import ModelConfig
 
 Params = dict[str, Any]
+_BLOCK = 1 << 22  # random numbers that repeat in random weights
 
 
 @dataclass(frozen=True)
@@ -74,29 +76,43 @@ def param_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
 def random_params(config: ModelConfig, dtype: DTypeLike, seed: int, shardings: Params) -> Params:
     """Random weights for benchmarks of a shape: norms are 1, the rest is normal with deviation 0.02.
 
-    Made on the host leaf by leaf from one repeated block of random numbers, so that a large model takes seconds.
+    Made on the devices from one block of random numbers that repeats, so that nothing large comes from the host.
 
     Args:
         config: the model's shape.
         dtype: of every leaf.
-        seed: equal seeds give equal weights.
+        seed: equal seeds give equal weights, however they are split.
         shardings: pytree of shardings in the shape of `abstract_params`.
     """
-    block = (np.random.default_rng(seed).standard_normal(1 << 22, dtype=np.float32) * 0.02).astype(dtype)
+    block = (np.random.default_rng(seed).standard_normal(_BLOCK, dtype=np.float32) * 0.02).astype(dtype)
+    everywhere: dict[Any, jax.Array] = {}  # the block, by mesh
+    fills: dict[Any, Callable[[jax.Array, int], jax.Array]] = {}
 
-    def leaf(path: tuple[Any, ...], spec: ParamSpec, sharding: jax.sharding.Sharding) -> jax.Array:
-        name = str(path[-1])
-        if "norm" in name:
-            host = np.ones(spec.shape, dtype)
-        else:
-            # A different start for each leaf, so that no two leaves are equal.
-            start = hash_path(path) % block.size
-            host = np.resize(np.roll(block, -start), spec.shape)
-        return jax.device_put(host, sharding)
+    def leaf(path: tuple[Any, ...], spec: ParamSpec, sharding: jax.sharding.NamedSharding) -> jax.Array:
+        if "norm" in str(path[-1]):
+            return jax.device_put(np.ones(spec.shape, dtype), sharding)
+        if sharding.mesh not in everywhere:
+            equal = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+            everywhere[sharding.mesh] = jax.device_put(block, equal)
+        key = (spec.shape, sharding)
+        if key not in fills:
+            fills[key] = jax.jit(partial(_repeated, spec.shape), out_shardings=sharding)
+        # A different start for each leaf, so that no two leaves are equal.
+        return fills[key](everywhere[sharding.mesh], hash_path(path) % _BLOCK)
 
     return jax.tree_util.tree_map_with_path(
         leaf, abstract_params(config), shardings, is_leaf=lambda x: isinstance(x, ParamSpec)
     )
+
+
+def _repeated(shape: tuple[int, ...], block: jax.Array, start: jax.Array) -> jax.Array:
+    """The block over and over, from `start` on, in row-major order."""
+    place, stride = start.astype(jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        # What overflows is a multiple of the block's length.
+        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % _BLOCK)
+        stride *= shape[axis]
+    return block[place % _BLOCK]
 
 
 def hash_path(path: tuple[Any, ...]) -> int:

@@ -67,7 +67,6 @@ class InFlight:
 class _Row:
     """What the device knows of a row slot."""
 
-    blocks_sent: int = 0
     has_extras: bool = False  # biases, bans or counts that the next owner must not inherit
     bans: tuple[Adjustment, ...] = field(default=())
 
@@ -87,13 +86,15 @@ class Runner:
         self._device_rows = _zeros(programs.catalogue.rows)
         self._extras = None
         self._rows = [_Row() for _ in range(self._config.shape.max_num_seqs)]
+        self._blocks_sent = [0] * self._config.shape.max_num_seqs  # of each row slot's table
 
     def dispatch(self, schedule: Schedule) -> InFlight:
         """Enqueue one step. Order on the device is the order of these calls."""
         sequences = schedule.sequences
         prompt = logprobs = None
-        if schedule.is_decode and self._runs_in_one_program(sequences):
-            tokens = self._decode(sequences)
+        variants = {s.request.plan.variant for s in sequences}
+        if schedule.is_decode and self._runs_in_one_program(sequences, variants):
+            tokens = self._decode(sequences, filtered="filtered" in variants)
         else:
             if schedule.is_decode:
                 hidden, sampled_rows = self._decode_forward(sequences)
@@ -153,13 +154,13 @@ class Runner:
             if not leaf.is_deleted():
                 leaf.delete()
 
-    def _runs_in_one_program(self, sequences: Sequence[ScheduledSequence]) -> bool:
+    def _runs_in_one_program(self, sequences: Sequence[ScheduledSequence], variants: set[str]) -> bool:
         """Whether the decode program samples all that the rows ask for, and has more than one token to compute."""
         worth_it = self._config.decode_steps == 1 or any(s.num_tokens > 1 for s in sequences)
-        return worth_it and all(s.request.plan.variant != "full" for s in sequences)
+        return worth_it and "full" not in variants
 
-    def _decode(self, sequences: Sequence[ScheduledSequence]) -> jax.Array:
-        catalogue, filtered = self.programs.catalogue, any(s.request.plan.variant == "filtered" for s in sequences)
+    def _decode(self, sequences: Sequence[ScheduledSequence], *, filtered: bool) -> jax.Array:
+        catalogue = self.programs.catalogue
         size = bucket_for(len(sequences), catalogue.filtered_sizes if filtered else catalogue.decode_sizes)
         step = self.programs[ProgramKey("decode_filtered" if filtered else "decode", size)]
         delta = self._decode_delta(sequences, size)
@@ -178,13 +179,14 @@ class Runner:
     def _decode_delta(self, sequences: Sequence[ScheduledSequence], size: int) -> np.ndarray:
         """[3, size] int32: row slots, the blocks that they open, and how many tokens each computes."""
         delta, count = _no_decodes(size), len(sequences)
-        delta[0, :count] = [sequence.request.row for sequence in sequences]
+        slots = [sequence.request.row for sequence in sequences]
+        delta[0, :count] = slots
         delta[2, :count] = [sequence.num_tokens for sequence in sequences]
-        for i, sequence in enumerate(sequences):
-            row, block_ids = self._rows[sequence.request.row], sequence.block_ids
-            if len(block_ids) > row.blocks_sent:
-                delta[1, i] = block_ids[-1]
-                row.blocks_sent += 1
+        blocks_sent = self._blocks_sent
+        for i, (slot, sequence) in enumerate(zip(slots, sequences, strict=True)):
+            if len(sequence.block_ids) > blocks_sent[slot]:
+                delta[1, i] = sequence.block_ids[-1]
+                blocks_sent[slot] += 1
         return delta
 
     def _prefill(
@@ -242,9 +244,9 @@ class Runner:
         spans: list[TableSpan] = []
         for sequence in sequences:
             request = sequence.request
-            row = self._rows[request.row]
+            row, blocks_sent = self._rows[request.row], self._blocks_sent[request.row]
             if sequence.is_admitted:
-                row.blocks_sent = 0
+                blocks_sent = 0
                 last_token, num_output = request.token_ids[-1], len(request.output_token_ids)
                 ints = (sequence.start, last_token, num_output, request.plan.top_k, *request.plan.key)
                 admissions.append((request.row, ints, request.plan.floats))
@@ -252,9 +254,9 @@ class Runner:
                     row.bans = request.plan.bans_after(request.output_token_ids)
                     self._send_extras(request, row.bans, count=True)
                     row.has_extras = request.plan.variant == "full"
-            if len(request.block_ids) > row.blocks_sent:
-                spans.append((request.row, row.blocks_sent, request.block_ids[row.blocks_sent :]))
-            row.blocks_sent = len(request.block_ids)
+            if len(request.block_ids) > blocks_sent:
+                spans.append((request.row, blocks_sent, request.block_ids[blocks_sent:]))
+            self._blocks_sent[request.row] = len(request.block_ids)
         for packed in pack_updates(admissions, spans):
             self._device_rows = self.programs[ProgramKey("update_rows")](self._device_rows, packed)
 

@@ -21,11 +21,12 @@ from nanovllm_kernels import lowering_for
 WORKER = "nanovllm_jax.engine.lowering_worker"
 
 
-def order(shards=1, target=None):
+def order(shards=1, target=None, dtype="float32"):
     config = EngineConfig(max_num_seqs=4, max_model_len=64, tensor_parallel_size=shards)
     model = split_heads(load_model_config(locate(None)), shards)
     shape = dataclasses.replace(smallest_shape(model, config), num_blocks=16)
-    return LoweringOrder(model, config, shape, jnp.dtype("float32"), jnp.dtype("float32"), target)
+    exchanged = shards > 1 and target is not None
+    return LoweringOrder(model, config, shape, jnp.dtype(dtype), jnp.dtype(dtype), target, exchanged)
 
 
 def scopes(compiled):
@@ -53,9 +54,10 @@ def test_programs_lowered_elsewhere_are_the_same(shards, eight_cores):
             assert getattr(there.memory_analysis(), name) == getattr(here.memory_analysis(), name)
 
 
-def test_a_gpus_kernels_are_lowered_elsewhere(eight_cores):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_gpus_kernels_are_lowered_elsewhere(shards, eight_cores):
     with lowering_for(90) as target:
-        ordered = order(target=target)
+        ordered = order(shards, target, "bfloat16")
     catalogue = ordered.catalogue()
     keys = [ProgramKey("prefill", size) for size in catalogue.prefill_sizes]
     keys += [ProgramKey("decode", size) for size in catalogue.decode_sizes]
@@ -63,3 +65,4 @@ def test_a_gpus_kernels_are_lowered_elsewhere(eight_cores):
         assert lowered is not None
         text = catalogue.trace_exported(key, lowered.exported).lower(lowering_platforms=("cuda",)).as_text()
         assert "triton_kernel_call_ffi" in text
+        assert key.kind != "prefill" or "all_reduce" not in text  # shards add in a kernel

@@ -187,7 +187,9 @@ def test_skinny_matmul(case, in_kernel_merge):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 100, 256])
-@pytest.mark.parametrize("case", PRODUCTS["qwen3_0_6b"], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*PRODUCTS["qwen3_0_6b"], *PRODUCTS["qwen3_8b_tp4"]], ids=lambda case: f"{case.name}-{case.outputs}"
+)
 def test_skinny_matmul_with_the_launches_of_a_model(case, rows):
     case = dataclasses.replace(case, rows=rows)
     arrays = skinny_inputs(case)
@@ -267,7 +269,7 @@ def test_add_shards():
     shards = jax.local_device_count()
     if shards not in (2, 4, 8):
         pytest.skip(f"needs 2, 4 or 8 GPUs, not {shards}")
-    mesh = jax.make_mesh((shards,), ("model",))
+    mesh = jax.make_mesh((shards,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     exchange, split, same = make_exchange(mesh, "model"), PartitionSpec("model"), PartitionSpec()
 
     def add(parts, residuals, table):

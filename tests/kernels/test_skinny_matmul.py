@@ -152,6 +152,23 @@ def test_a_tuned_mosaic_tile_is_used_where_the_operands_suit_it(tmp_path, monkey
         launch.load_table.cache_clear()
 
 
+def test_a_gpu_without_an_entry_takes_that_of_one_with_the_same_chip(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    of_h200, of_h100 = launch.Launch(64, 32, 64, 2, 4, 3), launch.Launch(64, 64, 64, 1, 4, 3)
+    launch.save_table(
+        launch.table_path("NVIDIA H200"), [launch.Entry(64, n, 4096, False, 2, of_h200) for n in (512, 4096)]
+    )
+    try:
+        assert launch.table_of("NVIDIA H100 80GB HBM3") == launch.table_of("NVIDIA H200")
+        launch.save_table(launch.table_path("NVIDIA H100"), [launch.Entry(64, 512, 4096, False, 2, of_h100)])
+        target = launch.Target(90, 132, 227 * 1024, "NVIDIA H100 80GB HBM3")
+        chosen = functools.partial(launch.launch_parameters, target, rows=64, outputs=4096, gated=False, w_bytes=2)
+        assert (chosen(inputs=512), chosen(inputs=4096)) == (of_h100, of_h200)
+        assert launch.table_of("NVIDIA A100") == launch.table_of("GPU") == ()
+    finally:
+        launch.load_table.cache_clear()
+
+
 def test_a_table_of_another_format_is_refused(tmp_path):
     (tmp_path / "h200.json").write_text('{"format": 0, "entries": []}')
     with pytest.raises(ValueError, match="format 0; this version reads 1: tune again"):

@@ -1,4 +1,4 @@
-"""Replicas on GPUs of one host: programs that the first one compiled run on the others."""
+"""Replicas and shards on GPUs of one host: they write what one GPU writes."""
 
 import jax
 import pytest
@@ -12,12 +12,19 @@ pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="JAX sees no GPU"),
 ]
 PROMPTS = [[1, 2, 3], list(range(50, 90)), [7] * 20, [300, 400, 500, 600]]
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+NUM_TOKENS = 24
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+ARGUMENTS = {
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "compile_at_start": False,
+    "num_gpu_blocks_override": 64,  # else programs are compiled to learn how much memory they need
+}
 
 
 def generate(prompts, **settings):
-    arguments = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64, "compile_at_start": False}
-    with LLM(skip_tokenizer_init=True, **arguments, **settings) as llm:
+    with LLM(skip_tokenizer_init=True, **ARGUMENTS, **settings) as llm:
         logs = [replica.runner.programs.compile_log for replica in llm._engine.replicas]
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
         return [output.outputs[0].token_ids for output in outputs], logs
@@ -50,3 +57,38 @@ def test_each_replica_writes_what_one_gpu_writes_and_only_the_first_compiles(own
     tokens, logs = generate(PROMPTS[:count], data_parallel_size=count)
     assert tokens == alone
     assert all(record.trace_s == 0 for log in logs for record in log)
+
+
+SIZES = [
+    pytest.param(size, marks=pytest.mark.skipif(jax.device_count() < size, reason=f"needs {size} GPUs"))
+    for size in (2, 4, 8)
+]
+
+
+@pytest.mark.parametrize("shards", SIZES)
+def test_shards_write_what_one_gpu_writes(shards):
+    alone, _ = generate(PROMPTS, dtype="float32")
+    tokens, _ = generate(PROMPTS, dtype="float32", tensor_parallel_size=shards)
+    assert tokens == alone
+
+
+@pytest.mark.parametrize("shards", SIZES)
+def test_in_bfloat16_shards_choose_among_the_five_likeliest_of_one_gpu(shards):
+    tokens, _ = generate(PROMPTS, tensor_parallel_size=shards)
+    texts = [[*prompt, *its_tokens] for prompt, its_tokens in zip(PROMPTS, tokens, strict=True)]
+    scores = SamplingParams(max_tokens=1, prompt_logprobs=5)
+    with LLM(skip_tokenizer_init=True, **ARGUMENTS) as llm:
+        scored = llm.generate(texts, scores, use_tqdm=False)
+    for text, output in zip(texts, scored, strict=True):
+        pairs = zip(text[-NUM_TOKENS:], output.prompt_logprobs[-NUM_TOKENS:], strict=True)
+        ranks = [entries[token].rank for token, entries in pairs]
+        assert max(ranks) <= 5
+        assert sum(rank == 1 for rank in ranks) >= NUM_TOKENS * 5 // 6
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four GPUs")
+def test_replicas_of_two_shards_write_what_one_gpu_writes():
+    alone, _ = generate(PROMPTS, dtype="float32")
+    tokens, logs = generate(PROMPTS, dtype="float32", tensor_parallel_size=2, data_parallel_size=2)
+    assert tokens == alone
+    assert all(log for log in logs)

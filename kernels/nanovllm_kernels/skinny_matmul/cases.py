@@ -84,6 +84,25 @@ PRODUCTS = {
         SkinnyCase("gate_up", 1, 4096, 12288, norm=True, gated=True),
         SkinnyCase("down", 1, 12288, 4096, residual=True),
     ),
+    # One shard of it; residuals are added after the sum over shards.
+    "qwen3_8b_tp2": (
+        SkinnyCase("qkv", 1, 4096, 3072, norm=True),
+        SkinnyCase("o", 1, 2048, 4096),
+        SkinnyCase("gate_up", 1, 4096, 6144, norm=True, gated=True),
+        SkinnyCase("down", 1, 6144, 4096),
+    ),
+    "qwen3_8b_tp4": (
+        SkinnyCase("qkv", 1, 4096, 1536, norm=True),
+        SkinnyCase("o", 1, 1024, 4096),
+        SkinnyCase("gate_up", 1, 4096, 3072, norm=True, gated=True),
+        SkinnyCase("down", 1, 3072, 4096),
+    ),
+    "qwen3_32b_tp4": (
+        SkinnyCase("qkv", 1, 5120, 2560, norm=True),
+        SkinnyCase("o", 1, 2048, 5120),
+        SkinnyCase("gate_up", 1, 5120, 6400, norm=True, gated=True),
+        SkinnyCase("down", 1, 6400, 5120),
+    ),
 }
 
 

@@ -26,6 +26,8 @@ _MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
 _NEAREST = 2.0
 # Of the Mosaic kernel: warpgroups that multiply, rows of each (the M of wgmma), and rows that TMA moves under swizzle.
 CONSUMERS, CONSUMER_ROWS, ROW_ALIGNMENT = 2, 64, 8
+# A GPU without an entry takes that of another with the same chip, 132 multiprocessors, whatever its memory.
+_SAME_CHIP = {"h100": "h200", "h200": "h100"}
 _LEAST_SPLIT = 256  # inputs a program: below, adding the splits costs more than the products
 
 
@@ -113,7 +115,7 @@ def launch_parameters(
 
     candidates = [
         entry
-        for entry in load_table(table_path(target.kind))
+        for entry in table_of(target.kind)
         if entry.gated == gated
         and entry.w_bytes == w_bytes
         and entry.rows >= rows
@@ -160,6 +162,14 @@ def table_path(kind: str) -> Path | None:
     """The file for a GPU whose device kind is, for example, "NVIDIA H200"; None for a name without a model."""
     match = re.search(r"\b[A-Z]+\d+\w*", kind)
     return TABLES / f"{match.group().lower()}.json" if match else None
+
+
+def table_of(kind: str) -> tuple[Entry, ...]:
+    """Entries for a GPU of this device kind: those of its own table, which come first, and those of its like."""
+    own = table_path(kind)
+    if own is None:
+        return ()
+    return load_table(own) + (load_table(own.with_stem(_SAME_CHIP[own.stem])) if own.stem in _SAME_CHIP else ())
 
 
 @functools.cache
