@@ -57,17 +57,32 @@ def test_latency_is_a_grid(tmp_path):
 
 
 def test_script_rewrites_between_the_markers_and_checks(tmp_path):
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    readme, front, results = tmp_path / "README.md", tmp_path / "front.md", tmp_path / "results"
+    for path in (readme, front):
+        path.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
 
     def run(*options):
-        command = [sys.executable, str(BENCHMARKS / "tables.py"), "--readme", str(readme), "--results", str(results)]
+        command = [sys.executable, str(BENCHMARKS / "tables.py"), "--results", str(results)]
+        command += ["--readme", str(readme), "--front-page", str(front)]
         return subprocess.run([*command, *options], capture_output=True, text=True).returncode
 
     assert run("--check") == 1
     assert run() == 0
     assert run("--check") == 0
-    assert readme.read_text() == f"before\n{tables.BEGIN}\n{tables.NONE_YET}\n{tables.END}\nafter\n"
+    for path in (readme, front):
+        assert path.read_text() == f"before\n{tables.BEGIN}\n{tables.NONE_YET}\n{tables.END}\nafter\n"
+
+
+def test_front_page_has_a_table_of_the_cases_for_each_device(tmp_path):
+    for device, rate in (("NVIDIA H100", 19_000.0), ("NVIDIA H200", 27_000.0)):
+        results_log.append([line("bench256_out_tok_s", [rate], limit=38_000, device=device)], tmp_path)
+        results_log.append([line("host_gap_frac", [0.1], "1", device=device)], tmp_path)
+    results_log.append([line("vllm/bench256_out_tok_s", [15_000.0], device="NVIDIA H100")], tmp_path)
+    first, second = tables.render_front_page(tmp_path).split("\n\n")
+    assert cells(first, "one") == ["one NVIDIA H100, output tok/s", "nanovllm-jax", "vllm", "of the limit"]
+    assert cells(first, "nano-vLLM's benchmark: 256")[1:] == ["19,000", "15,000", "50%"]
+    assert cells(second, "nano-vLLM's benchmark: 256")[1:] == ["27,000", "71%"]
+    assert "host_gap" not in first
 
 
 def test_readme_shows_what_is_recorded():
