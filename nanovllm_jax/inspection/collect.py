@@ -188,7 +188,10 @@ def _flops(lowered: Any, rows: list[KernelRow], counted: Counted) -> tuple[float
 
 def _arguments(key: ProgramKey, catalogue: Catalogue, lowered: Any, module: str, hlo: str | None) -> list[Argument]:
     """One entry an argument; of a program that is not compiled, what its lowering promises."""
-    reused = aliased_parameters(hlo) if hlo else _promised(module)
+    parameters = aliased_parameters(hlo) if hlo else _promised(module)
+    # Arguments that nothing reads are no parameters, such as the buffers to which a split model has the addresses.
+    kept = sorted(lowered._lowering.compile_args["kept_var_idx"])  # no public function tells
+    reused = {kept[number] for number in parameters}
     found, start = [], 0
     for name, tree, info in zip(
         ARGUMENT_NAMES[key.kind], catalogue.describe(key).arguments, lowered.args_info[0], strict=True

@@ -128,3 +128,10 @@ def test_tensor_parallel_step_costs_less_on_each_device_and_stays_within_its_col
     assert two.memory.cache <= one.memory.cache / 2
     assert two.programs[0].flops < 0.6 * one.programs[0].flops
     assert [finding for finding in two.findings if finding.kind == "collectives"] == []
+
+
+def test_buffers_of_sums_over_gpus_which_no_program_reads_hide_no_donated_state():
+    report = inspected("tiny", tensor_parallel_size=2)
+    state = [argument for argument in report.programs[0].arguments if argument.name in ("caches", "rows")]
+    assert [argument.reused for argument in state] == [argument.arrays for argument in state]
+    assert [finding for finding in report.findings if finding.kind == "not donated"] == []
