@@ -11,8 +11,9 @@
 - both: bench256 of Qwen3-8B's shape on replicas of two GPUs each, over one such replica: `dp<N>tp2_bench256_speedup`.
 - large: a decode step of Qwen3-32B's shape on all GPUs, 64 rows of 1,024 ids.
 
-Weights are random. What fits side by side on the GPUs starts together, and is then measured one after the other. A
-speed-up compares runs of this command alone; its limit is the number of GPUs, so its share of that is the efficiency.
+Weights are random. What fits side by side on the GPUs starts together, and each is measured when it is ready, one after
+the other. A speed-up compares runs of this command alone; its limit is the number of GPUs, so its share of that is the
+efficiency.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import limit
@@ -45,7 +46,7 @@ RECORDED_MODEL = "qwen3-8b"
 PARTS = ("dp", "tp", "both", "large")
 SMALL, MIDDLE, LARGE = "qwen3-0.6b", "qwen3-8b", "qwen3-32b"
 BENCH = next(case for case in CASES if case.name == "bench256")
-WARM_UP_REPEAT = 500  # its draws are not those of a timed run
+WARM_UP_REPEAT, WARM_UP_TOKENS = 500, 17  # its draws are not those of a timed run
 TIME_LIMIT_S = 480
 STEP_BLOCKS = 6144  # 98,304 tokens: 64 rows of 1,280, and some to spare
 SMOKE_DEVICES = "--xla_force_host_platform_device_count=8"
@@ -196,7 +197,7 @@ def run_wave(
     results: Results,
     outcome: Outcome,
 ) -> Iterator[Setup]:
-    """Starts engines side by side, then measures one after the other; yields each setup that was measured."""
+    """Starts and warms up engines side by side, measures each alone once it is ready; yields those measured."""
     specs, first = [], 0
     for setup in wave:
         devices = ",".join(visible[first : first + setup.devices])
@@ -204,22 +205,34 @@ def run_wave(
         first += setup.devices
     progress(f"starting {', '.join(setup.name for setup in wave)}")
     with ExitStack() as stack, ThreadPoolExecutor(len(wave)) as pool:
-        starts = [
-            pool.submit(EngineProcess, spec, model_folder(setup, args), deadline)
-            for setup, spec in zip(wave, specs, strict=True)
-        ]
-        processes = []
-        for setup, start in zip(wave, starts, strict=True):
+        starts = {
+            pool.submit(start, setup, spec, deadline, args): setup for setup, spec in zip(wave, specs, strict=True)
+        }
+        for ready in as_completed(starts):
+            setup = starts[ready]
             with outcome.guard(OURS, lambda setup=setup: setup.name):
-                processes.append((setup, start.result()))
-                stack.callback(processes[-1][1].kill)
-        for setup, process in processes:
-            progress(f"{setup.name}: was ready {process.startup_s:.1f} s after its start, on {process.device}")
-            device = results_log.device_name(process.device, setup.devices)
-            results.facts[setup] = {"device": device, "versions": process.versions, "commit": args.commit}
-            with outcome.guard(OURS, lambda setup=setup: setup.name), process:
-                measure(setup, process, args, results)
-                yield setup
+                process = ready.result()
+                stack.callback(process.kill)
+                progress(f"{setup.name}: was ready {process.startup_s:.1f} s after its start, on {process.device}")
+                device = results_log.device_name(process.device, setup.devices)
+                results.facts[setup] = {"device": device, "versions": process.versions, "commit": args.commit}
+                with process:
+                    measure(setup, process, args, results)
+                    yield setup
+
+
+def start(setup: Setup, spec: EngineSpec, deadline: float, args: argparse.Namespace) -> EngineProcess:
+    """An engine that has run a little of all that it will be measured on, which compiles what it did not at start."""
+    process = EngineProcess(spec, model_folder(setup, args), deadline)
+    try:
+        if setup.bench:
+            process.run(warm_up())
+        for name in setup.steps:
+            measure_steps(process, replace(cell_of(name, setup, args), new_tokens=WARM_UP_TOKENS), WARM_UP_REPEAT)
+    except BaseException:
+        process.kill()
+        raise
+    return process
 
 
 def model_folder(setup: Setup, args: argparse.Namespace) -> str:
@@ -243,15 +256,13 @@ def spec_of(setup: Setup, devices: str, args: argparse.Namespace) -> EngineSpec:
 
 
 def measure(setup: Setup, process: EngineProcess, args: argparse.Namespace, results: Results) -> None:
-    """All repetitions of all measures of a setup, after one that is not counted."""
+    """All repetitions of all measures of a setup."""
     if setup.bench:
-        process.run(warm_up())
         runs = [process.run(bench_requests(setup, repeat, args)) for repeat in range(args.repeats)]
         results.values[setup, "bench"] = [run.output_tok_s for run in runs]
         progress(f"{setup.name}: {statistics.median(results.values[setup, 'bench']):,.0f} output tok/s")
     for name in setup.steps:
         cell = cell_of(name, setup, args)
-        measure_steps(process, cell, WARM_UP_REPEAT)
         times = [measure_steps(process, cell, repeat) for repeat in range(args.repeats)]
         results.values[setup, f"{name}_first"] = [run.first_token for run in times]
         results.values[setup, name] = [run.per_token for run in times]

@@ -159,6 +159,8 @@ def chain_of(call):
     def chain(arrays, weights):
         counters, results = split_counters(), []
         for w in weights * repeats(weights):
+            if results:  # else XLA would run the calls with equal weights once, where nothing else tells them apart
+                w, _ = jax.lax.optimization_barrier((w, results[-1]))
             result, counters = one(arrays, w, counters)
             results.append(result)
         return results

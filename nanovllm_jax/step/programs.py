@@ -22,6 +22,7 @@ from nanovllm_jax.models.projections import most_fused_rows
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.executables import ExecutableStore
 from nanovllm_jax.step.lowering import Lowered, LoweringWorkers, usable_cores
+from nanovllm_jax.step.step import MIN_TOKENS_IN_PARTS
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,11 @@ def use_persistent_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _gpu_options(command_buffers: bool, several_devices: bool) -> dict[str, str | bool]:
+def _gpu_options(command_buffers: bool, several_devices: bool) -> dict[str, Any]:
     if not command_buffers:
         return {"xla_gpu_enable_command_buffer": ""}
     # Under a profiler XLA would otherwise launch kernel by kernel, and the trace show a step bound by the host.
-    options: dict[str, str | bool] = {"xla_enable_command_buffers_during_profiling": True}
+    options: dict[str, Any] = {"xla_enable_command_buffers_during_profiling": True}
     if several_devices:
         # A collective outside of a graph cuts it in two: a sum of 64 x 4096 then costs two GPUs 32 us, and 11 inside.
         # XLA's own collective kernels, which it prefers, are not recorded; NCCL's are.
@@ -169,11 +170,22 @@ class Programs:
         if self._options is None:
             return None
         trials = key.kind.startswith("decode") and key.size > most_fused_rows()
-        return {
+        options: dict[str, Any] = {
             "xla_gpu_experimental_enable_fusion_autotuner": False,
             "xla_gpu_enable_triton_gemm": trials,
             **self._options,
         }
+        if self._computes_in_parts(key):
+            options["xla_gpu_enable_command_buffer"] = ""
+        return options
+
+    def _computes_in_parts(self, key: ProgramKey) -> bool:
+        """Whether sums of one part of the tokens run beside what another one computes.
+
+        Graphs would run one after the other; and they would have to be updated before the first kernel starts, which
+        takes longer than it takes to launch kernels of 100 us one by one.
+        """
+        return self.catalogue.config.axis_name is not None and key.kind == "prefill" and key.size >= MIN_TOKENS_IN_PARTS
 
     def _load(self, key: ProgramKey) -> bool:
         """Take a program that an earlier start has kept; whether there is one."""

@@ -36,6 +36,8 @@ from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateSha
 from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
 
 MIN_MOSAIC_TOKENS = 1024  # of a prefill
+# Of a prefill over shards, that is computed in two parts: the sums of one are under way while the other one computes.
+MIN_TOKENS_IN_PARTS = 4096
 
 
 @dataclass(frozen=True)
@@ -158,12 +160,19 @@ def prefill_forward(
     slots = jnp.where(real, block * block_size + position % block_size, -1)
     tokens = jnp.where(tokens >= 0, tokens, rows["ints"][slot_row[sequence], RowInt.LAST_TOKEN])
 
-    attention = partial(ragged_prefill, block_tables=tables, cu_q_lens=cu_q_lens, context_lens=context_lens)
     # The Mosaic kernel is half as fast again, but each bucket lowers its own, which takes seconds.
     in_mosaic = config.backend == "triton" and layout.num_tokens >= MIN_MOSAIC_TOKENS
-    attend = _attend(config, "ragged_prefill", slots, attention, "mosaic" if in_mosaic else config.backend)
+    in_parts = config.axis_name is not None and layout.num_tokens >= MIN_TOKENS_IN_PARTS
+    attends = []
+    for slots_of_part in jnp.split(slots, 2 if in_parts else 1):
+        size = slots_of_part.shape[0]
+        its_cu_q_lens, its_context_lens = part_of_tokens(cu_q_lens, starts, len(attends) * size, size)
+        lengths = {"cu_q_lens": its_cu_q_lens, "context_lens": its_context_lens}
+        attention = partial(ragged_prefill, block_tables=tables, **lengths)
+        backend = "mosaic" if in_mosaic else config.backend
+        attends.append(_attend(config, "ragged_prefill", slots_of_part, attention, backend))
     unfinished, caches = transformer_until_last(
-        params, config.model, tokens, position, caches, attend, config.axis_name, config.backend
+        params, config.model, tokens, position, caches, attends, config.axis_name, config.backend
     )
     ints = rows["ints"].at[slot_row, RowInt.NUM_TOKENS].set(context_lens)
     ends = jnp.maximum(cu_q_lens[1:] - 1, 0)
@@ -172,6 +181,18 @@ def prefill_forward(
     hidden = finish(params["layers"][-1], norm, config.model, last, config.axis_name, backend, table_of(params))
     sampled_rows = jnp.where(active & (samples == 1), row, -1)
     return caches, rows | {"ints": ints}, hidden, sampled_rows, unfinished
+
+
+def part_of_tokens(
+    cu_q_lens: Int[Array, " ends"], starts: Int[Array, " S"], first: int, size: int
+) -> tuple[Int[Array, " ends"], Int[Array, " S"]]:
+    """`cu_q_lens` and context lengths of `size` flat tokens from `first` on, which may begin and end within sequences.
+
+    Of sequences without a token among them, the context is 0. `starts` has the position of each one's first token.
+    """
+    clipped = jnp.clip(cu_q_lens, first, first + size)
+    seen = jnp.where(clipped[1:] > clipped[:-1], starts + clipped[1:] - cu_q_lens[:-1], 0)
+    return clipped - first, seen
 
 
 def _attend(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from parallel_runs import PROMPTS, TIGHT, UNCACHED, generate, open_llm
 from tiny_models import write_tiny_model
@@ -10,6 +12,7 @@ from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.config import ModelConfig, RopeConfig
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.parallel.mesh import split_heads
+from nanovllm_jax.step import step
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,23 @@ def test_shards_change_no_token(model, alone, shards, settings):
     tokens, num_preemptions = generate(model, shards, **settings)
     assert tokens == alone
     assert bool(num_preemptions) == (TIGHT.items() <= settings.items())
+
+
+def test_prompts_in_parts_change_no_token(model, alone, monkeypatch):
+    monkeypatch.setattr(step, "MIN_TOKENS_IN_PARTS", 16)
+    assert generate(model, 2)[0] == alone
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 4])
+def test_parts_of_a_step_see_what_comes_before_them(num_parts):
+    starts, q_lens, size = np.array([5, 0, 7, 0]), np.array([3, 9, 1, 0]), 16 // num_parts
+    cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(q_lens, dtype=jnp.int32)])
+    seen = [[] for _ in starts]
+    for part in range(num_parts):
+        its, context_lens = step.part_of_tokens(cu_q_lens, jnp.asarray(starts, jnp.int32), part * size, size)
+        for sequence, (count, end) in enumerate(zip(np.diff(its), context_lens.tolist(), strict=True)):
+            seen[sequence] += range(end - count, end)
+    assert seen == [list(range(start, start + n)) for start, n in zip(starts, q_lens, strict=True)]
 
 
 def test_logprobs_are_those_of_one_device(model):
