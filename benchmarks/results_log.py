@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_FOLDER = ROOT / "benchmarks" / "results"
 
 # Options that say where things are on one machine, which another has elsewhere; --record itself is kept.
-_PLACES = ("--pythonpath", "--python", "--model-dir", "--chart", "--plot", "--trace", "--commit", "--record")
+_PLACES = (
+    *("--pythonpath", "--python", "--model-dir", "--caches", "--chart", "--plot", "--trace"),
+    *("--commit", "--record"),
+)
 
 
 def figure_line(

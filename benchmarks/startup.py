@@ -1,6 +1,7 @@
 """Start-up: from the start of a process to its first token, with empty caches and with filled ones.
 
     python benchmarks/startup.py --repeats 3 --record
+    python benchmarks/startup.py --caches DIR --record       # warm starts alone, in a folder that others have filled
 
 Each repetition makes a cache folder, starts the engine in it (`startup_cold_s`), ends it, and starts it there again
 (`startup_warm_s`), each in a fresh process. The folder holds compiled programs and nothing else: XDG_CACHE_HOME, and
@@ -15,7 +16,7 @@ import argparse
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,11 @@ PROMPT_LEN = 128
 
 def main() -> int:
     """Measures each engine; the exit status."""
-    args = parse(make_parser(__doc__, model=RECORDED_MODEL), recorded_model=RECORDED_MODEL)
+    parser = make_parser(__doc__, model=RECORDED_MODEL)
+    parser.add_argument(
+        "--caches", type=Path, metavar="DIR", help="measure warm starts alone, with what is cached there"
+    )
+    args = parse(parser, recorded_model=RECORDED_MODEL)
     outcome = Outcome(args.record)
     with ExitStack() as stack:
         model = open_model(args, stack, weights=True)
@@ -45,12 +50,12 @@ def main() -> int:
 def measure(engine: str, model: str, args: argparse.Namespace, outcome: Outcome) -> None:
     """Adds a line for each kind of start; if time runs out, of those that came to an end."""
     deadline = time.monotonic() + args.time_limit
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    seconds: dict[str, list[float]] = {kind: [] for kind in (KINDS[1:] if args.caches else KINDS)}
     names = {}
     try:
         for repeat in range(args.repeats):
-            with tempfile.TemporaryDirectory() as folder:
-                for kind in KINDS:
+            with nullcontext(args.caches) if args.caches else tempfile.TemporaryDirectory() as folder:
+                for kind in seconds:
                     process, to_first_token = start(engine, model, args, Path(folder), deadline)
                     names = {"device": process.device, "versions": process.versions, "commit": args.commit}
                     seconds[kind].append(to_first_token)

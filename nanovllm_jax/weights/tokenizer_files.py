@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.weights.generation import read_json
@@ -53,6 +55,7 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
 
         return gguf_tokenizer(GGUFFile(source.path))
     try:
+        _import_tokenizers()
         tokenizer_class = getattr(importlib.import_module("transformers"), _class_name(directory))
         return tokenizer_class.from_pretrained(directory)
     except Exception as error:  # transformers and its validators raise many classes
@@ -60,6 +63,32 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
             f"The tokenizer in {directory} cannot be loaded ({reason(error)}). It needs tokenizer.json and "
             "tokenizer_config.json; pass tokenizer= with a directory or hub id that has them."
         ) from error
+
+
+def _import_tokenizers() -> None:
+    """Import transformers' fast tokenizers without PyTorch.
+
+    In release 5.17 (not in 5.23) their module takes a function from the one that reads GGUF checkpoints, and that one
+    imports PyTorch where it is installed, which takes seconds. Meanwhile a stand-in has its place, whose function
+    fetches the real one when it is called.
+    """
+    name = "transformers.modeling_gguf_pytorch_utils"
+    if name in sys.modules:
+        return
+
+    def load_gguf_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module(name).load_gguf_checkpoint(*args, **kwargs)
+
+    stand_in = ModuleType(name)
+    stand_in.load_gguf_checkpoint = load_gguf_checkpoint  # pyright: ignore[reportAttributeAccessIssue]
+    importlib.import_module("transformers")  # first: the stand-in is for that one import
+    sys.modules[name] = stand_in
+    try:
+        importlib.import_module("transformers.tokenization_utils_tokenizers")
+    except ImportError:  # a release that takes more from it, or has no such module, imports it in its own way
+        pass
+    finally:
+        del sys.modules[name]
 
 
 def _class_name(directory: Path) -> str:

@@ -58,6 +58,15 @@ def test_decode_step_of_replicas_and_shards():
     assert line["limit"] > 0
 
 
+def test_startup_in_caches_that_are_filled_is_warm(tmp_path):
+    filled = tmp_path / "caches"
+    filled.mkdir()
+    (filled / "programs").touch()
+    done = run("startup.py", *vllm_that(CACHES + OBEYS, tmp_path), f"--caches={filled}", "--repeats=2")
+    assert (tmp_path / "starts.txt").read_text().split() == ["warm"] * 2
+    assert list(figures(done)) == ["vllm/startup_warm_s"]
+
+
 def test_startup_keeps_the_starts_that_ended_in_time(tmp_path):
     stuck = CACHES + "if 'warm' in pathlib.Path(__file__).with_name('starts.txt').read_text():\n"
     stuck += "            threading.Event().wait()\n        "

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from checkpoint_files import LLAMA, write_gguf
@@ -111,3 +114,19 @@ def test_smollm2_tokenizes_as_the_original_does():
     digits = tokenizer.convert_ids_to_tokens(tokenizer("12345").input_ids)
     assert digits == ["1", "2", "3", "4", "5"]
     assert "<|im_start|>" in tokenizer.chat_template
+
+
+def test_pytorch_is_not_imported_for_a_tokenizer_even_where_it_is_installed(tmp_path):
+    # What transformers takes for an installed PyTorch; importing it takes seconds, here it fails.
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('not for a tokenizer')")
+    info = tmp_path / "torch-2.11.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    (info / "top_level.txt").write_text("torch")
+    (info / "RECORD").write_text("torch/__init__.py,,\n")
+    code = "from nanovllm_jax.weights import load_tokenizer, locate; print(load_tokenizer(locate(None)).decode([65]))"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
