@@ -27,7 +27,7 @@ from nanovllm_kernels._device import ceil_div, next_power_of_2
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel
 from nanovllm_kernels.skinny_matmul import launch as launches
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase
-from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, Entry, Launch, Tiling
+from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT, Entry, Launch, Tiling
 
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
@@ -81,10 +81,10 @@ def candidates(case: SkinnyCase) -> list[Launch]:
 
 def tilings(case: SkinnyCase) -> list[Tiling]:
     """Of the Mosaic kernel, where it runs: one program for most multiprocessors, rings as deep as they fit."""
-    if case.rows < CONSUMER_ROWS or not has_mosaic_kernel():
+    if case.rows < ROW_ALIGNMENT or not has_mosaic_kernel():
         return []
     target, found = current_target(), []
-    shapes = itertools.product((CONSUMER_ROWS, CONSUMERS * CONSUMER_ROWS), (32, 48, 64, 128), (64, 128))
+    shapes = itertools.product((CONSUMER_ROWS, CONSUMERS * CONSUMER_ROWS), (16, 32, 48, 64, 128), (64, 128))
     for rows, cols, inputs in shapes:
         one = Tiling(rows, cols, inputs, 2 * CONSUMERS)
         # Outputs, residual and norm, and float32 sums where the consumers divide the inputs.
@@ -193,10 +193,11 @@ def call_with(one: Launch | Tiling, in_kernel_merge: bool):
 def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float]:
     """All candidates, best first, and XLA's seconds."""
     launches_tried = candidates(case)
-    wanted = [(one, True) for one in launches_tried]
+    now = launches.launch_parameters(current_target(), **shape_of(case), mosaic=has_mosaic_kernel())
+    wanted = [(one, True) for one in dict.fromkeys([now, *launches_tried])]
     # What the merge inside the kernel is worth: the first that splits, with a second kernel instead.
     wanted += [(one, False) for one in launches_tried if one.splits > 1][:1]
-    wanted += [(one, True) for one in tilings(case)]
+    wanted += [(one, True) for one in tilings(case) if one != now]
     # Tracing holds Python's lock; Triton, XLA and ptxas run in threads.
     futures = [pool.submit(trace_chain(call_with(*each), case).lower().compile) for each in wanted]
     compiled = {}
