@@ -10,6 +10,7 @@ from nanovllm_kernels.add_shards import add_shards
 from nanovllm_kernels.paged_decode import paged_decode
 from nanovllm_kernels.ragged_prefill import ragged_prefill
 from nanovllm_kernels.rope_cache_write import rope_cache_write
+from nanovllm_kernels.rope_paged_decode import rope_paged_decode
 from nanovllm_kernels.sample import sample
 from nanovllm_kernels.silu_mul import silu_mul
 from nanovllm_kernels.skinny_matmul import skinny_matmul, split_counters
@@ -21,6 +22,7 @@ __all__ = [
     "paged_decode",
     "ragged_prefill",
     "rope_cache_write",
+    "rope_paged_decode",
     "sample",
     "silu_mul",
     "skinny_matmul",

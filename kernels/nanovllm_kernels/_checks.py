@@ -78,6 +78,10 @@ def check_attention(
         raise ValueError(
             f"q has {q.shape[-2]} query heads, which is not a multiple of the cache's {num_kv_heads} KV heads."
         )
+    check_scores(sliding_window, soft_cap)
+
+
+def check_scores(sliding_window: int | None, soft_cap: float | None) -> None:
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1, or None for no window.")
     if soft_cap is not None and not soft_cap > 0:

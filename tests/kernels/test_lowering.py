@@ -20,6 +20,7 @@ from nanovllm_kernels import (
     paged_decode,
     ragged_prefill,
     rope_cache_write,
+    rope_paged_decode,
     sample,
     silu_mul,
     skinny_matmul,
@@ -81,6 +82,10 @@ def arguments(
     if operation is rope_cache_write:
         angles = (shape((tokens, head_dim // 2), dtype=jnp.float32),) * 2
         return (shape((tokens, kv_heads, group + 2, head_dim)), *angles, *caches, index((tokens,)))
+    if operation is rope_paged_decode:
+        angles = (shape((rows, head_dim // 2), dtype=jnp.float32),) * 2
+        qkv = shape((rows, kv_heads, group + 2, head_dim))
+        return (qkv, *angles, *caches, index((rows, table_width)), index((rows,)))
     heads = kv_heads * group
     if operation is paged_decode:
         return (shape((rows, *queries, heads, head_dim)), *caches, index((rows, table_width)), index((rows,)))
@@ -110,9 +115,10 @@ QWEN3 = {"group": 2, "head_dim": 128, "block_size": 16, "dtype": "bfloat16"}
         (rope_cache_write, ["rope_cache_write_kernel"], {}),
         (paged_decode, ["decode_kernel", "merge_kernel"], {"rows": 1}),
         (paged_decode, ["decode_kernel", "merge_kernel"], {"queries": (4,)}),
+        (rope_paged_decode, ["rope_decode_kernel", "merge_kernel"], {}),
         (ragged_prefill, ["prefill_kernel"], {"tokens": 4096}),
     ],
-    ids=["rope_cache_write", "paged_decode", "paged_decode_4_queries", "ragged_prefill"],
+    ids=["rope_cache_write", "paged_decode", "paged_decode_4_queries", "rope_paged_decode", "ragged_prefill"],
 )
 def test_kernels_compile_and_fit_in_shared_memory(compiled, architecture, operation, kernels, shapes):
     text, limit = lower(operation, architecture, **QWEN3, **shapes)
@@ -122,7 +128,7 @@ def test_kernels_compile_and_fit_in_shared_memory(compiled, architecture, operat
 
 
 @pytest.mark.parametrize("architecture", FP8_ARCHITECTURES)
-@pytest.mark.parametrize("operation", [rope_cache_write, paged_decode, ragged_prefill])
+@pytest.mark.parametrize("operation", [rope_cache_write, paged_decode, rope_paged_decode, ragged_prefill])
 def test_kernels_of_float8_caches_compile(compiled, architecture, operation):
     scales = {"k_scale": jnp.ones(2), "v_scale": jnp.ones(2)}
     _, limit = lower(operation, architecture, scales, **QWEN3, cache_dtype="float8_e4m3fn")
@@ -188,7 +194,7 @@ def test_sampling_kernels_compile_for_every_size(compiled, architecture, rows, v
     assert all(shared <= limit for _, shared in compiled)
 
 
-@pytest.mark.parametrize("operation", [rope_cache_write, paged_decode, ragged_prefill])
+@pytest.mark.parametrize("operation", [rope_cache_write, paged_decode, rope_paged_decode, ragged_prefill])
 def test_dimensions_of_1_compile_too(operation):
     # Triton turns scalar arguments that are 1 into constants, which changes their type inside a kernel.
     text, _ = lower(operation, 90, **QWEN3, rows=1, tokens=1, kv_heads=1, table_width=1)
@@ -238,6 +244,24 @@ def test_rope_cache_write_lowers_to_an_in_place_update():
     assert text.count("tf.aliasing_output") == 2
 
 
+def test_rope_paged_decode_is_one_kernel_where_rows_fill_the_chip_and_updates_caches_in_place(compiled):
+    def call(*args):
+        counters = jax.new_ref(split_counters())
+        return rope_paged_decode(*args, scale=0.1, counters=counters, backend="triton")
+
+    with lowering_for(90):
+        shapes = arguments(rope_paged_decode, **QWEN3, kv_heads=8, rows=32)
+        traced = jax.jit(call, donate_argnums=(3, 4)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert [name for name, _ in compiled] == ["rope_decode_kernel"]
+    assert text.count("tf.aliasing_output") == 2
+
+
+def test_rope_paged_decode_of_many_float8_rows_is_both_operations(compiled):
+    lower(rope_paged_decode, 90, **QWEN3, kv_heads=8, rows=256, cache_dtype="float8_e4m3fn")
+    assert [name for name, _ in compiled] == ["rope_cache_write_kernel", "decode_kernel", "merge_kernel"]
+
+
 def lower_skinny(case, architecture, *, in_kernel_merge):
     arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in skinny_inputs(case).items()}
 
@@ -261,9 +285,9 @@ def test_skinny_matmul_compiles_and_splits_are_merged_inside_with_counters(compi
     assert all(shared <= limit for _, shared in compiled)
 
 
-@pytest.mark.parametrize("rows", [128, 192, 256])
+@pytest.mark.parametrize("rows", [32, 128, 192, 256])
 @pytest.mark.parametrize("case", PRODUCTS["qwen3_0_6b"], ids=lambda case: case.name)
-def test_skinny_matmul_of_many_rows_lowers_to_the_kernel_that_the_table_names(compiled, case, rows):
+def test_skinny_matmul_lowers_to_the_kernel_that_the_table_names(compiled, case, rows):
     case = dataclasses.replace(case, rows=rows)
     sizes = {"rows": rows, "inputs": case.inputs, "outputs": case.outputs, "gated": case.gated, "w_bytes": 2}
     with lowering_for(90) as target:
@@ -317,6 +341,7 @@ def test_every_shape_compiles_and_fits_in_shared_memory(compiled, architecture, 
     options = OPTIONS[(index + architecture) % 2]
     _, limit = lower(rope_cache_write, architecture, **shapes)
     lower(paged_decode, architecture, options, **shapes)
+    lower(rope_paged_decode, architecture, options, **shapes)
     lower(ragged_prefill, architecture, options, **shapes)
     too_big = [(name, shared) for name, shared in compiled if shared > limit]
     assert not too_big

@@ -26,6 +26,7 @@ from nanovllm_kernels import (
     paged_decode,
     ragged_prefill,
     rope_cache_write,
+    rope_paged_decode,
     sample,
     silu_mul,
     skinny_matmul,
@@ -41,6 +42,9 @@ from nanovllm_kernels.ragged_prefill import mosaic_supports
 from nanovllm_kernels.ragged_prefill.cases import CASES as PREFILL_CASES
 from nanovllm_kernels.rope_cache_write.cases import CASES as WRITE_CASES
 from nanovllm_kernels.rope_cache_write.cases import rope_cache_write_inputs
+from nanovllm_kernels.rope_paged_decode.cases import CASES as ROPE_DECODE_CASES
+from nanovllm_kernels.rope_paged_decode.cases import rope_paged_decode_inputs
+from nanovllm_kernels.rope_paged_decode.reference import newest_slots
 from nanovllm_kernels.sample.cases import BENCHMARKS as SAMPLE_CASES
 from nanovllm_kernels.sample.cases import hard_inputs, sample_inputs
 from nanovllm_kernels.silu_mul.cases import CASES as SILU_CASES
@@ -122,6 +126,39 @@ def test_paged_decode(case, seed):
     assert not np.asarray(got)[inputs.context_lens == 0].any()
 
 
+@pytest.mark.parametrize("in_kernel_merge", [False, True])
+@pytest.mark.parametrize("case", ROPE_DECODE_CASES, ids=lambda case: case.name)
+def test_rope_paged_decode(case, in_kernel_merge):
+    args, options = rope_paged_decode_inputs(case)
+    norms = {name: options.get(name) for name in ("q_norm", "k_norm", "eps", "k_scale", "v_scale")}
+
+    # The same counters for all calls: each must find them at zero, and the newest token's slot may be written again.
+    def calls(qkv, cos, sin, k_cache, v_cache, tables, lens):
+        counters, outs = jax.new_ref(split_counters()) if in_kernel_merge else None, []
+        for _ in range(5):
+            out, k_cache, v_cache = rope_paged_decode(
+                qkv, cos, sin, k_cache, v_cache, tables, lens, **options, counters=counters, backend="triton"
+            )
+            outs.append(out)
+        return outs, k_cache, v_cache, jnp.zeros(1) if counters is None else counters[...]
+
+    outs, k_cache, v_cache, counters = jax.jit(calls)(*args)
+    slots = newest_slots(*map(jnp.asarray, args[5:]), case.block_size)
+    write = jax.jit(lambda *args: rope_cache_write(*args, slots, **norms, backend="xla"))
+    q, expected_k, expected_v = map(np.asarray, write(*args[:5]))
+    expected_out = decode_oracle(q, expected_k, expected_v, *args[5:], **case.options)
+    for out in outs:
+        error = relative_error(out, expected_out)
+        assert error < TOLERANCE[case.dtype]
+        assert not np.asarray(out)[args[6] == 0].any()
+    assert not np.asarray(counters).any()
+    # Values are copied; of keys, float32 arithmetic in another order may be rounded to the next number.
+    np.testing.assert_array_equal(np.asarray(v_cache).view(np.uint8), expected_v.view(np.uint8))
+    got, expected = (np.nan_to_num(np.asarray(cache, np.float32)) for cache in (k_cache, expected_k))
+    tolerance = 1 / 16 if case.cache_dtype == "float8_e4m3fn" else TOLERANCE[case.cache_dtype or case.dtype]
+    assert relative_error(got.reshape(-1, case.head_dim), expected.reshape(-1, case.head_dim)) < tolerance
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", PREFILL_CASES, ids=lambda case: case.name)
 def test_ragged_prefill(case, seed):
@@ -186,7 +223,7 @@ def test_skinny_matmul(case, in_kernel_merge):
         assert relative_error(got, skinny_oracle(arrays, case)) < TOLERANCE[case.dtype]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 100, 256])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 64, 100, 256])
 @pytest.mark.parametrize(
     "case", [*PRODUCTS["qwen3_0_6b"], *PRODUCTS["qwen3_8b_tp4"]], ids=lambda case: f"{case.name}-{case.outputs}"
 )

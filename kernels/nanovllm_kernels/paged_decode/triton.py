@@ -35,7 +35,7 @@ from nanovllm_kernels._device import (
 )
 
 # tl.dot maps to tensor cores with 16 rows or more; smaller query groups are padded up to that.
-_MIN_DOT = 16
+MIN_DOT = 16
 _TILE_BYTES = 16 * 1024  # of K, and as many of V, in flight for each stage
 _MERGE_PARTS = 64  # pieces of a row that the merge reads at a time
 
@@ -59,8 +59,8 @@ def launch_parameters(*, head_dim: int, itemsize: int) -> Launch:
     Measured on an H200 at D=128 in 16 bits and float8; more stages or larger tiles leave fewer programs on a
     multiprocessor, and lost 4 to 15%. Two warps for float8, whose conversion then needs no exchange between more.
     """
-    row_bytes = next_power_of_2(max(head_dim, _MIN_DOT)) * itemsize
-    tile_tokens = max(_MIN_DOT, min(128, _TILE_BYTES // row_bytes))
+    row_bytes = next_power_of_2(max(head_dim, MIN_DOT)) * itemsize
+    tile_tokens = max(MIN_DOT, min(128, _TILE_BYTES // row_bytes))
     return Launch(tile_tokens, num_warps=2 if itemsize == 1 else 4, num_stages=2, programs_per_multiprocessor=4)
 
 
@@ -326,7 +326,7 @@ def paged_decode_triton(
     group, window = num_heads // num_kv_heads, sliding_window or 0
     target = current_target()
     launch = launch_parameters(head_dim=head_dim, itemsize=k_cache.dtype.itemsize)
-    tile_dim = next_power_of_2(max(head_dim, _MIN_DOT))
+    tile_dim = next_power_of_2(max(head_dim, MIN_DOT))
     seen = window + queries - 1 if window else 0
     useful = num_rows * ceil_div(block_tables.shape[1] * block_size, launch.tile_tokens)
     wanted = ceil_div(target.multiprocessors * launch.programs_per_multiprocessor, num_kv_heads)
@@ -359,13 +359,26 @@ def paged_decode_triton(
         GROUP=group,
         BLOCK_SIZE=block_size,
         HEAD_DIM=head_dim,
-        TILE_HEADS=max(_MIN_DOT, next_power_of_2(queries * group)),
+        TILE_HEADS=max(MIN_DOT, next_power_of_2(queries * group)),
         TILE_TOKENS=launch.tile_tokens,
         TILE_DIM=tile_dim,
         DOT_DTYPE=dot_dtype(q.dtype, k_cache.dtype),
         PAIRS=k_cache.dtype == FP8,
         SCALED=k_scale is not None,
     )
+
+    return merge_cut_rows(out, parts, lse, cuts)
+
+
+def merge_cut_rows(
+    out: Float[Array, "B *queries H D"],
+    parts: Float[Array, "pieces K heads D"],
+    lse: Float[Array, "pieces K heads"],
+    cuts: Int[Array, "cuts 3"],
+) -> Float[Array, "B *queries H D"]:
+    """Fills in the rows that were cut, in place. `heads` are the Q * G queries of a KV head."""
+    _, num_kv_heads, heads, head_dim = parts.shape
+    group = out.shape[-2] // num_kv_heads
 
     def merge(out: jax.Ref) -> None:
         triton_call(
@@ -376,13 +389,13 @@ def paged_decode_triton(
             num_kv_heads,
             kernel=merge_kernel,
             out_type=(),
-            grid=(len(cuts), num_kv_heads, queries * group),
+            grid=(len(cuts), num_kv_heads, heads),
             num_warps=4,
             num_stages=1,
-            QUERIES=queries,
+            QUERIES=heads // group,
             GROUP=group,
             HEAD_DIM=head_dim,
-            TILE_DIM=tile_dim,
+            TILE_DIM=next_power_of_2(max(head_dim, MIN_DOT)),
             TILE_PARTS=_MERGE_PARTS,
         )
 

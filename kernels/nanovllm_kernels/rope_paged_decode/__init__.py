@@ -1,0 +1,98 @@
+"""A decode step's attention: norm, rotary embedding and cache write of one new token a row, and attention over it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from nanovllm_kernels._checks import (
+    check_backend,
+    check_cache,
+    check_float,
+    check_int32,
+    check_scales,
+    check_scores,
+    check_shape,
+)
+from nanovllm_kernels._compat import import_jax_triton
+from nanovllm_kernels.rope_paged_decode.reference import rope_paged_decode_xla
+
+
+def rope_paged_decode(
+    qkv: Float[Array, "B K heads D"],
+    cos: Float[Array, "B half"],
+    sin: Float[Array, "B half"],
+    k_cache: Float[Array, "N K block_size D"],
+    v_cache: Float[Array, "N K block_size D"],
+    block_tables: Int[Array, "B P"],
+    context_lens: Int[Array, " B"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    q_norm: Float[Array, " D"] | None = None,
+    k_norm: Float[Array, " D"] | None = None,
+    eps: float = 1e-6,
+    k_scale: Float[Array, " K"] | None = None,
+    v_scale: Float[Array, " K"] | None = None,
+    counters: jax.Ref | None = None,
+    backend: Literal["xla", "triton"],
+) -> tuple[Float[Array, "B H D"], Float[Array, "N K block_size D"], Float[Array, "N K block_size D"]]:
+    """`rope_cache_write` of each row's newest token, then `paged_decode` of it, in one kernel.
+
+    B rows, K KV heads, G query heads for each (H = K * G), D head dim, P blocks a row. `qkv[b, k]` holds the G query
+    heads of KV head k, its key and its value, as the product of the projections gives them; `cos` and `sin` are
+    float32. `context_lens` counts the newest token, which goes to position `context_lens[b] - 1` of the row:
+    that slot is written, and whatever it held is not read. Rows must not share the block of their newest tokens. 0
+    marks a padding row, which writes nothing and gives zeros. All else is as in the two operations, whose results these
+    are, up to the order of float32 sums; the newest key and value count as the cache holds them.
+
+    `counters`: a `jax.new_ref` of `split_counters()`, which a step's products may share. With them rows that are cut
+    into pieces are merged by the last program to arrive; without them by a second kernel.
+
+    Returns:
+        (out [B, H, D] in qkv's dtype, k_cache, v_cache); the caches in place when donated to the enclosing jit.
+
+    Raises:
+        ValueError: if shapes, dtypes or options do not fit together, or the backend is unknown.
+        ImportError: if the Triton implementation is asked for where triton or jax-triton is missing.
+        RuntimeError: if it is asked for where no GPU is, outside `lowering_for`.
+    """
+    check_backend(backend)
+    check_cache(k_cache, v_cache)
+    check_scales(k_cache, k_scale, v_scale)
+    check_scores(sliding_window, soft_cap)
+    check_float(qkv=qkv)
+    check_int32(block_tables=block_tables, context_lens=context_lens)
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    if qkv.ndim != 4 or qkv.shape[2] < 3 or (qkv.shape[1], qkv.shape[3]) != (num_kv_heads, head_dim):
+        raise ValueError(
+            f"qkv has shape {qkv.shape}; it must be [B, K, G + 2, D] with K = {num_kv_heads}, D = {head_dim} and at "
+            "least one query head."
+        )
+    if block_tables.ndim != 2 or block_tables.shape[0] != len(qkv) or block_tables.shape[1] == 0:
+        raise ValueError(
+            f"block_tables has shape {block_tables.shape}; it must be [B, P] with B = {len(qkv)}, qkv's rows, and P "
+            "above 0."
+        )
+    check_shape("context_lens", context_lens, (len(qkv),), "B")
+    for name, array in (("cos", cos), ("sin", sin)):
+        check_shape(name, array, (len(qkv), head_dim // 2), "B, D / 2")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm go together: give both or neither.")
+    for name, array in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if array is not None:
+            check_shape(name, array, (head_dim,), "D")
+    if len(qkv) == 0:
+        return qkv[:, :, :-2].reshape(0, -1, head_dim), k_cache, v_cache
+    args = (qkv, cos, sin, k_cache, v_cache, block_tables, context_lens)
+    options = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
+    options |= {"q_norm": q_norm, "k_norm": k_norm, "eps": eps, "k_scale": k_scale, "v_scale": v_scale}
+    if backend == "xla":
+        return rope_paged_decode_xla(*args, **options)
+    import_jax_triton()
+    from nanovllm_kernels.rope_paged_decode.triton import rope_paged_decode_triton
+
+    return rope_paged_decode_triton(*args, **options, counters=counters)

@@ -1,0 +1,152 @@
+"""Triton implementation: launch of the kernel in `device.py`.
+
+A program norms and rotates the query heads of its group. The one whose piece ends with the newest token does so with
+the key too, stores key and value, and begins its softmax with them from registers, as the cache holds them; nobody
+reads that slot. Where a row is cut, its last program to arrive merges the pieces, or a second kernel does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nanovllm_kernels._compat import current_target, triton_call, update_in_place
+from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, next_power_of_2
+from nanovllm_kernels.paged_decode.triton import (
+    MIN_DOT,
+    Launch,
+    launch_parameters,
+    merge_cut_rows,
+    paged_decode_triton,
+    plan_pieces,
+)
+from nanovllm_kernels.rope_cache_write.triton import rope_cache_write_triton
+from nanovllm_kernels.rope_paged_decode.device import rope_decode_kernel
+from nanovllm_kernels.rope_paged_decode.reference import newest_slots
+
+_MERGE_ELEMENTS = 16  # of pieces, a thread, that a row's last program reads at a time
+# Programs a multiprocessor, if no row is cut. From _FULL on whole rows are enough, and the few that are cut are merged
+# by their last programs, which spares a launch: 1.5 µs at 64 rows. Below, most rows are cut, and the second kernel is
+# the faster one: by 1.6 µs of 15 at 8 rows, by 8 of 65 at one row of 32,768 (H100).
+_FULL = 1.9
+_MOST_OF_EIGHT_WARPS = 3.8
+# Float8 has no registers left for what is added: 10% faster than two kernels at 2 programs, 12% slower at 15.
+_MOST_OF_FLOAT8 = 4.0
+
+
+def launch_of(*, head_dim: int, itemsize: int, fill: float) -> Launch:
+    """Those of `paged_decode`, but for where whole rows make `fill` of about two programs a multiprocessor.
+
+    There, cutting rows costs more than it brings, and eight warps have more on its way: 32 rows of 384 tokens, 8 KV
+    heads x 128, took 28.8 µs cut, 26.6 whole and 24.6 with eight warps (H100).
+    """
+    launch = launch_parameters(head_dim=head_dim, itemsize=itemsize)
+    if itemsize > 1 and _FULL <= fill < _MOST_OF_EIGHT_WARPS:
+        return replace(launch, num_warps=8, programs_per_multiprocessor=2)
+    return launch
+
+
+def plan_merges(pieces: Int[Array, "pieces 5"], cuts: Int[Array, "cuts 3"]) -> Int[Array, "pieces 3"]:
+    """Of each piece of a row that is cut: which of `cuts` that is, the row's first piece and their number."""
+    own = (pieces[:, :1] == cuts[:, 0]) & (cuts[:, 2] > 0)
+    columns = (jnp.arange(len(cuts), dtype=jnp.int32), cuts[:, 1], cuts[:, 2])
+    return jnp.stack([jnp.sum(jnp.where(own, column, 0), axis=1, dtype=jnp.int32) for column in columns], axis=1)
+
+
+def rope_paged_decode_triton(
+    qkv: Float[Array, "B K heads D"],
+    cos: Float[Array, "B half"],
+    sin: Float[Array, "B half"],
+    k_cache: Float[Array, "N K block_size D"],
+    v_cache: Float[Array, "N K block_size D"],
+    block_tables: Int[Array, "B P"],
+    context_lens: Int[Array, " B"],
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    q_norm: Float[Array, " D"] | None,
+    k_norm: Float[Array, " D"] | None,
+    eps: float,
+    k_scale: Float[Array, " K"] | None,
+    v_scale: Float[Array, " K"] | None,
+    counters: jax.Ref | None,
+) -> tuple[Float[Array, "B H D"], Float[Array, "N K block_size D"], Float[Array, "N K block_size D"]]:
+    num_rows, num_kv_heads, heads, head_dim = qkv.shape
+    block_size, group, window = k_cache.shape[2], heads - 2, sliding_window or 0
+    fill = num_rows * num_kv_heads / current_target().multiprocessors
+    if k_cache.dtype == FP8 and fill > _MOST_OF_FLOAT8:
+        slots = newest_slots(block_tables, context_lens, block_size)
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        q, k_cache, v_cache = rope_cache_write_triton(
+            qkv, cos, sin, k_cache, v_cache, slots, q_norm=q_norm, k_norm=k_norm, eps=eps, **scales
+        )
+        args = (q[:, None], k_cache, v_cache, block_tables, context_lens)
+        out = paged_decode_triton(*args, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, **scales)
+        return out[:, 0], k_cache, v_cache
+    launch = launch_of(head_dim=head_dim, itemsize=k_cache.dtype.itemsize, fill=fill)
+    tile_dim, tile_group = next_power_of_2(max(head_dim, MIN_DOT)), next_power_of_2(group)
+    useful = num_rows * ceil_div(block_tables.shape[1] * block_size, launch.tile_tokens)
+    wanted = ceil_div(current_target().multiprocessors * launch.programs_per_multiprocessor, num_kv_heads)
+    most_pieces = min(wanted, useful)
+    plan, cuts = plan_pieces(context_lens, window=window, tile_tokens=launch.tile_tokens, most_pieces=most_pieces)
+    pieces = len(plan)
+    if counters is not None and (fill < _FULL or len(cuts) * num_kv_heads > len(counters)):
+        counters = None
+    results = []
+
+    def attend(k_cache: jax.Ref, v_cache: jax.Ref) -> None:
+        # Where there are no norms or scales, `plan` stands in for pointers that are not read.
+        results.extend(
+            triton_call(
+                qkv,
+                cos,
+                sin,
+                plan if q_norm is None else q_norm,
+                plan if k_norm is None else k_norm,
+                plan if k_scale is None else k_scale,
+                plan if v_scale is None else v_scale,
+                block_tables,
+                plan,
+                plan if counters is None else plan_merges(plan, cuts),
+                counters,
+                k_cache,
+                v_cache,
+                num_kv_heads,
+                block_tables.shape[1],
+                kernel=rope_decode_kernel,
+                out_type=(
+                    jax.ShapeDtypeStruct((num_rows, num_kv_heads * group, head_dim), qkv.dtype),
+                    jax.ShapeDtypeStruct((pieces, num_kv_heads, group, head_dim), jnp.float32),
+                    jax.ShapeDtypeStruct((pieces, num_kv_heads, group), jnp.float32),
+                ),
+                grid=(num_kv_heads, pieces),
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+                SCALE=scale,
+                SOFT_CAP=soft_cap or 0.0,
+                WINDOW=window,
+                EPS=eps,
+                GROUP=group,
+                BLOCK_SIZE=block_size,
+                HEAD_DIM=head_dim,
+                TILE_GROUP=tile_group,
+                TILE_HEADS=max(MIN_DOT, tile_group),
+                TILE_TOKENS=launch.tile_tokens,
+                TILE_DIM=tile_dim,
+                TILE_PARTS=max(1, min(16, 32 * launch.num_warps * _MERGE_ELEMENTS // (tile_group * tile_dim))),
+                DOT_DTYPE=dot_dtype(qkv.dtype, k_cache.dtype),
+                PAIRS=k_cache.dtype == FP8,
+                NORM=q_norm is not None,
+                SCALED=k_scale is not None,
+            )
+        )
+
+    k_cache, v_cache = update_in_place(attend, k_cache, v_cache)
+    out, parts, lse = results
+    if counters is None:
+        out = merge_cut_rows(out, parts, lse, cuts)
+    return out, k_cache, v_cache

@@ -1,0 +1,89 @@
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import config as jaxtyping_config
+from kernel_oracle import decode_oracle, dequantised, relative_error, write_oracle
+
+from nanovllm_kernels import rope_paged_decode
+from nanovllm_kernels._cases import AttentionCase
+from nanovllm_kernels.rope_paged_decode.cases import CASES, rope_paged_decode_inputs
+from nanovllm_kernels.rope_paged_decode.reference import newest_slots
+
+# The reference takes any shape the same way, so a few stand for all.
+NAMES = ("qwen3_0_6b", "smollm2", "block_8", "float16", "window", "float32_soft_cap", "float8")
+# Queries are rounded three times before they meet the keys, which the float64 oracle does not do.
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in NAMES], ids=lambda case: case.name)
+def test_matches_the_oracles_and_does_not_read_the_slots_that_it_writes(case):
+    args, options = rope_paged_decode_inputs(case)
+    tables, lens = args[5:]
+    out, *caches = jax.jit(functools.partial(rope_paged_decode, **options, backend="xla"))(*args)
+    out, *caches = map(np.asarray, (out, *caches))
+    slots = np.asarray(newest_slots(jnp.asarray(tables), jnp.asarray(lens), case.block_size))
+    norms = {name: options[name] for name in options if name in ("q_norm", "k_norm", "eps", "k_scale", "v_scale")}
+    q, *expected = write_oracle(*args[:5], slots, **norms)
+    tolerance = 1 / 16 if case.cache_dtype == "float8_e4m3fn" else TOLERANCE[case.dtype]
+    for got, want, scale in zip(caches, expected, ("k_scale", "v_scale"), strict=True):
+        wide = dequantised(got, options.get(scale))
+        np.testing.assert_array_equal(np.isnan(wide), np.isnan(want))
+        assert relative_error(*(np.nan_to_num(each).reshape(-1, case.head_dim) for each in (wide, want))) < tolerance
+    attended = decode_oracle(q.astype(args[0].dtype), *caches, tables, lens, **case.options)
+    assert out.dtype == args[0].dtype
+    assert relative_error(out, attended) < TOLERANCE[case.dtype]
+    assert not out[lens == 0].any()
+
+
+def test_rows_without_tokens_leave_the_cache_as_it_is():
+    case = AttentionCase("padding", (0, 0, 5), 4, 2, 16, dtype="float32")
+    args, options = rope_paged_decode_inputs(case)
+    _, *caches = rope_paged_decode(*map(jnp.asarray, args), **options, backend="xla")
+    for before, after in zip(args[3:5], caches, strict=True):
+        changed = (np.asarray(after).view(np.uint32) != before.view(np.uint32)).any(axis=(1, 3))
+        assert np.argwhere(changed).tolist() == [[args[5][2, 0], 4]]
+
+
+def test_wrong_arguments_are_refused_with_what_was_got_and_what_is_allowed():
+    case = AttentionCase("any", (5, 3), 4, 2, 16)
+    args, options = rope_paged_decode_inputs(case)
+    names = ("qkv", "cos", "sin", "k_cache", "v_cache", "block_tables", "context_lens")
+    arrays = dict(zip(names, map(jnp.asarray, args), strict=True))
+    jaxtyping_config.update("jaxtyping_disable", True)
+    try:
+        for wrong, words in (
+            ({"backend": "cuda"}, "backend is 'cuda'"),
+            ({"qkv": arrays["qkv"][:, :1]}, r"qkv has shape \(2, 1, 4, 16\); it must be .* with K = 2, D = 16"),
+            ({"qkv": arrays["qkv"][:, :, :2]}, "at least one query head"),
+            ({"cos": arrays["cos"][:1]}, r"cos has shape \(1, 8\)"),
+            ({"block_tables": arrays["block_tables"][:, :0]}, "P above 0"),
+            ({"context_lens": arrays["context_lens"][:1]}, r"context_lens has shape \(1,\)"),
+            ({"k_norm": None}, "q_norm and k_norm go together"),
+            ({"sliding_window": 0}, "sliding_window is 0; it must be at least 1"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                rope_paged_decode(**{**arrays, **options, "backend": "xla"} | wrong)
+    finally:
+        jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_triton") is None, reason="needs triton and jax-triton")
+def test_the_triton_kernel_is_right_in_the_interpreter():
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parent.parent / "kernels")))
+    done = subprocess.run(
+        [sys.executable, here / "interpreted_rope_decode.py"],
+        env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
