@@ -11,7 +11,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-SCOPE = "layer*/attention/paged_decode"
+SCOPE = "layer*/attention/rope_paged_decode"
 
 
 def main() -> None:

@@ -191,6 +191,13 @@ def _paged_attention(site: Site) -> Work:
     return Work(flops, queries_and_output + 2 * keys * site.K * site.D * site.cache_itemsize + tables)
 
 
+def _rope_paged_decode(site: Site) -> Work:
+    """Both, but for queries that stay in registers, and the newest keys and values, which are written alone."""
+    written, attended = _rope_cache_write(site), _paged_attention(site)
+    kept = site.T * site.D * (2 * site.H * site.itemsize + 2 * site.K * site.cache_itemsize)
+    return Work(written.flops + attended.flops, written.bytes + attended.bytes - kept)
+
+
 def _skinny_matmul(call: Call) -> Work:
     """Activations [M, K] and a weight read, [M, N] written; gate and up columns give one column each."""
     x, weight = call.leading
@@ -232,6 +239,7 @@ def _sample(call: Call) -> Work:
 BY_LOAD: dict[str, Callable[[Site], Work]] = {
     "rope_cache_write": _rope_cache_write,
     "paged_decode": _paged_attention,
+    "rope_paged_decode": _rope_paged_decode,
     "ragged_prefill": _paged_attention,
 }
 BY_OPERANDS: dict[str, Callable[[Call], Work]] = {

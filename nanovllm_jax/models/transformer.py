@@ -34,7 +34,9 @@ _MIN_HEAD_ROWS = 16
 
 LayerCache = tuple[Array, Array]  # K and V
 Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cosine and sine
-Attend = Callable[[Float[Array, "T K heads D"], Params, Rope, LayerCache], tuple[Float[Array, "T H D"], LayerCache]]
+Attend = Callable[
+    [Float[Array, "T K heads D"], Params, Rope, LayerCache, jax.Ref | None], tuple[Float[Array, "T H D"], LayerCache]
+]
 
 
 class Unfinished(NamedTuple):
@@ -65,8 +67,9 @@ def transformer(
         tokens: ids; an id outside the vocabulary is clipped into it (padding).
         positions: of each token in its sequence.
         caches: one entry a layer, passed through `attend`.
-        attend: of a layer's projections (the G query heads, key and value of each KV head), parameters, rotary tables
-            and cache: norms and rotates queries and keys, writes keys and values to the cache, then attends.
+        attend: of a layer's projections (the G query heads, key and value of each KV head), parameters, rotary tables,
+            cache and the products' counters: norms and rotates queries and keys, writes keys and values to the cache,
+            then attends.
         axis_name: mesh axis over which heads, MLP and vocabulary are split, inside `shard_map`; None if they are not.
         backend: of norms, activations and the products of few tokens; see `models.projections`.
     """
@@ -244,5 +247,5 @@ def _attention(
     backend: Backend,
 ) -> tuple[Residual, Float[Array, "T K G D"], LayerCache]:
     residual, qkv = project_qkv(residual, params, config.rms_norm_eps, counters, backend)
-    out, cache = attend(qkv, params, rope, cache)
+    out, cache = attend(qkv, params, rope, cache, counters)
     return residual, out.reshape(*qkv.shape[:2], -1, qkv.shape[-1]), cache

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from nanovllm_jax.models.transformer import (
 from nanovllm_jax.parallel.collectives import table_of
 from nanovllm_jax.step.draw import Variant, draw, head_of
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateShape
-from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
+from nanovllm_kernels import ragged_prefill, rope_cache_write, rope_paged_decode
 
 MIN_MOSAIC_TOKENS = 1024  # of a prefill
 # Of a prefill over shards, that is computed in two parts: the sums of one are under way while the other one computes.
@@ -118,15 +118,11 @@ def _decode_once(
 
     A negative row is padding: it writes nothing and attends to nothing.
     """
-    active, block_size = row >= 0, config.shape.block_size
+    active = row >= 0
     slot = jnp.where(active, row, config.shape.max_num_seqs)
     position, token = rows["ints"][slot, RowInt.NUM_TOKENS], rows["ints"][slot, RowInt.LAST_TOKEN]
     table = rows["block_tables"][slot]
-    block = jnp.take_along_axis(table, (position // block_size)[:, None], axis=1)[:, 0]
-    slots = jnp.where(active, block * block_size + position % block_size, -1)
-    context_lens = jnp.where(active, position + 1, 0)
-    attention = partial(paged_decode, block_tables=table, context_lens=context_lens)
-    attend = _attend(config, "paged_decode", slots, attention, config.backend)
+    attend = _attend_newest(config, table, jnp.where(active, position + 1, 0))
     hidden, caches = transformer(
         params, config.model, token, position, caches, attend, config.axis_name, config.backend
     )
@@ -168,9 +164,9 @@ def prefill_forward(
         size = slots_of_part.shape[0]
         its_cu_q_lens, its_context_lens = part_of_tokens(cu_q_lens, starts, len(attends) * size, size)
         lengths = {"cu_q_lens": its_cu_q_lens, "context_lens": its_context_lens}
-        attention = partial(ragged_prefill, block_tables=tables, **lengths)
         backend = "mosaic" if in_mosaic else config.backend
-        attends.append(_attend(config, "ragged_prefill", slots_of_part, attention, backend))
+        attention = partial(ragged_prefill, block_tables=tables, **lengths, backend=backend)
+        attends.append(_attend_many(config, slots_of_part, attention))
     unfinished, caches = transformer_until_last(
         params, config.model, tokens, position, caches, attends, config.axis_name, config.backend
     )
@@ -195,23 +191,53 @@ def part_of_tokens(
     return clipped - first, seen
 
 
-def _attend(
-    config: StepConfig, name: str, slots: Int[Array, " T"], attention: Callable[..., Array], attention_backend: str
-) -> Attend:
-    """What each layer does between its projections: write the new tokens to `slots`, then run the kernel `name`."""
-    model, backend = config.model, config.backend
+def _attend_newest(config: StepConfig, tables: Int[Array, "B P"], context_lens: Int[Array, " B"]) -> Attend:
+    """What each layer of a decode step does between its projections: one new token a row, all in one kernel."""
+    options = _attention_options(config)
 
-    def attend(qkv: Array, layer: Params, rope: Rope, cache: LayerCache) -> tuple[Array, LayerCache]:
-        scales = {"k_scale": layer.get("k_scale"), "v_scale": layer.get("v_scale")}
-        with jax.named_scope("rope_cache_write"):
-            norms = {"q_norm": layer.get("q_norm"), "k_norm": layer.get("k_norm")}
-            eps = model.rms_norm_eps
-            q, k_cache, v_cache = rope_cache_write(
-                qkv, *rope, *cache, slots, **norms, eps=eps, **scales, backend=backend
+    def attend(
+        qkv: Array, layer: Params, rope: Rope, cache: LayerCache, counters: jax.Ref | None
+    ) -> tuple[Array, LayerCache]:
+        arrays = _norms_and_scales(layer)
+        with jax.named_scope("rope_paged_decode"):
+            out, k_cache, v_cache = rope_paged_decode(
+                qkv,
+                *rope,
+                *cache,
+                tables,
+                context_lens,
+                **options,
+                **arrays,
+                eps=config.model.rms_norm_eps,
+                counters=counters,
+                backend=config.backend,
             )
-        with jax.named_scope(name):
-            options = {"scale": model.head_dim**-0.5, "sliding_window": model.sliding_window}
-            out = attention(q, k_cache, v_cache, **options, **scales, backend=attention_backend)
         return out, (k_cache, v_cache)
 
     return attend
+
+
+def _attend_many(config: StepConfig, slots: Int[Array, " T"], attention: Callable[..., Array]) -> Attend:
+    """What each layer of a prefill does there: writes the new tokens to `slots`, then runs `attention`."""
+    options = _attention_options(config)
+
+    def attend(qkv: Array, layer: Params, rope: Rope, cache: LayerCache, _: jax.Ref | None) -> tuple[Array, LayerCache]:
+        arrays = _norms_and_scales(layer)
+        with jax.named_scope("rope_cache_write"):
+            q, k_cache, v_cache = rope_cache_write(
+                qkv, *rope, *cache, slots, **arrays, eps=config.model.rms_norm_eps, backend=config.backend
+            )
+        with jax.named_scope("ragged_prefill"):
+            scales = {name: arrays[name] for name in ("k_scale", "v_scale")}
+            out = attention(q, k_cache, v_cache, **options, **scales)
+        return out, (k_cache, v_cache)
+
+    return attend
+
+
+def _attention_options(config: StepConfig) -> dict[str, Any]:
+    return {"scale": config.model.head_dim**-0.5, "sliding_window": config.model.sliding_window}
+
+
+def _norms_and_scales(layer: Params) -> dict[str, Any]:
+    return {name: layer.get(name) for name in ("q_norm", "k_norm", "k_scale", "v_scale")}

@@ -13,17 +13,18 @@ DECODE_STEPS = 4  # tokens a row in one decode step on a GPU
 def closed_formula(config, tokens, sequences, pairs, keys, *, is_prefill=False):
     """(flops, bytes) of a whole step of bfloat16: weights once, activations of products, K and V.
 
-    Of a prefill also what norms and activations move, apart from products there; less what the last layer does after
-    attention, which only the last tokens pass.
+    Of a prefill also what norms and activations move, apart from products there, and queries between kernels; less what
+    the last layer does after attention, which only the last tokens pass.
     """
     E, F, L = config.hidden_size, config.intermediate_size, config.num_layers
     heads, kv, D = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.head_dim
     weights = E * (heads + 2 * kv) + heads * E + 3 * E * F
     flops = L * (2 * tokens * weights + 4 * config.num_heads * D * pairs)
     activations = tokens * ((E + heads + 2 * kv) + (heads + E) + (E + 2 * F) + (F + E))
-    # Projections read, queries written and keys and values cached; cosine and sine are float32.
-    rope_cache_write = tokens * (2 * heads + 4 * kv) + tokens * D * F32 / BF16
-    attention = 2 * keys * kv + 2 * tokens * heads + rope_cache_write
+    # Projections read, keys and values cached; cosine and sine are float32. A prefill reads what it has cached again.
+    attention = 2 * keys * kv + tokens * (2 * heads + 2 * kv) + tokens * D * F32 / BF16
+    if is_prefill:
+        attention += 2 * tokens * (heads + kv)
     moved = L * (weights + activations + attention)
     if is_prefill:
         flops -= 2 * tokens * (heads * E + 3 * E * F)
@@ -72,6 +73,6 @@ def test_prompts_longer_than_the_bucket_are_one_chunk_of_a_prefix():
 
 def test_heads_split_over_devices_split_the_work():
     config, load = SHAPES["qwen3-8b"], Load(8, 1, 100)
-    whole, half = (BY_LOAD["paged_decode"](Site(config, load, BF16, BF16, BLOCK, shards)) for shards in (1, 2))
+    whole, half = (BY_LOAD["rope_paged_decode"](Site(config, load, BF16, BF16, BLOCK, shards)) for shards in (1, 2))
     assert half.flops == whole.flops / 2
     assert half.bytes == pytest.approx(whole.bytes / 2, rel=0.01)

@@ -58,7 +58,9 @@ ENTRY %main (p: f32[1024,1024]) -> f32[1024,1024] {
 def test_kernels_that_fall_back_on_a_gpu_are_found():
     report = inspected("tiny", attention_backend="xla")
     assert {one.kind for one in report.findings} == {"fallback"}
-    assert any("paged_decode" in one.message and "attention_backend is 'xla'" in one.message for one in report.findings)
+    assert any(
+        "rope_paged_decode" in one.message and "attention_backend is 'xla'" in one.message for one in report.findings
+    )
 
 
 def test_a_kernel_without_a_formula_is_found(monkeypatch):

@@ -176,7 +176,7 @@ def test_a_run_on_the_cpu_has_its_steps_tokens_and_scopes(run):
     assert all(step.start_s is not None and step.busy_s > 0 for step in summary.steps)
     assert 0 <= summary.host_gap_frac < 1
     scopes = {(row.program, row.scope) for row in summary.kernels}
-    assert {("decode[4]", "layer*/attention/paged_decode"), ("plain[4]", "sample")} <= scopes
+    assert {("decode[4]", "layer*/attention/rope_paged_decode"), ("plain[4]", "sample")} <= scopes
     assert any("need a GPU" in note for note in summary.notes)
     assert len(read_trace(folder).marks) == 6
     assert "host gap" in repr(profile)

@@ -64,8 +64,8 @@ def test_layers_are_shown_once_with_their_scopes(for_h200, text):
         layers = 28 if program.kind == "decode" else 27
         assert sum(f"×{layers}" in line for line in shown.lines) == 1
         scopes = {program.scopes[index] for index in shown.scopes}
-        kernel = "paged_decode" if program.kind == "decode" else "ragged_prefill"
-        assert {"layer*/attention/rope_cache_write", f"layer*/attention/{kernel}"} <= scopes
+        kernels = ["rope_paged_decode"] if program.kind == "decode" else ["rope_cache_write", "ragged_prefill"]
+        assert {f"layer*/attention/{kernel}" for kernel in kernels} <= scopes
 
 
 def test_optimised_hlo_folds_equal_layers_and_keeps_scopes(on_cpu):
@@ -78,9 +78,9 @@ def test_optimised_hlo_folds_equal_layers_and_keeps_scopes(on_cpu):
 
 def test_triton_kernels_come_with_their_ir_and_ptx(for_h200):
     decode = for_h200.programs[0]
-    assert any(line.startswith("// decode_kernel: 4 warps") for line in decode.texts["triton"].lines)
+    assert any(line.startswith("// rope_decode_kernel: 4 warps") for line in decode.texts["triton"].lines)
     assert ".target sm_90a" in decode.texts["ptx"].lines
-    assert {row.kind for row in decode.kernels if row.name in ("paged_decode", "rope_cache_write")} == {"triton"}
+    assert {row.kind for row in decode.kernels if row.name == "rope_paged_decode"} == {"triton"}
 
 
 def test_json_follows_its_schema_and_comes_back(on_cpu, for_h200, tmp_path):
