@@ -26,6 +26,7 @@ from nanovllm_jax.models.transformer import (
     LayerCache,
     Rope,
     Unfinished,
+    WholeLayers,
     finish,
     transformer,
     transformer_until_last,
@@ -33,7 +34,7 @@ from nanovllm_jax.models.transformer import (
 from nanovllm_jax.parallel.collectives import table_of
 from nanovllm_jax.step.draw import Variant, draw, head_of
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateShape
-from nanovllm_kernels import paged_decode, ragged_prefill, rope_cache_write
+from nanovllm_kernels import decode_layers, decode_layers_supports, paged_decode, ragged_prefill, rope_cache_write
 
 MIN_MOSAIC_TOKENS = 1024  # of a prefill
 # Of a prefill over shards, that is computed in two parts: the sums of one are under way while the other one computes.
@@ -127,8 +128,9 @@ def _decode_once(
     context_lens = jnp.where(active, position + 1, 0)
     attention = partial(paged_decode, block_tables=table, context_lens=context_lens)
     attend = _attend(config, "paged_decode", slots, attention, config.backend)
+    whole_layers = _whole_layers(config, params, caches, table, context_lens)
     hidden, caches = transformer(
-        params, config.model, token, position, caches, attend, config.axis_name, config.backend
+        params, config.model, token, position, caches, attend, config.axis_name, config.backend, whole_layers
     )
     ints = rows["ints"].at[slot, RowInt.NUM_TOKENS].add(active.astype(jnp.int32))
     return hidden, caches, rows | {"ints": ints}
@@ -215,3 +217,22 @@ def _attend(
         return out, (k_cache, v_cache)
 
     return attend
+
+
+def _whole_layers(
+    config: StepConfig, params: Params, caches: Caches, block_tables: Int[Array, "B P"], context_lens: Int[Array, " B"]
+) -> WholeLayers | None:
+    """A decode step's layers as one kernel, where there is one: for one row, on one device."""
+    model, layers = config.model, params["layers"]
+    if config.backend != "triton" or config.axis_name is not None or len(context_lens) != 1:
+        return None
+    if not decode_layers_supports(layers, caches):
+        return None
+    options = {"eps": model.rms_norm_eps, "scale": model.head_dim**-0.5, "sliding_window": model.sliding_window}
+
+    def whole_layers(
+        x: Float[Array, "1 E"], layers: list[Params], rope: Rope, caches: list[LayerCache]
+    ) -> tuple[Float[Array, "1 E"], list[LayerCache]]:
+        return decode_layers(x, layers, *rope, caches, block_tables, context_lens, **options, backend="triton")
+
+    return whole_layers
