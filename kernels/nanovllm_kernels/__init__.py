@@ -7,6 +7,7 @@ anywhere, "triton" on NVIDIA GPUs from sm_80 up (imported only when asked for).
 from nanovllm_kernels._compat import lowering_for
 from nanovllm_kernels.add_rms_norm import add_rms_norm
 from nanovllm_kernels.add_shards import add_shards
+from nanovllm_kernels.decode_layers import decode_layers, decode_layers_supports
 from nanovllm_kernels.paged_decode import paged_decode
 from nanovllm_kernels.ragged_prefill import ragged_prefill
 from nanovllm_kernels.rope_cache_write import rope_cache_write
@@ -18,6 +19,8 @@ from nanovllm_kernels.skinny_matmul import skinny_matmul, split_counters
 __all__ = [
     "add_rms_norm",
     "add_shards",
+    "decode_layers",
+    "decode_layers_supports",
     "lowering_for",
     "paged_decode",
     "ragged_prefill",

@@ -90,7 +90,7 @@ def keys_read(load: Load, sliding_window: int | None) -> float:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a kernel is called: one layer on one device.
+    """Where a kernel is called: one layer on one device (all layers, of a kernel that does them all).
 
     Attributes:
         model: its shape; heads are split over `shards`.
@@ -198,6 +198,19 @@ def _rope_paged_decode(site: Site) -> Work:
     return Work(written.flops + attended.flops, written.bytes + attended.bytes - kept)
 
 
+def _decode_layers(site: Site) -> Work:
+    """All layers' weights once, their attention and cache writes; hidden states in and out. The rest stays in L2."""
+    model, attention, write = site.model, _paged_attention(site), _rope_cache_write(site)
+    width, mlp = model.hidden_size, model.intermediate_size
+    weights = width * site.D * 2 * (site.H + site.K) + 3 * width * mlp
+    heads = site.T * site.D * site.itemsize
+    # Queries, keys and values of the new tokens and what attention makes of them are passed on inside.
+    inside = heads * 2 * site.H + heads * 2 * (site.H + site.K)
+    moved = weights * site.itemsize + attention.bytes + write.bytes - inside
+    flops = 2 * site.T * weights + attention.flops + write.flops
+    return Work(model.num_layers * flops, model.num_layers * moved + 2 * site.T * width * site.itemsize)
+
+
 def _skinny_matmul(call: Call) -> Work:
     """Activations [M, K] and a weight read, [M, N] written; gate and up columns give one column each."""
     x, weight = call.leading
@@ -240,6 +253,7 @@ BY_LOAD: dict[str, Callable[[Site], Work]] = {
     "rope_cache_write": _rope_cache_write,
     "paged_decode": _paged_attention,
     "rope_paged_decode": _rope_paged_decode,
+    "decode_layers": _decode_layers,
     "ragged_prefill": _paged_attention,
 }
 BY_OPERANDS: dict[str, Callable[[Call], Work]] = {

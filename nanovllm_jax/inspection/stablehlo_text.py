@@ -26,6 +26,7 @@ def stablehlo_lines(text: str) -> tuple[list[Line], int]:
     plain = [(_clean(line), _scope(line, names)) for line in body]
     prefixes = _prefixes(plain)
     lines: list[Line] = []
+    held: list[Line] = []  # constants after a call: folded with the next one, if that is the same
     prefix, previous, repeats = "", None, 0
     for shown, scope in plain:
         if found := _FUNCTION.match(shown):
@@ -34,10 +35,16 @@ def stablehlo_lines(text: str) -> tuple[list[Line], int]:
         if called is not None and called == previous:
             repeats += 1
             lines[-1] = (f"{lines[-1][0].partition('  ×')[0]}  ×{repeats}", lines[-1][1])
+            held.clear()
             continue
+        line = (shown, fold(join(prefix, scope)))
+        if previous is not None and "stablehlo.constant" in shown:
+            held.append(line)
+            continue
+        lines += [*held, line]
+        held.clear()
         previous, repeats = called, 1
-        lines.append((shown, fold(join(prefix, scope))))
-    return lines, len(plain)
+    return [*lines, *held], len(plain)
 
 
 def _locations(text: str) -> tuple[dict[str, str], list[str]]:

@@ -29,6 +29,7 @@ from nanovllm_jax.models.projections import (
 )
 from nanovllm_jax.models.rope import rope_tables
 from nanovllm_jax.parallel.collectives import sum_shards, table_of
+from nanovllm_kernels.norm import rms_norm
 
 _MIN_HEAD_ROWS = 16
 
@@ -36,6 +37,10 @@ LayerCache = tuple[Array, Array]  # K and V
 Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cosine and sine
 Attend = Callable[
     [Float[Array, "T K heads D"], Params, Rope, LayerCache, jax.Ref | None], tuple[Float[Array, "T H D"], LayerCache]
+]
+# All layers as one kernel: hidden states, their parameters, rotary tables and caches.
+WholeLayers = Callable[
+    [Float[Array, "1 E"], list[Params], Rope, list[LayerCache]], tuple[Float[Array, "1 E"], list[LayerCache]]
 ]
 
 
@@ -58,6 +63,7 @@ def transformer(
     attend: Attend,
     axis_name: str | None = None,
     backend: Backend = "xla",
+    whole_layers: WholeLayers | None = None,
 ) -> tuple[Float[Array, "T E"], list[LayerCache]]:
     """Hidden states after the final norm, and the caches with K and V of all T tokens written.
 
@@ -72,7 +78,13 @@ def transformer(
             then attends.
         axis_name: mesh axis over which heads, MLP and vocabulary are split, inside `shard_map`; None if they are not.
         backend: of norms, activations and the products of few tokens; see `models.projections`.
+        whole_layers: does all layers' work, `attend`'s too, where there is one kernel for all of it.
     """
+    if whole_layers is not None:
+        x, rope = _embed(params["embed"], tokens, None, None), rope_tables(positions, config.head_dim, config.rope)
+        with jax.named_scope("decode_layers"):
+            x, new_caches = whole_layers(x, params["layers"], rope, caches)
+        return rms_norm(x, params["final_norm"], config.rms_norm_eps), new_caches
     layers = _Layers(params, config, tokens, positions, [attend], axis_name, backend)
     new_caches = [layers.whole(index, cache) for index, cache in enumerate(caches)]
     (residual,) = layers.residuals

@@ -26,6 +26,7 @@ from nanovllm_jax.models.transformer import (
     LayerCache,
     Rope,
     Unfinished,
+    WholeLayers,
     finish,
     transformer,
     transformer_until_last,
@@ -33,7 +34,7 @@ from nanovllm_jax.models.transformer import (
 from nanovllm_jax.parallel.collectives import table_of
 from nanovllm_jax.step.draw import Variant, draw, head_of
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateShape
-from nanovllm_kernels import ragged_prefill, rope_cache_write, rope_paged_decode
+from nanovllm_kernels import decode_layers, decode_layers_supports, ragged_prefill, rope_cache_write, rope_paged_decode
 
 MIN_MOSAIC_TOKENS = 1024  # of a prefill
 # Of a prefill over shards, that is computed in two parts: the sums of one are under way while the other one computes.
@@ -122,9 +123,11 @@ def _decode_once(
     slot = jnp.where(active, row, config.shape.max_num_seqs)
     position, token = rows["ints"][slot, RowInt.NUM_TOKENS], rows["ints"][slot, RowInt.LAST_TOKEN]
     table = rows["block_tables"][slot]
-    attend = _attend_newest(config, table, jnp.where(active, position + 1, 0))
+    context_lens = jnp.where(active, position + 1, 0)
+    attend = _attend_newest(config, table, context_lens)
+    whole_layers = _whole_layers(config, params, caches, table, context_lens)
     hidden, caches = transformer(
-        params, config.model, token, position, caches, attend, config.axis_name, config.backend
+        params, config.model, token, position, caches, attend, config.axis_name, config.backend, whole_layers
     )
     ints = rows["ints"].at[slot, RowInt.NUM_TOKENS].add(active.astype(jnp.int32))
     return hidden, caches, rows | {"ints": ints}
@@ -241,3 +244,22 @@ def _attention_options(config: StepConfig) -> dict[str, Any]:
 
 def _norms_and_scales(layer: Params) -> dict[str, Any]:
     return {name: layer.get(name) for name in ("q_norm", "k_norm", "k_scale", "v_scale")}
+
+
+def _whole_layers(
+    config: StepConfig, params: Params, caches: Caches, block_tables: Int[Array, "B P"], context_lens: Int[Array, " B"]
+) -> WholeLayers | None:
+    """A decode step's layers as one kernel, where there is one: for one row, on one device."""
+    model, layers = config.model, params["layers"]
+    if config.backend != "triton" or config.axis_name is not None or len(context_lens) != 1:
+        return None
+    if not decode_layers_supports(layers, caches):
+        return None
+    options = {"eps": model.rms_norm_eps, "scale": model.head_dim**-0.5, "sliding_window": model.sliding_window}
+
+    def whole_layers(
+        x: Float[Array, "1 E"], layers: list[Params], rope: Rope, caches: list[LayerCache]
+    ) -> tuple[Float[Array, "1 E"], list[LayerCache]]:
+        return decode_layers(x, layers, *rope, caches, block_tables, context_lens, **options, backend="triton")
+
+    return whole_layers

@@ -76,3 +76,19 @@ def test_heads_split_over_devices_split_the_work():
     whole, half = (BY_LOAD["rope_paged_decode"](Site(config, load, BF16, BF16, BLOCK, shards)) for shards in (1, 2))
     assert half.flops == whole.flops / 2
     assert half.bytes == pytest.approx(whole.bytes / 2, rel=0.01)
+
+
+def test_all_layers_in_one_kernel_are_counted_by_their_weights_and_what_they_see():
+    (decode,) = inspected("qwen3-0.6b", keys=[ProgramKey("decode", 1)], context=CONTEXT, max_model_len=2048).programs
+    config = SHAPES["qwen3-0.6b"]
+    E, F, L = config.hidden_size, config.intermediate_size, config.num_layers
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    weights = E * (heads + 2 * kv) + heads * E + 3 * E * F
+    (row,) = [row for row in decode.kernels if row.name == "decode_layers"]
+    assert (row.kind, row.scope, row.count) == ("triton", "decode_layers", DECODE_STEPS)
+    assert row.flops == pytest.approx(row.count * L * (2 * weights + 4 * heads * CONTEXT), rel=0.01)
+    assert row.bytes == pytest.approx(row.count * L * BF16 * (weights + 2 * CONTEXT * kv), rel=0.01)
+    # Nothing of a layer is counted twice: what is left are the output head and the sampler.
+    assert not [kernel for kernel in decode.kernels if kernel.scope.startswith("layer")]
+    head_bytes = config.vocab_size * (E * BF16 + 2 * F32)
+    assert decode.bytes == pytest.approx(row.bytes + DECODE_STEPS * head_bytes, rel=0.05)

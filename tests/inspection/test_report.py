@@ -12,6 +12,7 @@ import nanovllm_jax.inspection
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.inspection import Report, profile_data
 from nanovllm_jax.inspection import report as report_data
+from nanovllm_jax.inspection.plan import ProgramKey
 
 STATE = ("caches", "rows")
 
@@ -66,6 +67,13 @@ def test_layers_are_shown_once_with_their_scopes(for_h200, text):
         scopes = {program.scopes[index] for index in shown.scopes}
         kernels = ["rope_paged_decode"] if program.kind == "decode" else ["rope_cache_write", "ragged_prefill"]
         assert {f"layer*/attention/{kernel}" for kernel in kernels} <= scopes
+
+
+@pytest.mark.parametrize("text", ["jaxpr", "stablehlo"])
+def test_layers_in_one_kernel_have_one_scope(text):
+    (program,) = inspected("qwen3-0.6b", keys=[ProgramKey("decode", 1)]).programs
+    assert "decode_layers" in {program.scopes[index] for index in program.texts[text].scopes}
+    assert any(line.startswith("// decode_layers_kernel: 8 warps") for line in program.texts["triton"].lines)
 
 
 def test_optimised_hlo_folds_equal_layers_and_keeps_scopes(on_cpu):

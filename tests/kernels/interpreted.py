@@ -84,7 +84,8 @@ def triton_call(*args, kernel, out_type, grid, num_warps, num_stages, **constant
     leaves, tree = jax.tree.flatten(out_type)
     outputs = [np.full(leaf.shape, np.nan, leaf.dtype) for leaf in leaves]
     args = [np.asarray(arg) if isinstance(arg, jax.Array) else arg for arg in args]
-    kernel[grid](*(Pointer(arg) if isinstance(arg, np.ndarray) else arg for arg in (*args, *outputs)), **constants)
+    args = jax.tree.map(lambda arg: Pointer(arg) if isinstance(arg, np.ndarray) else arg, (*args, *outputs))
+    kernel[grid](*args, **constants)
     return jax.tree.unflatten(tree, outputs)
 
 

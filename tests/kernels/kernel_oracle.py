@@ -131,3 +131,31 @@ def add_rms_norm_oracle(x, update, weight, *, eps):
 def silu_mul_oracle(gate_up):
     gate, up = gate_up.astype(np.float64).swapaxes(0, 1)
     return gate / 2 * (1 + np.tanh(gate / 2)) * up
+
+
+def layers_oracle(x, layers, cos, sin, caches, block_tables, context_lens, **options):
+    """Hidden states [1, E] and caches after some layers, all in float64."""
+    new_caches = []
+    for weights, cache in zip(layers, caches, strict=True):
+        x, *cache = layer_oracle(x, weights, cos, sin, *cache, block_tables, context_lens, **options)
+        new_caches.append(tuple(cache))
+    return x, new_caches
+
+
+def layer_oracle(x, weights, cos, sin, k_cache, v_cache, block_tables, context_lens, *, eps, scale, sliding_window):
+    """Hidden states [1, E] and caches after a layer, all in float64."""
+    wide = {name: np.asarray(weight, np.float64) for name, weight in weights.items()}
+    x, position, block_size = np.asarray(x, np.float64), int(context_lens[0]) - 1, k_cache.shape[2]
+
+    def normed(x, weight):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+    qkv = np.tensordot(normed(x, wide["input_norm"]), wide["qkv"], axes=1) + wide.get("qkv_bias", 0.0)
+    slot = -1 if position < 0 else block_tables[0, position // block_size] * block_size + position % block_size
+    norms = {"q_norm": wide.get("q_norm"), "k_norm": wide.get("k_norm"), "eps": eps}
+    q, *caches = write_oracle(qkv, cos, sin, k_cache, v_cache, [slot], **norms)
+    seen = {"scale": scale, "sliding_window": sliding_window, "soft_cap": None}
+    attended = decode_oracle(q, *caches, block_tables, context_lens, **seen)
+    x = x + attended.reshape(1, -1) @ wide["o"].reshape(-1, x.shape[1])
+    gate, up = np.moveaxis(np.tensordot(normed(x, wide["post_norm"]), wide["gate_up"], axes=1), 1, 0)
+    return x + gate / (1 + np.exp(-gate)) * up @ wide["down"], *caches

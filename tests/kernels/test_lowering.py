@@ -7,6 +7,9 @@ made where they run.
 import dataclasses
 import functools
 import itertools
+import json
+import math
+import re
 import subprocess
 import sys
 
@@ -16,6 +19,7 @@ import pytest
 
 from nanovllm_kernels import (
     add_rms_norm,
+    decode_layers,
     lowering_for,
     paged_decode,
     ragged_prefill,
@@ -28,6 +32,7 @@ from nanovllm_kernels import (
 )
 from nanovllm_kernels._compat import import_jax_triton
 from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
+from nanovllm_kernels.decode_layers.cases import LayerCase, layer_inputs
 from nanovllm_kernels.silu_mul.cases import CASES as SILU_CASES
 from nanovllm_kernels.skinny_matmul.cases import CASES as SKINNY_CASES
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, skinny_inputs
@@ -59,6 +64,21 @@ def compiled(monkeypatch):
     monkeypatch.setattr(triton_lib, "compile_ttir_inplace", recorded)
     # Kernels are kept for the life of the process; here each test is to compile its own.
     monkeypatch.setattr(triton_lib.TritonFunction, "_kernel_cache", property(lambda _: {}))
+    return kernels
+
+
+@pytest.fixture
+def layouts(compiled, monkeypatch):
+    """TritonGPU IR of each such kernel, where layouts are settled."""
+    backend = import_jax_triton().triton_lib.cb.CUDABackend
+    make_ttgir, kernels = backend.make_ttgir, []
+
+    def recorded(*args):
+        module = make_ttgir(*args)
+        kernels.append(str(module))
+        return module
+
+    monkeypatch.setattr(backend, "make_ttgir", staticmethod(recorded))
     return kernels
 
 
@@ -304,6 +324,52 @@ def test_skinny_matmul_merges_splits_in_a_second_kernel_without_counters(compile
     case = next(case for case in SKINNY_CASES if case.name == "down")
     lower_skinny(case, 90, in_kernel_merge=False)
     assert [kernel for kernel, _ in compiled] == ["product_kernel", "merge_splits_kernel"]
+
+
+def lower_layers(case, architecture, donate=()):
+    def call(*args):
+        return decode_layers(*args, **case.options, backend="triton")
+
+    with lowering_for(architecture) as target:
+        arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), layer_inputs(case))
+        traced = jax.jit(call, donate_argnums=donate).trace(*arrays)
+        return traced.lower(lowering_platforms=("cuda",)).as_text(), target.shared_bytes
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        LayerCase("with_norms", 100, 256, 4, 2, 128, 512),
+        LayerCase("with_bias", 100, 448, 7, 1, 64, 1024, qk_norm=False, qkv_bias=True, sliding_window=50),
+    ],
+    ids=lambda case: case.name,
+)
+def test_layers_compile_to_one_kernel_that_updates_the_caches_in_place(compiled, architecture, case):
+    text, limit = lower_layers(case, architecture, donate=(4,))
+    assert text.count("custom_call @triton_kernel_call_ffi") == 1
+    assert [name for name, _ in compiled] == ["decode_layers_kernel"]
+    assert all(shared <= limit for _, shared in compiled)
+    assert text.count("tf.aliasing_output") == 2 * case.num_layers
+
+
+LAYOUT = re.compile(
+    r"^(#\w+) = #ttg\.blocked<\{sizePerThread = (.*?), threadsPerWarp = (.*?), warpsPerCTA = (.*?), order", re.MULTILINE
+)
+VOLATILE = re.compile(r"tt\.load .*isVolatile = true.*tensor<([\dx]+)x!tt\.ptr<i(?:32|64)>, (#\w+)>")
+
+
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_no_two_threads_read_the_same_word_that_a_program_waits_for(layouts, head_dim):
+    # Each would read it at a time of its own, and the check whether it has come asks only one of them.
+    lower_layers(LayerCase("small", 100, 256, 4, 2, head_dim, 512), 90)
+    (ir,) = layouts
+    parts = {name: [json.loads(part) for part in parts] for name, *parts in LAYOUT.findall(ir)}
+    loads = VOLATILE.findall(ir)
+    assert len(loads) == ir.count("isVolatile = true") > 10
+    for shape, layout in loads:
+        sizes = [math.prod(along) for along in zip(*parts[layout], strict=True)]
+        assert all(size <= int(length) for size, length in zip(sizes, shape.split("x"), strict=True)), (shape, sizes)
 
 
 def test_unknown_architecture_is_refused_with_those_known():

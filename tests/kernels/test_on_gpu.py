@@ -11,6 +11,7 @@ from kernel_oracle import (
     add_rms_norm_oracle,
     decode_oracle,
     dequantised,
+    layers_oracle,
     prefill_oracle,
     relative_error,
     silu_mul_oracle,
@@ -23,6 +24,7 @@ from scipy import stats
 from nanovllm_kernels import (
     add_rms_norm,
     add_shards,
+    decode_layers,
     paged_decode,
     ragged_prefill,
     rope_cache_write,
@@ -37,6 +39,8 @@ from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
 from nanovllm_kernels.add_rms_norm.cases import add_rms_norm_inputs
 from nanovllm_kernels.add_shards.cases import CASES as SUM_CASES
 from nanovllm_kernels.add_shards.exchange import make_exchange, programs_that_failed
+from nanovllm_kernels.decode_layers.cases import CASES as LAYER_CASES
+from nanovllm_kernels.decode_layers.cases import layer_inputs
 from nanovllm_kernels.paged_decode.cases import CASES as DECODE_CASES
 from nanovllm_kernels.ragged_prefill import mosaic_supports
 from nanovllm_kernels.ragged_prefill.cases import CASES as PREFILL_CASES
@@ -242,6 +246,26 @@ def test_skinny_matmul_with_the_launches_of_a_model(case, rows):
     assert relative_error(got[0], skinny_oracle(arrays, case)) < 5e-3
     for other in got[1:]:
         np.testing.assert_array_equal(np.asarray(other), np.asarray(got[0]))
+
+
+@pytest.mark.parametrize("case", LAYER_CASES, ids=lambda case: case.name)
+def test_decode_layers(case):
+    call = jax.jit(lambda *args: decode_layers(*args, **case.options, backend="triton"))
+    for seed in (0, 1):
+        inputs = layer_inputs(case, seed)
+        results = [call(*inputs) for _ in range(100)]
+        x, caches = layers_oracle(*inputs, **case.options)
+        assert relative_error(results[0][0], x) < 1e-2
+        for got, cache in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(caches), strict=True):
+            seen = ~np.isnan(cache)
+            got = np.asarray(got, np.float64)
+            assert not np.isnan(got[seen]).any()
+            assert np.isnan(got[~seen]).all()
+            assert relative_error(got[seen][None], cache[seen][None]) < 1e-2
+        # Sums in a fixed order repeat to the bit.
+        for other in results[1:]:
+            for got, first in zip(jax.tree.leaves(other), jax.tree.leaves(results[0]), strict=True):
+                np.testing.assert_array_equal(np.asarray(got).view(np.uint16), np.asarray(first).view(np.uint16))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
