@@ -11,9 +11,9 @@
 - both: bench256 of Qwen3-8B's shape on replicas of two GPUs each, over one such replica: `dp<N>tp2_bench256_speedup`.
 - large: a decode step of Qwen3-32B's shape on all GPUs, 64 rows of 1,024 ids.
 
-Weights are random. What fits side by side on the GPUs starts together, and each is measured when it is ready, one after
-the other. A speed-up compares runs of this command alone; its limit is the number of GPUs, so its share of that is the
-efficiency.
+Weights are random. What fits side by side on the GPUs starts together, and each is measured when it is ready, one
+after the other, while others may still start. A speed-up compares runs of this command alone; its limit is the number
+of GPUs, so its share of that is the efficiency.
 """
 
 from __future__ import annotations
@@ -197,7 +197,10 @@ def run_wave(
     results: Results,
     outcome: Outcome,
 ) -> Iterator[Setup]:
-    """Starts and warms up engines side by side, measures each alone once it is ready; yields those measured."""
+    """Starts and warms up engines side by side, measures each once it is ready; yields those measured.
+
+    Others may still start then.
+    """
     specs, first = [], 0
     for setup in wave:
         devices = ",".join(visible[first : first + setup.devices])

@@ -322,6 +322,19 @@ def test_non_finite_logits_end_their_request_alone(tmp_path):
     assert outputs[1].outputs[0].token_ids == greedy[0][0]
 
 
+def test_what_a_failed_request_computed_is_not_shared(tmp_path):
+    prompt = [*range(1, 20), 200, *range(20, 50)]
+    with LLM(str(write_tiny_model("qwen3-untied", tmp_path)), **SETTINGS) as llm:
+        expected = generate(llm, [prompt], GREEDY)
+        llm.reset_prefix_cache()
+        runner = llm._engine.replicas[0].runner
+        embed = runner._params["embed"]
+        runner._params["embed"] = embed.at[200].set(float("nan"))
+        assert llm.generate([prompt], GREEDY, use_tqdm=False)[0].outputs[0].finish_reason == "error"
+        runner._params["embed"] = embed
+        assert generate(llm, [prompt], GREEDY) == expected
+
+
 def test_nothing_compiles_after_warm_up(model):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(

@@ -33,6 +33,8 @@ class Sample:
     last_token_time: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    stops: frozenset[int] = field(init=False)
+    looks_at_tokens: bool = field(init=False)
 
     def __post_init__(self) -> None:
         params, self.stops = self.request.params, self.request.plan.stop_token_ids

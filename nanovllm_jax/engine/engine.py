@@ -302,6 +302,8 @@ class Engine:
                 if report:
                     touched[request.request_id] = None
                     if reason:
+                        if reason == "error":
+                            replica.scheduler.distrust(request)
                         replica.scheduler.finish(request)
                         replica.lockstep.discard(request)
             except Exception:

@@ -238,6 +238,10 @@ class Scheduler:
         if len(known) % block_size < count:
             self.block_manager.register_full_blocks(request)
 
+    def distrust(self, request: Request) -> None:
+        """Takes a running request's blocks out of the prefix cache: what filled them went wrong on the device."""
+        self.block_manager.unregister_blocks(request.block_ids)
+
     def finish(self, request: Request) -> None:
         """Ends a request and frees what it holds, from any state; a second call changes nothing.
 

@@ -1,7 +1,7 @@
 """Named scopes, spelled alike in a jaxpr, in StableHLO, in XLA's HLO and in a profile.
 
-`jit(decode_forward)/layer3/jit(_layer)/attention/paged_decode/triton_kernel_call` is the scope
-`layer3/attention/paged_decode`; folded over the layers it is `layer*/attention/paged_decode`.
+`jit(decode_forward)/layer3/jit(_layer)/attention/rope_paged_decode/triton_kernel_call` is the scope
+`layer3/attention/rope_paged_decode`; folded over the layers it is `layer*/attention/rope_paged_decode`.
 """
 
 from __future__ import annotations

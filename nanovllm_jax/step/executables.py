@@ -110,6 +110,7 @@ def _digest(catalogue: Catalogue, options: Mapping[str, Any] | None) -> str:
         sorted((options or {}).items()),
         tuple(catalogue.mesh.shape.items()),
         (device.platform, device.device_kind, device.client.platform_version),
+        getattr(device, "core_count", None),  # fewer multiprocessors than the GPU has, where it is shared
         [(name, _version(name)) for name in _PACKAGES],
         os.environ.get("XLA_FLAGS", ""),
         _sources(),

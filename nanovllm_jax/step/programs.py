@@ -22,7 +22,7 @@ from nanovllm_jax.models.projections import most_fused_rows
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.executables import ExecutableStore
 from nanovllm_jax.step.lowering import Lowered, LoweringWorkers, usable_cores
-from nanovllm_jax.step.step import MIN_TOKENS_IN_PARTS
+from nanovllm_jax.step.step import num_parts
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Programs:
         Graphs would run one after the other; and they would have to be updated before the first kernel starts, which
         takes longer than it takes to launch kernels of 100 us one by one.
         """
-        return self.catalogue.config.axis_name is not None and key.kind == "prefill" and key.size >= MIN_TOKENS_IN_PARTS
+        return key.kind == "prefill" and num_parts(self.catalogue.config.axis_name, key.size) > 1
 
     def _load(self, key: ProgramKey) -> bool:
         """Take a program that an earlier start has kept; whether there is one."""

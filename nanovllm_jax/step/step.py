@@ -37,8 +37,7 @@ from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateSha
 from nanovllm_kernels import decode_layers, decode_layers_supports, ragged_prefill, rope_cache_write, rope_paged_decode
 
 MIN_MOSAIC_TOKENS = 1024  # of a prefill
-# Of a prefill over shards, that is computed in two parts: the sums of one are under way while the other one computes.
-MIN_TOKENS_IN_PARTS = 4096
+MIN_TOKENS_IN_PARTS = 4096  # of a prefill over shards; see `num_parts`
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,8 @@ def prefill_forward(
 
     # The Mosaic kernel is half as fast again, but each bucket lowers its own, which takes seconds.
     in_mosaic = config.backend == "triton" and layout.num_tokens >= MIN_MOSAIC_TOKENS
-    in_parts = config.axis_name is not None and layout.num_tokens >= MIN_TOKENS_IN_PARTS
     attends = []
-    for slots_of_part in jnp.split(slots, 2 if in_parts else 1):
+    for slots_of_part in jnp.split(slots, num_parts(config.axis_name, layout.num_tokens)):
         size = slots_of_part.shape[0]
         its_cu_q_lens, its_context_lens = part_of_tokens(cu_q_lens, starts, len(attends) * size, size)
         lengths = {"cu_q_lens": its_cu_q_lens, "context_lens": its_context_lens}
@@ -180,6 +178,14 @@ def prefill_forward(
     hidden = finish(params["layers"][-1], norm, config.model, last, config.axis_name, backend, table_of(params))
     sampled_rows = jnp.where(active & (samples == 1), row, -1)
     return caches, rows | {"ints": ints}, hidden, sampled_rows, unfinished
+
+
+def num_parts(axis_name: str | None, num_tokens: int) -> int:
+    """Equal parts that a prefill is computed in: over shards two, so that sums of one run while the other computes.
+
+    One where there is little to hide sums behind, or where the last bucket's number of tokens is odd.
+    """
+    return 2 if axis_name is not None and num_tokens >= MIN_TOKENS_IN_PARTS and num_tokens % 2 == 0 else 1
 
 
 def part_of_tokens(

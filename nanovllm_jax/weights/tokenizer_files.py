@@ -88,7 +88,7 @@ def _import_tokenizers() -> None:
     except ImportError:  # a release that takes more from it, or has no such module, imports it in its own way
         pass
     finally:
-        del sys.modules[name]
+        sys.modules.pop(name, None)  # a release that has it elsewhere may have taken it away
 
 
 def _class_name(directory: Path) -> str:

@@ -30,17 +30,20 @@ def patch_tensor_and_index(tensor, scope):
 interpreter._patch_lang_tensor = patch_tensor_and_index
 
 LAUNCH = Launch(programs=24, num_warps=4, tile_tokens=16, num_stages=1, most_pieces=8)
-SMALL = {"width": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mlp": 104, "block_size": 8}
+SMALL = {"width": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mlp": 104, "block_size": 8, "num_layers": 1}
 PROBLEMS = [
-    (LayerCase("small", 37, **SMALL), LAUNCH),
+    (LayerCase("small", 37, **SMALL | {"num_layers": 3}), LAUNCH),  # a layer takes some 2 s
     (LayerCase("first_token", 1, **SMALL), LAUNCH),
     (LayerCase("whole_tile", 17, **SMALL), LAUNCH),
     (LayerCase("tiles_a_piece", 150, **SMALL), replace(LAUNCH, most_pieces=3)),
     (LayerCase("padding", 0, **SMALL), LAUNCH),
     (LayerCase("window", 37, **SMALL, sliding_window=9), LAUNCH),
     (LayerCase("bias", 33, **SMALL, qk_norm=False, qkv_bias=True), LAUNCH),
-    (LayerCase("splits", 40, 64, 8, 2, 64, 520), LAUNCH),
-    (LayerCase("splits_inside_heads", 40, 64, 14, 2, 64, 776, qk_norm=False), replace(LAUNCH, programs=40)),
+    (LayerCase("splits", 40, 64, 8, 2, 64, 520, num_layers=1), LAUNCH),
+    (
+        LayerCase("splits_inside_heads", 40, 64, 14, 2, 64, 776, qk_norm=False, num_layers=1),
+        replace(LAUNCH, programs=40),
+    ),
 ]
 
 

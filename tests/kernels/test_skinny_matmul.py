@@ -159,12 +159,17 @@ def test_a_gpu_without_an_entry_takes_that_of_one_with_the_same_chip(tmp_path, m
         launch.table_path("NVIDIA H200"), [launch.Entry(64, n, 4096, False, 2, of_h200) for n in (512, 4096)]
     )
     try:
-        assert launch.table_of("NVIDIA H100 80GB HBM3") == launch.table_of("NVIDIA H200")
         launch.save_table(launch.table_path("NVIDIA H100"), [launch.Entry(64, 512, 4096, False, 2, of_h100)])
         target = launch.Target(90, 132, 227 * 1024, "NVIDIA H100 80GB HBM3")
         chosen = functools.partial(launch.launch_parameters, target, rows=64, outputs=4096, gated=False, w_bytes=2)
         assert (chosen(inputs=512), chosen(inputs=4096)) == (of_h100, of_h200)
-        assert launch.table_of("NVIDIA A100") == launch.table_of("GPU") == ()
+        a_part = launch.Target(90, 16, 227 * 1024, "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+        for other in (
+            a_part,
+            launch.Target(80, 108, 163 * 1024, "NVIDIA A100"),
+            launch.Target(90, 132, 227 * 1024, "GPU"),
+        ):
+            assert of_h200 not in [entry.launch for entry in launch.table_of(other)]
     finally:
         launch.load_table.cache_clear()
 

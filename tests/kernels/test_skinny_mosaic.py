@@ -10,11 +10,11 @@ import pytest
 from kernel_oracle import relative_error, skinny_oracle
 
 from nanovllm_kernels.skinny_matmul.cases import SkinnyCase, skinny_inputs
-from nanovllm_kernels.skinny_matmul.launch import Tiling, table_of
+from nanovllm_kernels.skinny_matmul.launch import Target, Tiling, table_of
 from nanovllm_kernels.skinny_matmul.mosaic import scratch_types_of, skinny_matmul_mosaic
 from nanovllm_kernels.skinny_matmul.mosaic_device import ProductShape
 
-ENTRIES = table_of("NVIDIA H200")
+ENTRIES = table_of(Target(90, 132, 227 * 1024, "NVIDIA H200"))
 
 
 @pytest.mark.parametrize(

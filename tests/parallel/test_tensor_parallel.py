@@ -41,9 +41,10 @@ def test_shards_change_no_token(model, alone, shards, settings):
     assert bool(num_preemptions) == (TIGHT.items() <= settings.items())
 
 
-def test_prompts_in_parts_change_no_token(model, alone, monkeypatch):
+@pytest.mark.parametrize("most_tokens", [64, 63], ids=["even", "odd"])
+def test_prompts_in_parts_change_no_token(model, alone, monkeypatch, most_tokens):
     monkeypatch.setattr(step, "MIN_TOKENS_IN_PARTS", 16)
-    assert generate(model, 2)[0] == alone
+    assert generate(model, 2, max_num_batched_tokens=most_tokens)[0] == alone
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 4])

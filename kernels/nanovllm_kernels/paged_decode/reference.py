@@ -81,6 +81,6 @@ def paged_decode_xla(
     heads = (num_rows, num_kv_heads, num_queries * group)
     empty = (jnp.full(heads, -jnp.inf), jnp.zeros(heads), jnp.zeros((*heads, head_dim)))
     _, total, acc = lax.fori_loop(first_chunk, end_chunk, attend, empty)
-    out = jnp.where(total[..., None] > 0, acc / jnp.where(total > 0, total, 1)[..., None], 0)
+    out = jnp.where(total[..., None] == 0, 0, acc / jnp.where(total == 0, 1, total)[..., None])
     out = out.reshape(num_rows, num_kv_heads, num_queries, group, head_dim).swapaxes(1, 2)
     return out.reshape(q.shape).astype(q.dtype)

@@ -90,7 +90,7 @@ def ragged_prefill_xla(
         rows = (num_kv_heads, tile * group)
         empty = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((*rows, head_dim)))
         _, total, acc = lax.fori_loop(start // chunk, (end + chunk - 1) // chunk, attend_chunk, empty)
-        result = jnp.where(total[..., None] > 0, acc / jnp.where(total > 0, total, 1)[..., None], 0)
+        result = jnp.where(total[..., None] == 0, 0, acc / jnp.where(total == 0, 1, total)[..., None])
         result = result.reshape(num_kv_heads, tile, group, head_dim).transpose(1, 0, 2, 3)
         result = jnp.where(jnp.arange(tile)[:, None, None] < count, result.reshape(tile, num_heads, head_dim), 0)
         # The rows past `count` belong to later sequences, whose tiles come later and overwrite them.

@@ -26,8 +26,8 @@ _MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
 _NEAREST = 2.0
 # Of the Mosaic kernel: warpgroups that multiply, rows of each (the M of wgmma), and rows that TMA moves under swizzle.
 CONSUMERS, CONSUMER_ROWS, ROW_ALIGNMENT = 2, 64, 8
-# A GPU without an entry takes that of another with the same chip, 132 multiprocessors, whatever its memory.
-_SAME_CHIP = {"h100": "h200", "h200": "h100"}
+# GPUs with the same chip share their tables, whatever their memory: each was tuned for some of the shapes.
+_SAME_CHIP, _ITS_MULTIPROCESSORS = {"h100": "h200", "h200": "h100"}, 132
 _LEAST_SPLIT = 256  # inputs a program: below, adding the splits costs more than the products
 
 
@@ -108,14 +108,17 @@ class Entry:
 def launch_parameters(
     target: Target, *, rows: int, inputs: int, outputs: int, gated: bool, w_bytes: int, mosaic: bool = False
 ) -> Launch | Tiling:
-    """Those of the nearest shape in the GPU's table, else `default_launch`; a `Tiling` only with `mosaic`."""
+    """Those of the nearest shape in the tables of the GPU's chip, else `default_launch`.
+
+    A `Tiling` only with `mosaic`.
+    """
 
     def usable(launch: Launch | Tiling) -> bool:
         return isinstance(launch, Launch) or (mosaic and launch.fits(rows=rows, inputs=inputs, outputs=outputs))
 
     candidates = [
         entry
-        for entry in table_of(target.kind)
+        for entry in table_of(target)
         if entry.gated == gated
         and entry.w_bytes == w_bytes
         and entry.rows >= rows
@@ -127,7 +130,10 @@ def launch_parameters(
         return default_launch(target, rows=rows, inputs=inputs, outputs=outputs, gated=gated, w_bytes=w_bytes)
 
     def preference(entry: Entry) -> tuple[float, int, bool]:
-        """Where a shape has parameters for both kernels, Triton's are for what Mosaic's does not take."""
+        """Where a shape has parameters for both kernels, Triton's are for what Mosaic's does not take.
+
+        So a GPU takes Mosaic's from its like's table where its own has Triton's alone; of equals its own come first.
+        """
         return entry.distance(inputs, outputs), entry.rows, isinstance(entry.launch, Launch)
 
     return min(candidates, key=preference).launch
@@ -164,12 +170,13 @@ def table_path(kind: str) -> Path | None:
     return TABLES / f"{match.group().lower()}.json" if match else None
 
 
-def table_of(kind: str) -> tuple[Entry, ...]:
-    """Entries for a GPU of this device kind: those of its own table, which come first, and those of its like."""
-    own = table_path(kind)
+def table_of(target: Target) -> tuple[Entry, ...]:
+    """Entries of the GPU's own table, and then those of its like's."""
+    own = table_path(target.kind)
     if own is None:
         return ()
-    return load_table(own) + (load_table(own.with_stem(_SAME_CHIP[own.stem])) if own.stem in _SAME_CHIP else ())
+    whole_chip = own.stem in _SAME_CHIP and target.multiprocessors == _ITS_MULTIPROCESSORS
+    return load_table(own) + (load_table(own.with_stem(_SAME_CHIP[own.stem])) if whole_chip else ())
 
 
 @functools.cache
