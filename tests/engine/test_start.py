@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 
 from nanovllm_jax.weights import load_tokenizer, locate
 
+# It ends without Python's teardown, in which threads of XLA's CPU client have been seen to abort (on a busy machine).
 START = """
-import sys
+import os, sys
 from nanovllm_jax import LLM, SamplingParams
 
 with LLM(max_num_seqs=1, max_model_len=64, enforce_eager=True, skip_tokenizer_init={skip}) as llm:
@@ -19,7 +20,8 @@ with LLM(max_num_seqs=1, max_model_len=64, enforce_eager=True, skip_tokenizer_in
         llm.generate([{{"prompt_token_ids": [1, 2, 3]}}], SamplingParams(max_tokens=2))
     else:
         llm.chat([{{"role": "user", "content": "Who is there?"}}], SamplingParams(max_tokens=2))
-print(sorted({{name.partition(".")[0] for name in sys.modules}}))
+print(sorted({{name.partition(".")[0] for name in sys.modules}}), flush=True)
+os._exit(0)
 """
 
 
