@@ -1,38 +1,23 @@
-"""Triton implementation: a program attends a piece of one row's context for one KV head; a second kernel merges.
+"""Triton implementation: launch of the kernels in `device.py`, and how rows are cut into pieces.
 
-The query heads of a KV head share every key and value that is read (Flash-Decoding,
+A program attends a piece of one row's context for one KV head; a second kernel merges. The query heads of a KV head
+share every key and value that is read (Flash-Decoding,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html). How a row is cut into pieces is decided on the device from
 all rows' lengths: pieces are about as long as what one resident program would get if all keys were dealt out evenly,
 so one long row among many short ones, or one row alone, is spread over the whole chip, and equal rows are not cut.
 """
 
-# ruff: noqa: ANN001, ANN201 (what a device function takes are Triton's values, which have no Python type)
-
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-import triton
-import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import current_target, triton_call, update_in_place
-from nanovllm_kernels._device import (
-    FP8,
-    ceil_div,
-    dot_dtype,
-    high_of_pairs,
-    load_rows,
-    load_scale,
-    low_of_pairs,
-    next_power_of_2,
-    scale_scores,
-    slot_offsets,
-    softmax_weights,
-)
+from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, next_power_of_2
+from nanovllm_kernels.paged_decode.device import decode_kernel, merge_kernel
 
 # tl.dot maps to tensor cores with 16 rows or more; smaller query groups are padded up to that.
 MIN_DOT = 16
@@ -98,214 +83,14 @@ def plan_pieces(
     return jnp.stack([values[0] - 1, *values[1:]], axis=1), jnp.stack(cut_rows, axis=1)
 
 
-@triton.jit
-@no_type_check
-def load_halves(
-    ptr,
-    offsets,
-    dims,
-    row_mask,
-    HEAD_DIM: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Rows of the cache as two tiles: with PAIRS even and odd dims of float8, else all dims, and nothing."""
-    if PAIRS:
-        pairs_ptr = ptr.to(tl.pointer_type(tl.int16))
-        pairs = load_rows(pairs_ptr, offsets // 2, dims, row_mask, HEAD_DIM // 2, MASKED)
-        even, odd = low_of_pairs(pairs).to(DOT_DTYPE), high_of_pairs(pairs).to(DOT_DTYPE)
-    else:
-        even, odd = load_rows(ptr, offsets, dims, row_mask, HEAD_DIM, MASKED).to(DOT_DTYPE), 0.0
-    return even, odd
-
-
-@triton.jit
-@no_type_check
-def attend_piece(
-    q,
-    q_odd,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_ptr,
-    query_positions,
-    k_scale,
-    maximum,
-    total,
-    acc,
-    acc_odd,
-    begin,
-    end,
-    first,
-    num_kv_heads,
-    kv_head,
-    dims,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Folds positions begin..end into the softmax; without MASKED every query sees all of them."""
-    for start in range(begin, end, TILE_TOKENS):
-        positions = start + tl.arange(0, TILE_TOKENS)
-        loaded = (positions >= first) & (positions < end)
-        offsets = slot_offsets(table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED)
-        k, k_odd = load_halves(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, DOT_DTYPE, PAIRS, MASKED)
-        v, v_odd = load_halves(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, DOT_DTYPE, PAIRS, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if PAIRS:
-            scores = tl.dot(q_odd, tl.trans(k_odd), scores, input_precision="ieee")
-        scores = scale_scores(scores, k_scale, SCALE, SOFT_CAP)
-        if MASKED:
-            visible = loaded[None, :] & (positions[None, :] <= query_positions[:, None])
-            if WINDOW > 0:
-                visible = visible & (positions[None, :] > query_positions[:, None] - WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
-        weights, decay, maximum, total = softmax_weights(scores, maximum, total)
-        weights = weights.to(DOT_DTYPE)
-        acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
-        if PAIRS:
-            acc_odd = tl.dot(weights, v_odd, acc_odd * decay[:, None], input_precision="ieee")
-    return maximum, total, acc, acc_odd
-
-
-@triton.jit
-@no_type_check
-def decode_kernel(
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    block_tables_ptr,
-    pieces_ptr,  # int32 [pieces, 5], see `plan_pieces`
-    k_scale_ptr,
-    v_scale_ptr,
-    num_kv_heads,
-    table_width,
-    out_ptr,  # [B, Q, H, D]; rows that are cut are left to the merge
-    parts_ptr,  # float32 [pieces, K, Q * G, D]
-    lse_ptr,  # float32 [pieces, K, Q * G]: log2 of the sum of exp2(scores)
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_HEADS: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    TILE_DIM: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    kv_head = tl.program_id(0)
-    piece = tl.program_id(1)
-    row = tl.load(pieces_ptr + piece * 5).to(tl.int64)
-    context = tl.load(pieces_ptr + piece * 5 + 1)
-    begin = tl.load(pieces_ptr + piece * 5 + 2)
-    end = tl.load(pieces_ptr + piece * 5 + 3)
-    whole = tl.load(pieces_ptr + piece * 5 + 4)
-    if row < 0:
-        return
-    first = 0  # the oldest position that any query sees
-    if WINDOW > 0:
-        first = tl.maximum(context - (QUERIES - 1) - WINDOW, 0)
-
-    members = tl.arange(0, TILE_HEADS)  # query i of head g of the group is member i * GROUP + g
-    STEP: tl.constexpr = 2 if PAIRS else 1  # of float8 the even dims lie in one tile and the odd ones in another
-    dims = tl.arange(0, TILE_DIM // STEP)
-    present = members < QUERIES * GROUP
-    query_positions = context - QUERIES + members // GROUP
-    heads = ((row * QUERIES + members // GROUP) * num_kv_heads + kv_head) * GROUP + members % GROUP
-    q = load_rows(q_ptr, heads * HEAD_DIM, dims * STEP, present, HEAD_DIM, True).to(DOT_DTYPE)
-    q_odd, acc_odd = 0.0, 0.0
-    if PAIRS:
-        q_odd = load_rows(q_ptr + 1, heads * HEAD_DIM, dims * STEP, present, HEAD_DIM, True).to(DOT_DTYPE)
-        acc_odd = tl.zeros([TILE_HEADS, TILE_DIM // STEP], tl.float32)
-    k_scale = load_scale(k_scale_ptr, kv_head, SCALED)
-    maximum = tl.full([TILE_HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([TILE_HEADS], tl.float32)
-    acc = tl.zeros([TILE_HEADS, TILE_DIM // STEP], tl.float32)
-    table_ptr = block_tables_ptr + row * table_width
-    masked_from = begin
-    if WINDOW == 0:
-        # Whole tiles that every query sees need no mask.
-        seen_by_all = tl.minimum(end, tl.maximum(context - (QUERIES - 1), 0))
-        masked_from = begin + tl.maximum(seen_by_all - begin, 0) // TILE_TOKENS * TILE_TOKENS
-        maximum, total, acc, acc_odd = attend_piece(
-            q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, acc_odd,
-            begin, masked_from, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
-            TILE_TOKENS, DOT_DTYPE, PAIRS, False,
-        )  # fmt: skip
-    maximum, total, acc, acc_odd = attend_piece(
-        q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, acc_odd,
-        masked_from, end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
-        TILE_TOKENS, DOT_DTYPE, PAIRS, True,
-    )  # fmt: skip
-
-    # What has seen no token has a total of 0 and gives zeros.
-    if PAIRS:
-        acc = tl.interleave(acc, acc_odd)
-        dims = tl.arange(0, TILE_DIM)
-    out = acc * (load_scale(v_scale_ptr, kv_head, SCALED) / tl.where(total > 0, total, 1.0))[:, None]
-    stored = present[:, None] & (dims[None, :] < HEAD_DIM)
-    if whole:
-        target = (heads * HEAD_DIM)[:, None] + dims[None, :]
-        tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=stored)
-    else:
-        parts = (piece.to(tl.int64) * num_kv_heads + kv_head) * (QUERIES * GROUP) + members
-        tl.store(lse_ptr + parts, maximum + tl.log2(total), mask=present)
-        tl.store(parts_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :], out, mask=stored)
-
-
-@triton.jit
-@no_type_check
-def merge_kernel(
-    parts_ptr,
-    lse_ptr,
-    cuts_ptr,  # int32 [cuts, 3], see `plan_pieces`
-    out_ptr,
-    num_kv_heads,
-    QUERIES: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_DIM: tl.constexpr,
-    TILE_PARTS: tl.constexpr,
-):
-    cut = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    member = tl.program_id(2)
-    row = tl.load(cuts_ptr + 3 * cut).to(tl.int64)
-    begin = tl.load(cuts_ptr + 3 * cut + 1)
-    num_pieces = tl.load(cuts_ptr + 3 * cut + 2)
-    end = begin + num_pieces
-    if num_pieces == 0:
-        return
-    dims = tl.arange(0, TILE_DIM)
-    maximum = float("-inf")
-    total = 0.0
-    acc = tl.zeros([TILE_DIM], tl.float32)
-    for start in range(begin, end, TILE_PARTS):
-        pieces = start + tl.arange(0, TILE_PARTS)
-        parts = (pieces.to(tl.int64) * num_kv_heads + kv_head) * (QUERIES * GROUP) + member
-        lse = tl.load(lse_ptr + parts, mask=pieces < end, other=float("-inf"))
-        present = (pieces < end)[:, None] & (dims[None, :] < HEAD_DIM)
-        values = tl.load(parts_ptr + (parts * HEAD_DIM)[:, None] + dims[None, :], mask=present, other=0.0)
-        new_maximum = tl.maximum(maximum, tl.max(lse, 0))
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(lse - shift)
-        decay = tl.exp2(maximum - shift)
-        total = total * decay + tl.sum(weights, 0)
-        acc = acc * decay + tl.sum(values * weights[:, None], 0)
-        maximum = new_maximum
-    out = acc / tl.where(total > 0, total, 1.0)
-    head = ((row * QUERIES + member // GROUP) * num_kv_heads + kv_head) * GROUP + member % GROUP
-    tl.store(out_ptr + head * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+def plan_for_chip(
+    launch: Launch, context_lens: Int[Array, " B"], window: int, num_kv_heads: int, most_tokens: int
+) -> tuple[Int[Array, "pieces 5"], Int[Array, "cuts 3"]]:
+    """`plan_pieces` for the GPU at hand; no more than `most_tokens` tokens a row have tiles to be cut into."""
+    useful = len(context_lens) * ceil_div(most_tokens, launch.tile_tokens)
+    wanted = ceil_div(current_target().multiprocessors * launch.programs_per_multiprocessor, num_kv_heads)
+    options = {"tile_tokens": launch.tile_tokens, "most_pieces": min(wanted, useful)}
+    return plan_pieces(context_lens, window=window, **options)
 
 
 def paged_decode_triton(
@@ -321,18 +106,14 @@ def paged_decode_triton(
     k_scale: Float[Array, " K"] | None,
     v_scale: Float[Array, " K"] | None,
 ) -> Float[Array, "B Q H D"]:
-    num_rows, queries, num_heads, head_dim = q.shape
+    _, queries, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group, window = num_heads // num_kv_heads, sliding_window or 0
-    target = current_target()
     launch = launch_parameters(head_dim=head_dim, itemsize=k_cache.dtype.itemsize)
     tile_dim = next_power_of_2(max(head_dim, MIN_DOT))
     seen = window + queries - 1 if window else 0
-    useful = num_rows * ceil_div(block_tables.shape[1] * block_size, launch.tile_tokens)
-    wanted = ceil_div(target.multiprocessors * launch.programs_per_multiprocessor, num_kv_heads)
-    most_pieces = min(wanted, useful)
-    plan, cuts = plan_pieces(context_lens, window=seen, tile_tokens=launch.tile_tokens, most_pieces=most_pieces)
-    pieces = num_rows + most_pieces
+    plan, cuts = plan_for_chip(launch, context_lens, seen, num_kv_heads, block_tables.shape[1] * block_size)
+    pieces = len(plan)
     out, parts, lse = triton_call(
         q,
         k_cache,

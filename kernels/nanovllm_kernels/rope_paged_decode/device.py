@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from nanovllm_kernels._device import load_rows, load_scale, scale_scores, to_cache
-from nanovllm_kernels.paged_decode.triton import attend_piece
+from nanovllm_kernels.paged_decode.device import attend_range, divided, load_piece
 
 
 @triton.jit
@@ -140,11 +140,7 @@ def rope_decode_kernel(
 ):
     kv_head = tl.program_id(0)
     piece = tl.program_id(1)
-    row = tl.load(pieces_ptr + piece * 5).to(tl.int64)
-    context = tl.load(pieces_ptr + piece * 5 + 1)
-    begin = tl.load(pieces_ptr + piece * 5 + 2)
-    end = tl.load(pieces_ptr + piece * 5 + 3)
-    whole = tl.load(pieces_ptr + piece * 5 + 4)
+    row, context, begin, end, whole = load_piece(pieces_ptr, piece)
     if counters_ptr is not None:
         cut = tl.load(merges_ptr + piece * 3)
         first_piece = tl.load(merges_ptr + piece * 3 + 1)
@@ -178,18 +174,9 @@ def rope_decode_kernel(
         some = dims * STEP + parity
         stored = (one == 0)[:, None] & is_newest & (some < HEAD_DIM)[None, :]
         q_part = rotated(
-            group_ptr,
-            heads * HEAD_DIM,
-            some,
-            heads < GROUP,
-            q_norm_ptr,
-            cos_ptr,
-            sin_ptr,
-            EPS,
-            HEAD_DIM,
-            TILE_DIM,
+            group_ptr, heads * HEAD_DIM, some, heads < GROUP, q_norm_ptr, cos_ptr, sin_ptr, EPS, HEAD_DIM, TILE_DIM,
             NORM,
-        ).to(DOT_DTYPE)
+        ).to(DOT_DTYPE)  # fmt: skip
         k = rotated(
             group_ptr + GROUP * HEAD_DIM, one, some, (one == 0) & is_newest, k_norm_ptr, cos_ptr, sin_ptr,
             EPS, HEAD_DIM, TILE_DIM, NORM,
@@ -213,25 +200,12 @@ def rope_decode_kernel(
 
     end = tl.minimum(end, newest)
     positions = tl.zeros([TILE_HEADS], tl.int32) + newest
-    masked_from = begin
-    if WINDOW == 0:
-        masked_from = begin + tl.maximum(end - begin, 0) // TILE_TOKENS * TILE_TOKENS
-        maximum, total, acc, acc_odd = attend_piece(
-            q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, positions, k_scale, maximum, total, acc, acc_odd,
-            begin, masked_from, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
-            TILE_TOKENS, DOT_DTYPE, PAIRS, False,
-        )  # fmt: skip
-    maximum, total, acc, acc_odd = attend_piece(
-        q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, positions, k_scale, maximum, total, acc, acc_odd,
-        masked_from, end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
-        TILE_TOKENS, DOT_DTYPE, PAIRS, True,
+    maximum, total, acc, acc_odd = attend_range(
+        q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, positions, k_scale, maximum, total, acc, acc_odd, begin, end,
+        end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS, DOT_DTYPE,
+        PAIRS,
     )  # fmt: skip
-
-    # What has seen no token has a total of 0 and gives zeros.
-    if PAIRS:
-        acc = tl.interleave(acc, acc_odd)
-        dims = tl.arange(0, TILE_DIM)
-    out = acc * (load_scale(v_scale_ptr, kv_head, SCALED) / tl.where(total > 0, total, 1.0))[:, None]
+    out, dims = divided(acc, acc_odd, total, dims, v_scale_ptr, kv_head, TILE_DIM, PAIRS, SCALED)
     stored = present[:, None] & (dims[None, :] < HEAD_DIM)
     heads_ptr = out_ptr + (row * num_kv_heads + kv_head) * (GROUP * HEAD_DIM)
     if whole:

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import current_target, triton_call, update_in_place
-from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, next_power_of_2
+from nanovllm_kernels._device import FP8, dot_dtype, next_power_of_2
 from nanovllm_kernels.paged_decode.triton import (
     MIN_DOT,
     Launch,
     launch_parameters,
     merge_cut_rows,
     paged_decode_triton,
-    plan_pieces,
+    plan_for_chip,
 )
 from nanovllm_kernels.rope_cache_write.triton import rope_cache_write_triton
 from nanovllm_kernels.rope_paged_decode.device import rope_decode_kernel
@@ -89,10 +89,7 @@ def rope_paged_decode_triton(
         return out[:, 0], k_cache, v_cache
     launch = launch_of(head_dim=head_dim, itemsize=k_cache.dtype.itemsize, fill=fill)
     tile_dim, tile_group = next_power_of_2(max(head_dim, MIN_DOT)), next_power_of_2(group)
-    useful = num_rows * ceil_div(block_tables.shape[1] * block_size, launch.tile_tokens)
-    wanted = ceil_div(current_target().multiprocessors * launch.programs_per_multiprocessor, num_kv_heads)
-    most_pieces = min(wanted, useful)
-    plan, cuts = plan_pieces(context_lens, window=window, tile_tokens=launch.tile_tokens, most_pieces=most_pieces)
+    plan, cuts = plan_for_chip(launch, context_lens, window, num_kv_heads, block_tables.shape[1] * block_size)
     pieces = len(plan)
     if counters is not None and (fill < _FULL or len(cuts) * num_kv_heads > len(counters)):
         counters = None
