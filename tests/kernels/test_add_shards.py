@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from in_interpreter import run_interpreted
 from jax.sharding import PartitionSpec
 
 from nanovllm_kernels import add_shards, lowering_for
@@ -114,13 +111,4 @@ def test_the_kernel_compiles_without_a_gpu(mesh, case):
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_shards_side_by_side_add_in_tritons_interpreter(shards):
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent.parent / "kernels")))
-    done = subprocess.run(
-        [sys.executable, here / "interpreted_add_shards.py", str(shards)],
-        env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted("interpreted_add_shards.py", shards)

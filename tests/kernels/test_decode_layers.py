@@ -1,13 +1,10 @@
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from in_interpreter import run_interpreted
 from jaxtyping import config as jaxtyping_config
 from kernel_oracle import layers_oracle, relative_error
 
@@ -40,16 +37,7 @@ def test_reference_matches_the_oracle(case):
 
 
 def test_device_code_matches_the_oracle_in_tritons_interpreter():
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent.parent / "kernels")))
-    done = subprocess.run(
-        [sys.executable, here / "interpreted_layers.py"],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted("interpreted_layers.py")
 
 
 def abstract_layers(case, dtype=jnp.bfloat16):

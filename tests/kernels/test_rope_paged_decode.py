@@ -1,14 +1,10 @@
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from in_interpreter import run_interpreted
 from jaxtyping import config as jaxtyping_config
 from kernel_oracle import decode_oracle, dequantised, relative_error, write_oracle
 
@@ -75,15 +71,5 @@ def test_wrong_arguments_are_refused_with_what_was_got_and_what_is_allowed():
         jaxtyping_config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_triton") is None, reason="needs triton and jax-triton")
 def test_the_triton_kernel_is_right_in_the_interpreter():
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent.parent / "kernels")))
-    done = subprocess.run(
-        [sys.executable, here / "interpreted_rope_decode.py"],
-        env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted("interpreted_rope_decode.py")

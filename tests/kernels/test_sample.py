@@ -1,14 +1,10 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_interpreter import run_interpreted
 from jaxtyping import config as jaxtyping_config
 from sample_oracle import assert_draws
 
@@ -59,23 +55,14 @@ def test_any_mix_of_rows_draws_the_best_of_what_the_filters_keep(rows, seed, spr
     assert_draws(draw(args, filters), *args, **filters)
 
 
-def interpret(*arguments):
-    folder = Path(__file__).parent
-    paths = os.pathsep.join([str(folder), str(folder.parent.parent / "kernels")])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(folder / "interpreted_sample.py"), *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
 def test_interpreted_triton_kernels_draw_the_best_of_what_the_filters_keep():
-    interpret(8, 700)
+    run_interpreted("interpreted_sample.py", 8, 700, timeout=None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [1, 3, 130, 2003, 5000])
 def test_interpreted_triton_kernels_draw_from_every_hard_row(vocab_size):
-    interpret(1, 700, vocab_size)
+    run_interpreted("interpreted_sample.py", 1, 700, vocab_size, timeout=None)
 
 
 def test_no_rows_draw_no_tokens():

@@ -1,9 +1,5 @@
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_interpreter import run_interpreted
 from jaxtyping import config as jaxtyping_config
 from kernel_oracle import relative_error, skinny_oracle
 
@@ -181,13 +178,4 @@ def test_a_table_of_another_format_is_refused(tmp_path):
 
 
 def test_device_code_matches_the_oracle_in_tritons_interpreter():
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent.parent / "kernels")))
-    done = subprocess.run(
-        [sys.executable, here / "interpreted.py"],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted("interpreted.py")
