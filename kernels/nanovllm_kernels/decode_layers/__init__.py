@@ -39,7 +39,7 @@ def decode_layers(
         x += o(attention(rotate(norm(heads of q and k)), cache)), of the heads rms_norm(x) @ qkv + qkv_bias
         x += (silu(gate) * up) @ down, of gate and up of rms_norm(x) @ gate_up
 
-    as `skinny_matmul`, `rope_cache_write` and `paged_decode` say it in full. The newest token is at position
+    as `skinny_matmul` and `rope_paged_decode` say it in full. The newest token is at position
     `context_lens[0] - 1`, in block `block_tables[0, position // block_size]`, whose slot is written; 0 marks a padding
     row, which writes nothing and attends to nothing. In place when the caches are donated to the enclosing jit.
 
@@ -58,7 +58,7 @@ def decode_layers(
         sliding_window: how many of the newest tokens are seen; None means all.
         backend: "triton" takes what `decode_layers_supports` says. Its programs wait for each other, so all of them,
             one a multiprocessor, must come to run: no two such kernels may run on a GPU at the same time. If one gives
-            up waiting, after a tenth of a second, the hidden states are NaN.
+            up waiting, after a tenth of a second or a few, the hidden states are NaN.
 
     Raises:
         ValueError: if shapes or dtypes do not fit together, the backend is unknown, or the Triton implementation is

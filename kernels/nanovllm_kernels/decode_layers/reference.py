@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nanovllm_kernels.paged_decode import paged_decode
-from nanovllm_kernels.rope_cache_write import rope_cache_write
+from nanovllm_kernels.rope_paged_decode import rope_paged_decode
 from nanovllm_kernels.skinny_matmul import skinny_matmul
 
 
@@ -47,20 +45,14 @@ def _layer(
     scale: float,
     sliding_window: int | None,
 ) -> tuple[Float[Array, "1 E"], tuple[Array, Array]]:
-    width, block_size, qkv = x.shape[1], k_cache.shape[2], weights["qkv"]
-    position = jnp.maximum(context_lens - 1, 0)
-    block = jnp.take_along_axis(block_tables, (position // block_size)[:, None], axis=1)[:, 0]
-    slots = jnp.where(context_lens > 0, block * block_size + position % block_size, -1)
-
+    width, qkv = x.shape[1], weights["qkv"]
     bias = weights["qkv_bias"].reshape(-1) if "qkv_bias" in weights else None
     flat_qkv = qkv.reshape(width, -1)
     heads = skinny_matmul(x, flat_qkv, norm=weights["input_norm"], eps=eps, bias=bias, backend="xla")
     norms = {"q_norm": weights.get("q_norm"), "k_norm": weights.get("k_norm"), "eps": eps}
-    q, k_cache, v_cache = rope_cache_write(
-        heads.reshape(1, *qkv.shape[1:]), cos, sin, k_cache, v_cache, slots, **norms, backend="xla"
-    )
+    rows = heads.reshape(1, *qkv.shape[1:]), cos, sin, k_cache, v_cache, block_tables, context_lens
     seen = {"scale": scale, "sliding_window": sliding_window}
-    attended = paged_decode(q, k_cache, v_cache, block_tables, context_lens, **seen, backend="xla")
+    attended, k_cache, v_cache = rope_paged_decode(*rows, **seen, **norms, backend="xla")
     x = skinny_matmul(attended.reshape(1, -1), weights["o"].reshape(-1, width), residual=x, backend="xla")
     gated = skinny_matmul(x, weights["gate_up"], norm=weights["post_norm"], eps=eps, backend="xla")
     return skinny_matmul(gated, weights["down"], residual=x, backend="xla"), (k_cache, v_cache)
