@@ -29,7 +29,6 @@ from nanovllm_jax.models.projections import (
 )
 from nanovllm_jax.models.rope import rope_tables
 from nanovllm_jax.parallel.collectives import sum_shards, table_of
-from nanovllm_kernels.norm import rms_norm
 
 _MIN_HEAD_ROWS = 16
 
@@ -84,12 +83,13 @@ def transformer(
         x, rope = _embed(params["embed"], tokens, None, None), rope_tables(positions, config.head_dim, config.rope)
         with jax.named_scope("decode_layers"):
             x, new_caches = whole_layers(x, params["layers"], rope, caches)
-        return rms_norm(x, params["final_norm"], config.rms_norm_eps), new_caches
-    layers = _Layers(params, config, tokens, positions, [attend], axis_name, backend)
-    new_caches = [layers.whole(index, cache) for index, cache in enumerate(caches)]
-    (residual,) = layers.residuals
-    if layers.counters is not None:
-        residual = Residual(poison_unless_zero(residual.x, layers.counters))
+        residual = Residual(x)
+    else:
+        layers = _Layers(params, config, tokens, positions, [attend], axis_name, backend)
+        new_caches = [layers.whole(index, cache) for index, cache in enumerate(caches)]
+        (residual,) = layers.residuals
+        if layers.counters is not None:
+            residual = Residual(poison_unless_zero(residual.x, layers.counters))
     return residual.normalised(params["final_norm"], config.rms_norm_eps, backend)[1], new_caches
 
 
