@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import results_log
-from models import QWEN3_0_6B
+from models import QWEN3_0_6B, write_config
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.cli.bench import MAX_TOKEN_ID, Requests, random_requests
@@ -78,9 +78,7 @@ def parse_args() -> argparse.Namespace:
 
 def dummy_model(stack: ExitStack) -> str:
     """A directory with the config alone."""
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    Path(folder, "config.json").write_text(json.dumps(QWEN3_0_6B), encoding="utf-8")
-    return folder
+    return str(write_config(QWEN3_0_6B, stack.enter_context(tempfile.TemporaryDirectory())))
 
 
 def engine_args(args: argparse.Namespace) -> dict[str, Any]:
