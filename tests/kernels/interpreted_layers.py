@@ -65,7 +65,8 @@ def update_in_place(call, *arrays):
     return arrays
 
 
-def run(case, launch):
+def run(case, launch, most_layers=device.MOST_LAYERS):
+    device.MOST_LAYERS = most_layers
     device.triton_call, device.update_in_place = triton_call, update_in_place
     x, layers, cos, sin, caches, tables, lens = layer_inputs(case)
     expected = layers_oracle(x, layers, cos, sin, caches, tables, lens, **case.options)
@@ -88,6 +89,8 @@ def seen_slots(got, expected):
 
 def main():
     passed = [run(case, launch) for case, launch in PROBLEMS]
+    # More layers than one kernel takes: the second goes on where the first ended.
+    passed.append(run(LayerCase("two_kernels", 17, **SMALL | {"num_layers": 2}), LAUNCH, most_layers=1))
     sys.exit(not all(passed))
 
 
