@@ -110,11 +110,13 @@ async def _open(
 
 
 def _check_queue(llm: AsyncLLM, config: ServeConfig) -> None:
-    """Refuse what would wait behind more than `max_queue` others."""
+    """Refuse what would wait, if `max_queue` others wait already."""
     if config.max_queue is None:
         return
-    waiting = llm.num_unfinished - llm.config.max_num_seqs * llm.config.data_parallel_size
-    if max(waiting, llm.stats.num_waiting) >= config.max_queue:
+    num_rows = llm.config.max_num_seqs * llm.config.data_parallel_size
+    num_ahead = max(llm.num_unfinished - num_rows, llm.stats.num_waiting)
+    would_wait = num_ahead > 0 or llm.num_unfinished >= num_rows
+    if would_wait and num_ahead >= config.max_queue:
         message = f"The queue is full ({config.max_queue} requests); try again later."
         raise APIError(503, message, code="queue_full", headers={"Retry-After": "1"})
 

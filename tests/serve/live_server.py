@@ -45,6 +45,17 @@ def serving(llm, **settings):
         opened.close()
 
 
+@contextmanager
+def held(llm):
+    """An engine that begins no step meanwhile, so that what was asked for stays unfinished."""
+    released = threading.Event()
+    llm._thread.call(released.wait)
+    try:
+        yield
+    finally:
+        released.set()
+
+
 def wait_until(is_so):
     """Steps end by themselves; the thread that waits gives way to them."""
     waiter = threading.Event()

@@ -9,11 +9,12 @@ import aiohttp
 import httpx
 import openai
 import pytest
-from live_server import serving, wait_until_idle
+from live_server import held, serving, wait_until, wait_until_idle
 
 from nanovllm_jax import AsyncLLM
 
 LONG = {"prompt": "Once", "max_tokens": 200, "ignore_eos": True}
+SHORT = {"prompt": "Once", "max_tokens": 4}
 
 
 def test_tokenize_and_detokenize_are_inverse(served):
@@ -75,18 +76,22 @@ def test_keys_are_required_and_keep_prefixes_apart(llm):
             assert [cached(first), cached(first), cached(second), cached(first, cache_salt="x")] == [0, 48, 0, 0]
 
 
-def test_beyond_the_queue_is_503(llm):
+@pytest.mark.parametrize("max_queue", [0, 2])
+def test_beyond_the_queue_is_503(llm, max_queue):
+    num_accepted = llm.config.max_num_seqs + max_queue
+
     async def main(served):
         async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
-            jobs = [client.post("/v1/completions", json=LONG) for _ in range(12)]
-            return await asyncio.gather(*jobs)
+            with held(llm):
+                jobs = [asyncio.ensure_future(client.post("/v1/completions", json=SHORT)) for _ in range(num_accepted)]
+                await asyncio.to_thread(wait_until, lambda: llm.num_unfinished == num_accepted)
+                refused = await client.post("/v1/completions", json=SHORT)
+            return refused, await asyncio.gather(*jobs)
 
-    with serving(llm, max_queue=2) as served:
-        answers = asyncio.run(main(served))
-    codes = sorted(answer.status_code for answer in answers)
-    assert codes.count(200) >= 6
-    assert codes[-1] == 503
-    refused = next(answer for answer in answers if answer.status_code == 503)
+    with serving(llm, max_queue=max_queue) as served:
+        refused, answers = asyncio.run(main(served))
+    assert [answer.status_code for answer in answers] == [200] * num_accepted
+    assert refused.status_code == 503
     assert refused.headers["retry-after"]
     assert refused.json()["error"]["code"] == "queue_full"
 
