@@ -37,48 +37,18 @@ from arguments import engine_spec, make_parser, parse
 from engine_process import OURS, EngineProcess, EngineSpec
 from models import MODELS, config_of, prepare_model
 from reporting import Outcome, draw, progress
+from scaling_setups import MIDDLE, PARTS, Setup, plan, waves
 from steps import Cell, least_times, measure_steps
 from workloads import CASES, draw_for_replicas, warm_up
 
 from nanovllm_jax.cli.bench import MAX_TOKEN_ID, Requests
 
 RECORDED_MODEL = "qwen3-8b"
-PARTS = ("dp", "tp", "both", "large")
-SMALL, MIDDLE, LARGE = "qwen3-0.6b", "qwen3-8b", "qwen3-32b"
 BENCH = next(case for case in CASES if case.name == "bench256")
 WARM_UP_REPEAT, WARM_UP_TOKENS = 500, 17  # its draws are not those of a timed run
 TIME_LIMIT_S = 480
 STEP_BLOCKS = 6144  # 98,304 tokens: 64 rows of 1,280, and some to spare
 SMOKE_DEVICES = "--xla_force_host_platform_device_count=8"
-
-
-@dataclass(frozen=True)
-class Setup:
-    """One engine and what is measured with it.
-
-    Attributes:
-        model: a name of `models.MODELS`.
-        replicas: of the model.
-        shards: devices of each replica.
-        steps: names of decode steps to time: b64, b1.
-        bench: whether to run bench256.
-    """
-
-    model: str
-    replicas: int = 1
-    shards: int = 1
-    steps: tuple[str, ...] = ()
-    bench: bool = False
-
-    @property
-    def devices(self) -> int:
-        """Devices that it needs."""
-        return self.replicas * self.shards
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"{self.model} dp{self.replicas} tp{self.shards}"
 
 
 @dataclass
@@ -107,8 +77,13 @@ def main() -> int:
             outcome.note(f"there are {len(visible)} devices; left out: {', '.join(map(str, left_out))}")
         setups = plan(present, args.only)
         for wave in waves(setups, len(visible)):
+            measured = []
             for setup in run_wave(wave, visible, deadline, args, results, outcome):
-                outcome.add(figure_lines(setup, setups, results, args))
+                outcome.add(figure_lines(setup, results, args))
+                measured.append(setup)
+            # What a setup is compared with is in its wave or an earlier one, and may be ready after it.
+            for setup in measured:
+                outcome.add(speedup_lines(setup, setups, results))
     if outcome.lines and args.plot:
         draw("scaling", outcome.lines, args.plot)
     return outcome.finish()
@@ -156,37 +131,6 @@ def visible_devices(args: argparse.Namespace) -> list[str]:
 def smoke_environment(args: argparse.Namespace) -> dict[str, str]:
     """Host devices, where nothing is measured."""
     return {"XLA_FLAGS": SMOKE_DEVICES, "JAX_PLATFORMS": "cpu"} if args.smoke else {}
-
-
-def plan(gpus: Sequence[int], parts: Sequence[str]) -> list[Setup]:
-    """What to measure, what matters most first; of equal setups one serves all parts."""
-    setups: list[Setup] = []
-    most, pair = max(gpus, default=0), Setup(MIDDLE, 1, 2, ("b64", "b1") if "tp" in parts else (), True)
-    if "dp" in parts and most > 1:
-        setups += [Setup(SMALL, n, 1, bench=True) for n in sorted({1, most})]
-    if "tp" in parts:
-        setups += [Setup(MIDDLE, 1, n, ("b64", "b1")) for n in gpus]
-    if "both" in parts and most >= 4:
-        setups = [setup for setup in setups if (setup.model, setup.devices) != (MIDDLE, 2)]
-        setups += [pair, Setup(MIDDLE, most // 2, 2, bench=True)]
-    if "large" in parts and most > 1:
-        setups.append(Setup(LARGE, 1, most, ("b64",)))
-    if "dp" in parts:
-        setups += [Setup(SMALL, n, 1, bench=True) for n in gpus if 1 < n < most]
-    return setups
-
-
-def waves(setups: Sequence[Setup], num_devices: int) -> Iterator[list[Setup]]:
-    """Setups that run side by side: each takes the first wave that has room for it."""
-    found: list[list[Setup]] = []
-    for setup in setups:
-        for wave in found:
-            if sum(other.devices for other in wave) + setup.devices <= num_devices:
-                wave.append(setup)
-                break
-        else:
-            found.append([setup])
-    yield from found
 
 
 def run_wave(
@@ -286,29 +230,39 @@ def cell_of(name: str, setup: Setup, args: argparse.Namespace) -> Cell:
     return Cell(index, *((64, 1024) if name == "b64" else (1, 512)), 256, min(MAX_TOKEN_ID, vocabulary - 1))
 
 
-def figure_lines(setup: Setup, setups: Sequence[Setup], results: Results, args: argparse.Namespace) -> list[dict]:
-    """The figures that a setup's measures give, alone and over the setup that it is compared with."""
+def figure_lines(setup: Setup, results: Results, args: argparse.Namespace) -> list[dict]:
+    """The figures that a setup's measures give alone."""
     lines, facts = [], results.facts[setup]
-    size = {SMALL: "0.6b", MIDDLE: "8b", LARGE: "32b"}[setup.model]
 
-    def add(name: str, values: Sequence[float] | None, unit: str, best: float | None) -> None:
-        if values:
-            lines.append(results_log.figure_line(name, values, unit, best, **facts))
+    def add(name: str, values: Sequence[float], unit: str, best: float | None) -> None:
+        lines.append(results_log.figure_line(name, values, unit, best, **facts))
 
     if setup.bench:
-        shards = f"tp{setup.shards}" if setup.shards > 1 else ""
-        name = f"dp{setup.replicas}{shards}_bench256"
-        add(f"{name}_out_tok_s", results.values.get((setup, "bench")), "tok/s", None)
-        base = next(one for one in setups if (one.model, one.shards, one.replicas) == (setup.model, setup.shards, 1))
-        add(f"{name}_speedup", results.ratios(setup, base, "bench"), "x", setup.replicas)
+        add(f"{setup.bench_name}_out_tok_s", results.values[setup, "bench"], "tok/s", None)
     for step in setup.steps:
-        name, limits = f"tp{setup.shards}_{size}", least_seconds(setup, step, args, facts["device"])
+        limits = least_seconds(setup, step, args, facts["device"])
         values, first = results.values[setup, step], results.values[setup, f"{step}_first"]
-        add(f"{name}_{step}_step_ms", [value * 1e3 for value in values], "ms", limits and limits[1] * 1e3)
+        add(f"{setup.step_name}_{step}_step_ms", [value * 1e3 for value in values], "ms", limits and limits[1] * 1e3)
         if step == "b64" and setup.model == MIDDLE:
-            add(f"{name}_prefill_ms", [value * 1e3 for value in first], "ms", limits and limits[0] * 1e3)
-            base = next((one for one in setups if (one.model, one.devices) == (MIDDLE, 1)), setup)
-            add(f"{name}_b64_speedup", results.ratios(base, setup, "b64"), "x", setup.shards)
+            name = f"{setup.step_name}_prefill_ms"
+            add(name, [value * 1e3 for value in first], "ms", limits and limits[0] * 1e3)
+    return lines
+
+
+def speedup_lines(setup: Setup, setups: Sequence[Setup], results: Results) -> list[dict]:
+    """The figures that compare a setup with another one; none if that was not measured."""
+    lines = []
+
+    def add(name: str, ratios: Sequence[float] | None, best: float) -> None:
+        if ratios:
+            lines.append(results_log.figure_line(name, ratios, "x", best, **results.facts[setup]))
+
+    if setup.bench:
+        base = next(one for one in setups if (one.model, one.shards, one.replicas) == (setup.model, setup.shards, 1))
+        add(f"{setup.bench_name}_speedup", results.ratios(setup, base, "bench"), setup.replicas)
+    if "b64" in setup.steps and setup.model == MIDDLE:
+        base = next((one for one in setups if (one.model, one.devices) == (MIDDLE, 1)), setup)
+        add(f"{setup.step_name}_b64_speedup", results.ratios(base, setup, "b64"), setup.shards)
     return lines
 
 

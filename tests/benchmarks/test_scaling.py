@@ -1,9 +1,8 @@
 """scaling.py as a user runs it, on host devices; and its plan for more of them."""
 
 import pytest
-import scaling
 from benchmark_scripts import figures, run
-from scaling import LARGE, MIDDLE, SMALL, Setup, plan, waves
+from scaling_setups import LARGE, MIDDLE, PARTS, SMALL, Setup, plan, waves
 
 
 def test_replicas_shards_and_both_on_host_devices(tmp_path):
@@ -46,7 +45,7 @@ def test_wrong_arguments_are_named(options, message):
 
 
 def test_setups_that_fit_side_by_side_start_together_and_what_matters_most_comes_first():
-    found = list(waves(plan([1, 2, 4, 8], scaling.PARTS), 8))
+    found = list(waves(plan([1, 2, 4, 8], PARTS), 8))
     sizes = [[setup.devices for setup in wave] for wave in found]
     assert sizes == [[1, 1, 4, 2], [8], [8], [8], [8], [2, 4]]
     assert found[1] == [Setup(SMALL, 8, bench=True)]
@@ -55,5 +54,5 @@ def test_setups_that_fit_side_by_side_start_together_and_what_matters_most_comes
 
 
 def test_one_device_has_nothing_to_scale_to():
-    assert plan([1], scaling.PARTS) == [Setup(MIDDLE, 1, 1, ("b64", "b1"))]
-    assert plan([], scaling.PARTS) == []
+    assert plan([1], PARTS) == [Setup(MIDDLE, 1, 1, ("b64", "b1"))]
+    assert plan([], PARTS) == []
