@@ -125,15 +125,19 @@ class EngineConfig:
         _require_choice("attention_backend", self.attention_backend, ("auto", "xla", "triton"))
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
         for name in ("tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
-            _require_positive(name, getattr(self, name))
+            _require_whole(name, getattr(self, name), 1)
         for name in ("max_model_len", "num_gpu_blocks_override", "decode_steps"):
             if getattr(self, name) is not None:
-                _require_positive(name, getattr(self, name))
+                _require_whole(name, getattr(self, name), 1)
+        _require_whole("max_logprobs", self.max_logprobs, 0)
+        if self.seed is not None:
+            _require_whole("seed", self.seed, 0)
         if self.block_size not in (8, 16, 32, 64, 128, 256):
             raise ConfigError(f"block_size is {self.block_size}; choose 8, 16, 32, 64, 128 or 256.")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not 0.0 < share <= 1.0:
             raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share of the device's memory "
+                f"gpu_memory_utilization is {share!r}; it is a share of the device's memory "
                 "and must be above 0 and at most 1."
             )
         if self.decode_steps is not None and self.decode_steps > self.block_size:
@@ -159,6 +163,6 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
-def _require_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+def _require_whole(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}.")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.build import build_engine
+from nanovllm_jax.engine.engine import PreparedRequest
 from nanovllm_jax.engine.inputs import Prompt, render_chat
 from nanovllm_jax.engine.step_filling import StepFilling
 from nanovllm_jax.errors import RequestError
@@ -133,6 +134,7 @@ class LLM:
         self._name = built.source.name
         self.max_model_len = built.shape.max_model_len
         self._ids = itertools.count()
+        self._streaming = False
 
     def generate(
         self,
@@ -170,7 +172,7 @@ class LLM:
                         done[output.request_id] = output
                         progress.on_output(output)
         except BaseException:
-            self._abandon(ids)
+            self._engine.abandon(ids)
             raise
         return [done[request_id] for request_id in ids]
 
@@ -182,7 +184,7 @@ class LLM:
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
-        **template_args: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """`generate` from one conversation or many, through the model's chat template.
 
@@ -192,7 +194,7 @@ class LLM:
             use_tqdm: as in `generate`.
             chat_template: a Jinja template instead of the model's.
             add_generation_prompt: end with the header of the assistant's turn.
-            **template_args: passed to the template, such as `enable_thinking=False`.
+            chat_template_kwargs: variables of the template, such as `{"enable_thinking": False}`.
 
         Raises:
             RequestError: as `generate`, and if the model has no chat template or the messages do not fit it.
@@ -203,7 +205,7 @@ class LLM:
                 cast(Sequence[Message], conversation),
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
-                **template_args,
+                **(chat_template_kwargs or {}),
             )
             for conversation in many
         ]
@@ -226,18 +228,22 @@ class LLM:
             RequestError: if the prompt or the parameters cannot be served.
         """
         self._check_idle("stream")
-        request_id = f"stream-{next(self._ids)}"
-        params = sampling_params or self.get_default_sampling_params()
-        self._engine.add_request(request_id, prompt, params, stream=True)
-        finished = False
+        request_id, params = f"stream-{next(self._ids)}", sampling_params or self.get_default_sampling_params()
+        return self._stream(self._engine.prepare(request_id, prompt, params, stream=True))
+
+    def _stream(self, prepared: PreparedRequest) -> Iterator[RequestOutput]:
+        self._check_idle("stream")
+        self._engine.enqueue(prepared)
+        self._streaming, finished = True, False
         try:
             while not finished:
                 for output in self._engine.step():
                     finished = output.finished
                     yield output
         finally:
+            self._streaming = False
             if not finished:
-                self._abandon([request_id])
+                self._engine.abandon([prepared.request_id])
 
     def add_request(
         self,
@@ -249,11 +255,13 @@ class LLM:
         stream: bool = False,
     ) -> None:
         """Queue a prompt for `step`; with `stream` it is reported after each step, else at its end."""
+        self._check_no_stream("add_request")
         params = sampling_params or self.get_default_sampling_params()
         self._engine.add_request(request_id, prompt, params, priority=priority, stream=stream)
 
     def step(self) -> list[RequestOutput]:
         """Run one step; outputs of requests that finished, and of those that stream and got tokens."""
+        self._check_no_stream("step")
         return self._engine.step()
 
     def abort(self, request_id: str) -> None:
@@ -381,10 +389,9 @@ class LLM:
                 "abort them."
             )
 
-    def _abandon(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self._engine.abort(request_id)
-        self._engine.drain()
+    def _check_no_stream(self, caller: str) -> None:
+        if self._streaming:
+            raise RequestError(f"{caller} was called while stream() runs, which drives the engine; end its loop first.")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ class SamplingParams:
         max_tokens: longest output; None means up to the model's limit.
         ignore_eos: go on after an end-of-sequence token.
         seed: 64-bit seed of the random draw; None (or -1) takes one from the engine.
-        logprobs: log-probabilities of this many top tokens with each output token; -1 means the vocabulary.
+        logprobs: log-probabilities of this many top tokens with each output token; at most the engine's max_logprobs.
         prompt_logprobs: the same for each prompt token.
         detokenize: make text from token ids; stop strings need it.
         skip_special_tokens: leave special tokens out of the text.
@@ -91,11 +91,6 @@ class SamplingParams:
                 )
             self._store(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the most likely token is taken, without a random draw."""
-        return self.temperature == 0.0
-
     def _store(self, **values: Any) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -140,7 +135,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 value = 1 if value is True else value
-                value = _integer(name, value, -1, None, "-1 means the whole vocabulary, None means none")
+                value = _integer(name, value, 0, None, "None means none")
                 self._store(**{name: value})
 
     def _check_stops(self) -> None:
@@ -185,6 +180,8 @@ def _integer(name: str, value: Any, low: int, high: int | None, hint: str) -> in
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
     """`value` as distinct strings, none of them empty; None is none."""
+    if not isinstance(value, str | Iterable | None):
+        raise RequestError(f"{name} is {value!r}; it must be a string or a list of strings.", param=name)
     strings = () if value is None else (value,) if isinstance(value, str) else tuple(value)
     for string in strings:
         if not isinstance(string, str) or not string:
@@ -197,6 +194,8 @@ def _logit_bias(value: Any) -> dict[int, float]:
     """Token id -> bias, the ids as ints (JSON makes them strings) and the biases clamped."""
     biases = {}
     refuse = partial(RequestError, param="logit_bias")
+    if not isinstance(value, Mapping):
+        raise refuse(f"logit_bias is {value!r}; it must map token ids to numbers from -100 to 100.")
     for token, bias in value.items():
         try:
             token_id = int(token)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+from contextlib import suppress
 
 import jax
 import pytest
@@ -204,6 +205,42 @@ def test_ctrl_c_ends_the_requests_and_leaves_the_engine_usable(llm):
     assert generate(llm, [[1, 2, 3]], GREEDY) == greedy
 
 
+def test_ctrl_c_while_prompts_are_queued_leaves_the_engine_usable(llm, monkeypatch):
+    scheduler, greedy = llm._engine.replicas[0].scheduler, generate(llm, [[1, 2, 3]], GREEDY)
+    with monkeypatch.context() as patch:
+        add = scheduler.add
+        patch.setattr(scheduler, "add", lambda request: (add(request), signal.raise_signal(signal.SIGINT)))
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, [[1, 2, 3], [4, 5, 6]], GREEDY)
+    assert not llm.has_unfinished()
+    assert generate(llm, [[1, 2, 3]], GREEDY) == greedy
+
+
+def test_ctrl_c_in_a_loop_of_steps_loses_no_output(llm, monkeypatch):
+    runner, finished = llm._engine.replicas[0].runner, []
+    read = runner.read
+    monkeypatch.setattr(runner, "read", lambda step: (read(step), signal.raise_signal(signal.SIGINT))[0])
+    for request_id in ("first", "second"):
+        llm.add_request(request_id, [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
+    while llm.has_unfinished():
+        with suppress(KeyboardInterrupt):
+            finished += [output.request_id for output in llm.step()]
+    assert sorted(finished) == ["first", "second"]
+
+
+def test_a_stream_has_the_engine_for_itself(llm):
+    with pytest.raises(RequestError, match="1000000"):
+        llm.stream([10**6])
+    stream = llm.stream([1, 2, 3], SamplingParams(max_tokens=5, ignore_eos=True))
+    next(stream)
+    for wrong in (llm.step, lambda: llm.add_request("other", [1, 2, 3])):
+        with pytest.raises(RequestError, match=r"while stream\(\) runs"):
+            wrong()
+    assert len(list(stream)[-1].outputs[0].token_ids) == 5
+    llm.add_request("other", [1, 2, 3], GREEDY)
+    llm.abort("other")
+
+
 def test_it_generates_in_a_thread_of_its_own(llm):
     found = []
     thread = threading.Thread(target=lambda: found.extend(generate(llm, [[1, 2, 3]], GREEDY)))
@@ -280,6 +317,9 @@ def test_a_prompt_that_is_refused_after_a_step_started_loses_nothing(llm):
     [
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
+        ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization is '0.5'"),
+        ({"max_logprobs": -1}, "max_logprobs is -1"),
+        ({"seed": -1}, "seed is -1"),
         ({"block_size": 7}, "block_size is 7"),
         ({"tensor_parallel_size": 3}, "does not divide"),
         ({"data_parallel_size": 0}, "data_parallel_size is 0"),

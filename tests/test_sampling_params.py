@@ -57,8 +57,10 @@ def test_an_unknown_argument_is_named():
         ("min_tokens", -1),
         ("seed", 2**64),
         ("seed", 0.5),
-        ("logprobs", -2),
-        ("prompt_logprobs", -2),
+        ("logprobs", -1),
+        ("prompt_logprobs", -1),
+        ("stop", 5),
+        ("logit_bias", [1]),
         ("stop_token_ids", ["a"]),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", 7),
@@ -93,7 +95,6 @@ def test_a_value_outside_its_limits_is_named_with_its_value(argument, value):
         ("seed", 2**64 - 1, 2**64 - 1),
         ("logprobs", True, 1),
         ("logprobs", 0, 0),
-        ("logprobs", -1, -1),
         ("stop", "end", ("end",)),
         ("stop", ["a", "b", "a"], ("a", "b")),
         ("stop_token_ids", [3, 5, 3], (3, 5)),
@@ -107,9 +108,7 @@ def test_a_value_is_stored_in_one_form(argument, value, stored):
 
 def test_temperature_zero_switches_the_filters_off():
     params = SamplingParams(temperature=0, top_p=0.5, top_k=3, min_p=0.1)
-    assert params.is_greedy
-    assert (params.top_p, params.top_k, params.min_p) == (1.0, 0, 0.0)
-    assert not SamplingParams(temperature=0.01).is_greedy
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.0, 1.0, 0, 0.0)
 
 
 def test_several_greedy_samples_are_refused():

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from nanovllm_jax.cli.bench import MAX_TOKEN_ID, length_range, print_table, random_requests
+from nanovllm_jax.cli.options import check_folder
 from nanovllm_jax.cli.terminal import note, show_error, stderr, write
 from nanovllm_jax.errors import ConfigError, NanoVLLMError
 
@@ -92,11 +93,22 @@ def bench_serve(
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", show_default=False, help="Write all figures there.", rich_help_panel=_OUTPUT),
+        typer.Option(
+            "--json",
+            show_default=False,
+            callback=check_folder,
+            help="Write all figures there.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(show_default=False, help="Draw a picture there, such as load.png.", rich_help_panel=_OUTPUT),
+        typer.Option(
+            show_default=False,
+            callback=check_folder,
+            help="Draw a picture there, such as load.png.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = None,
 ) -> None:
     """Sends random prompts to a server and prints latencies, throughput and goodput as its clients see them.

@@ -113,11 +113,11 @@ def _most_tokens(texts: Sequence[str]) -> int:
 
 def _stream(llm: Any, prompt: str, params: SamplingParams, echo: bool) -> Any:
     """Writes the text as it grows; returns the finished output."""
+    outputs, output, shown = llm.stream(prompt, params), None, 0  # refuses a prompt before it is echoed
     if echo:
         write_prompt(prompt)
-    output, shown = None, 0
     try:
-        for output in llm.stream(prompt, params):
+        for output in outputs:
             text = output.outputs[0].text
             write(text[shown:])
             shown = len(text)

@@ -26,15 +26,18 @@ def inspect(
     rows: Annotated[int | None, typer.Option(min=1, show_default="most", help="Sequences a decode step has.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, show_default="most", help="Tokens a prefill step has.")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens a sequence has, for the costs of attention.")] = 1024,
-    tp: Annotated[int, typer.Option("--tensor-parallel-size", "--tp", min=1, help="Number of GPUs.")] = 1,
+    tp: Annotated[int, typer.Option("--tensor-parallel-size", "--tp", "-tp", min=1, help="Number of GPUs.")] = 1,
     ir: Annotated[
         Literal["jaxpr", "stablehlo", "hlo", "triton", "ptx"] | None,
         typer.Option(show_default="none", help="Print the programs in this language instead of the summary."),
     ] = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", dir_okay=False, help="Write the report as a page of its own here.")
+        Path | None,
+        typer.Option("--html", dir_okay=False, callback=options.check_folder, help="Write the report as a page here."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the report here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, callback=options.check_folder, help="Write it here.")
+    ] = None,
     diff: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Compare with a report that --json wrote.")
     ] = None,

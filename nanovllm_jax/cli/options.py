@@ -9,6 +9,14 @@ import typer
 
 _ENGINE, _SAMPLING = "Engine", "Sampling"
 
+
+def check_folder(path: Path | None) -> Path | None:
+    """A file to write, whose folder is there: told before the work, not after it."""
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder {path.parent} does not exist; make it first.")
+    return path
+
+
 Model = Annotated[
     str | None,
     typer.Option(

@@ -19,7 +19,12 @@ def run_batch(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", show_default=False, dir_okay=False, help="A line for each; what it holds is kept."
+            "--output",
+            "-o",
+            show_default=False,
+            dir_okay=False,
+            callback=options.check_folder,
+            help="A line for each; what it holds is kept.",
         ),
     ],
     model: options.Model = None,

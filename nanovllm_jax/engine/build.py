@@ -18,7 +18,14 @@ from jax.sharding import Mesh
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.engine import Engine
 from nanovllm_jax.engine.lowering_worker import LoweringOrder
-from nanovllm_jax.engine.plan import abstract_weights, cache_dtype, describe_programs, smallest_shape, weight_dtype
+from nanovllm_jax.engine.plan import (
+    abstract_weights,
+    cache_dtype,
+    describe_programs,
+    length_remedy,
+    smallest_shape,
+    weight_dtype,
+)
 from nanovllm_jax.engine.replica import Replica
 from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
@@ -117,13 +124,14 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         batching=config.batching,
         enable_prefix_caching=config.enable_prefix_caching,
         decode_steps=programs[0].catalogue.config.decode_steps,
+        length_remedy=length_remedy(model_config, config, shape),
     )
     engine = Engine(
         [Replica(Scheduler(limits), runner) for runner in runners],
         words,
         eos_token_ids=_end_ids(words, defaults),
         vocab_size=model_config.vocab_size,
-        max_logprobs=config.max_logprobs,
+        max_logprobs=programs[0].catalogue.num_logprobs,
         seed=config.seed,
     )
     # What lives as long as the process: a collection that walks over it stops the loop for up to 0.1 s.

@@ -8,7 +8,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -86,13 +86,14 @@ class Engine:
         self._replica_of: dict[str, Replica] = {}  # by the ids of unfinished requests
         # Launching a program keeps a thread for 0.3 to 2 ms, most of it outside of Python: replicas do so side by side.
         self._launchers = ThreadPoolExecutor(len(replicas), "launch") if len(replicas) > 1 else None
+        self._undelivered: list[RequestOutput] = []  # of steps that Ctrl-C ended
         self._failure: Exception | None = None
         self._closed = False
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether a request waits or runs."""
-        return any(replica.scheduler.has_unfinished for replica in self.replicas)
+        """Whether a request waits or runs, or an output was not delivered."""
+        return bool(self._undelivered) or any(replica.scheduler.has_unfinished for replica in self.replicas)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, stream: bool = False
@@ -135,7 +136,8 @@ class Engine:
                 sample_index=index,
                 priority=priority,
                 cache_salt=parsed.cache_salt,
-                skip_prefix_cache_read=params.prompt_logprobs is not None,
+                # The first sample computes the prompt's log-probabilities for all.
+                skip_prefix_cache_read=params.prompt_logprobs is not None and index == 0,
                 plan=plan_sampling(
                     params,
                     seed=seed,
@@ -162,12 +164,15 @@ class Engine:
             message = f"The request id {prepared.request_id!r} is in use; give each request its own id."
             raise RequestError(message, param="request_id")
         replica = choose_replica(self.replicas, prepared.samples[0])
-        for request in prepared.samples:  # all or none: the first one raises if the request cannot be served
-            replica.scheduler.add(request)
-            if request.plan.bad_words:
-                replica.lockstep.add(request)
-        self._replica_of[prepared.request_id] = replica
-        self._collector.add(prepared.samples, prepared.text, stream=prepared.stream, arrival_time=prepared.arrival_time)
+        with _deferred_interrupt():  # what one of these has and the other has not, could never be ended
+            for request in prepared.samples:  # all or none: the first one raises if the request cannot be served
+                replica.scheduler.add(request)
+                if request.plan.bad_words:
+                    replica.lockstep.add(request)
+            self._replica_of[prepared.request_id] = replica
+            self._collector.add(
+                prepared.samples, prepared.text, stream=prepared.stream, arrival_time=prepared.arrival_time
+            )
         return replica
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -175,6 +180,14 @@ class Engine:
         if request_id not in self._collector:
             return None
         return self._end(request_id, "abort")
+
+    def abandon(self, request_ids: Iterable[str]) -> None:
+        """End requests without an output, and read what is in flight: nothing of them is left."""
+        with _deferred_interrupt():
+            for request_id in request_ids:
+                self.abort(request_id)
+            self.drain()
+            self._undelivered.clear()
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes of every replica; False, and nothing happens, while a request runs."""
@@ -206,7 +219,7 @@ class Engine:
         Raises:
             DeviceError: if a device fails; every request ends and the engine is of no more use.
             KeyboardInterrupt: after the step, if Ctrl-C came during it, since the device state it hands on would
-                be lost in its middle.
+                be lost in its middle. The next step returns this one's outputs too.
         """
         self._check_alive()
         with _deferred_interrupt():
@@ -219,7 +232,9 @@ class Engine:
                     time.sleep(_POLL_S)
                     done = [replica for replica in due if replica.in_flight[0].is_ready]
                 due = done
-            return [output for replica in due for output in self._read(replica)]
+            self._undelivered += [output for replica in due for output in self._read(replica)]
+        outputs, self._undelivered = self._undelivered, []
+        return outputs
 
     def wait(self) -> None:
         """Until the devices have done what was dispatched; its tokens stay for the next `step`."""
@@ -319,7 +334,7 @@ class Engine:
 
     def _take_prompt_logprobs(self, sequence: ScheduledSequence, result: StepResult) -> None:
         request = sequence.request
-        if request in result.prompt_logprobs and request.sample_index == 0:
+        if request in result.prompt_logprobs:
             self._collector.on_prompt_logprobs(request, sequence.start, result.prompt_logprobs[request])
 
     def _give_up(self, request_id: str) -> RequestOutput | None:

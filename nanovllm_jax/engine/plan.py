@@ -66,6 +66,15 @@ def smallest_shape(model: ModelConfig, config: EngineConfig) -> StateShape:
     return StateShape(BLOCK_MULTIPLE, config.block_size, config.max_num_seqs, max_model_len, MAX_ADJUSTMENTS)
 
 
+def length_remedy(model: ModelConfig, config: EngineConfig, shape: StateShape) -> str | None:
+    """What would allow longer prompts than this shape does; None if the model does not."""
+    if shape.max_model_len == model.max_position_embeddings:
+        return None
+    if shape.max_model_len == config.max_model_len:
+        return "raise max_model_len"
+    return f"raise {'gpu_memory_utilization' if config.num_gpu_blocks_override is None else 'num_gpu_blocks_override'}"
+
+
 def describe_programs(
     model: ModelConfig,
     config: EngineConfig,
@@ -115,5 +124,5 @@ def describe_programs(
         filtered_sizes=filtered_buckets(config.max_num_seqs, fine=on_gpu),
         sampling_sizes=sampling_buckets(config.max_num_seqs),
         prefill_sizes=prefill_buckets(tokens, fine=on_gpu),
-        num_logprobs=config.max_logprobs,
+        num_logprobs=min(config.max_logprobs, model.vocab_size),
     )

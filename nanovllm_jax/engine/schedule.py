@@ -25,6 +25,7 @@ class SchedulerConfig:
         enable_prefix_caching: share blocks between requests with equal prefixes.
         decode_steps: most tokens that a decode step computes for each row, one after the other, before the host
             looks at them; at most block_size.
+        length_remedy: what allows longer prompts, for the message to those that are too long; None: nothing does.
 
     Raises:
         ConfigError: if a limit is not positive, or the budget does not hold one token a row.
@@ -39,6 +40,7 @@ class SchedulerConfig:
     batching: Literal["prefill_first", "mixed"] = "prefill_first"
     enable_prefix_caching: bool = True
     decode_steps: int = 1
+    length_remedy: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "num_blocks"):

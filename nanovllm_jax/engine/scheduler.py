@@ -293,13 +293,8 @@ class Scheduler:
         self.block_manager.check_integrity(running)
 
     def _too_long(self, request: Request) -> str:
-        config, length = self.config, request.num_prompt_tokens
-        if config.max_total_tokens == config.max_model_len:
-            limit, remedy = f"max_model_len is {config.max_model_len}", "raise max_model_len"
-        else:
-            limit = f"the KV cache holds {config.max_total_tokens} tokens in all"
-            remedy = "raise gpu_memory_utilization"
+        most, remedy = self.config.max_total_tokens, self.config.length_remedy
         return (
-            f"The prompt of request {request.request_id!r} has {length} tokens, but {limit}, so at most "
-            f"{config.max_total_tokens - 1} with room for one more; shorten the prompt or {remedy}."
+            f"The prompt has {request.num_prompt_tokens} tokens, but prompt and output together may have {most}, so at "
+            f"most {most - 1} with room for one more: shorten the prompt{f' or {remedy}' if remedy else ''}."
         )

@@ -15,15 +15,15 @@ from nanovllm_jax.parallel.collectives import exchange_params
 from nanovllm_jax.parallel.mesh import make_mesh, split_heads
 from nanovllm_jax.step.buckets import bucket_for
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
-from nanovllm_jax.step.memory import BLOCK_MULTIPLE, RESERVE_BYTES
+from nanovllm_jax.step.memory import BLOCK_MULTIPLE, RESERVE_BYTES, expected_temporary_bytes
 from nanovllm_jax.step.state import block_bytes
 
 
 def plan_catalogue(model: ModelConfig, config: EngineConfig, gpu: Gpu | None) -> Catalogue:
     """The programs of an engine for `gpu`, or for the device at hand.
 
-    The number of cache blocks is estimated, since temporaries are only known after compiling for the GPU; it changes
-    the cache's shape in the programs and nothing else.
+    The number of cache blocks is what the engine would begin with, but for row state and what the device's allocator
+    keeps back; it changes the cache's shape in the programs and nothing else.
 
     Raises:
         ConfigError: if the model does not divide over the devices, or the weights fill the GPU.
@@ -42,7 +42,9 @@ def plan_catalogue(model: ModelConfig, config: EngineConfig, gpu: Gpu | None) ->
     elif gpu is None:
         num_blocks = config.max_num_seqs * -(-min(shape.max_model_len, 512) // config.block_size)
     else:
-        free = gpu.memory_bytes * config.gpu_memory_utilization - param_bytes(model, dtype) / shards - RESERVE_BYTES
+        trial = describe_programs(model, config, shape, params, kv_dtype, mesh, on_gpu=True)
+        fixed = param_bytes(model, dtype) / shards + expected_temporary_bytes(trial) + RESERVE_BYTES
+        free = gpu.memory_bytes * config.gpu_memory_utilization - fixed
         num_blocks = int(free // one_block // BLOCK_MULTIPLE * BLOCK_MULTIPLE)
         if num_blocks <= 0:
             raise ConfigError(

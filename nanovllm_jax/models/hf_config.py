@@ -109,8 +109,7 @@ class Attributes:
             for name, value in self._left.items()
             if name not in _HARMLESS
             and not name.startswith("_")
-            and not _is_empty(value)
-            and value != _NEUTRAL.get(name)
+            and not (value == _NEUTRAL[name] if name in _NEUTRAL and value is not None else _is_empty(value))
         }
         if refused:
             listed = ", ".join(f"{name} = {value!r}" for name, value in sorted(refused.items()))

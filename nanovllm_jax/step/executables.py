@@ -81,7 +81,7 @@ class ExecutableStore:
         """Make this the most recently used store, and remove the least recently used beyond `KEPT_FOLDERS`."""
         if not self.folder.exists():
             return
-        with suppress(FileNotFoundError):  # another process, which starts now too, may remove one meanwhile
+        with suppress(OSError):  # another process may remove one meanwhile; a shared folder may be another user's
             os.utime(self.folder)
             folders = sorted(self.folder.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
             for folder in folders[KEPT_FOLDERS:]:
@@ -94,7 +94,12 @@ class ExecutableStore:
         """All or nothing, also where two processes start at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-            file.write(content)
+            try:
+                file.write(content)
+                file.flush()
+            except OSError:
+                os.unlink(file.name)  # a full disk is not made fuller
+                raise
         os.replace(file.name, self.folder / name)
 
 

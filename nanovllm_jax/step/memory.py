@@ -1,4 +1,4 @@
-"""How many cache blocks the device holds: measured from a trial compile, not from running out."""
+"""How many cache blocks the device holds: computed from shapes and checked once compiled, not found by running out."""
 
 from __future__ import annotations
 
@@ -93,13 +93,16 @@ def blocks_that_fit(
             gpu_memory_utilization,
             limit / 1e9,
         )
-    free = limit - fixed_bytes - temporary - RESERVE_BYTES
+    used = max((device.memory_stats() or {}).get("bytes_in_use", 0) for device in devices)
+    others = max(0, used - fixed_bytes)  # weights may be on the devices by now, or not
+    free = limit - others - fixed_bytes - temporary - RESERVE_BYTES
     blocks = free // block_bytes // BLOCK_MULTIPLE * BLOCK_MULTIPLE
     if blocks < BLOCK_MULTIPLE:
         raise DeviceError(
             f"{limit / 1e9:.1f} GB of device memory hold {fixed_bytes / 1e9:.1f} GB of weights and state and "
             f"{temporary / 1e9:.1f} GB of temporaries, but not {BLOCK_MULTIPLE} cache blocks of "
             f"{block_bytes / 1e6:.1f} MB: raise gpu_memory_utilization, lower max_num_batched_tokens or "
-            "max_num_seqs, or use a smaller model."
+            f"max_num_seqs, or use a smaller model. {others / 1e9:.1f} GB are held by others in this process, such as "
+            "an LLM that was not closed."
         )
     return blocks

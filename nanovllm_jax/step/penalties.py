@@ -13,11 +13,6 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt16
 _MAX_OUTPUT_COUNT = (1 << 15) - 1
 
 
-def empty_counts(num_rows: int, vocab_size: int) -> UInt16[Array, "R V"]:
-    """Counts for R row slots, none of which has seen a token."""
-    return jnp.zeros((num_rows, vocab_size), jnp.uint16)
-
-
 def count_prompt(
     counts: UInt16[Array, "R V"],
     reset_rows: Int32[Array, " S"],

@@ -143,7 +143,7 @@ class Runner:
             flat = _split_logprobs(step.prompt_logprobs, sum(s.num_tokens for s in sequences))
             start = 0
             for sequence in sequences:
-                if sequence.request.params.prompt_logprobs is not None:
+                if sequence.request.skip_prefix_cache_read:
                     prompt[sequence.request] = flat[start : start + sequence.num_tokens]
                 start += sequence.num_tokens
         return StepResult(tokens, logprobs, prompt)
@@ -211,7 +211,7 @@ class Runner:
             self._params, self._caches, self._device_rows, delta
         )
         prompt = None
-        if any(s.request.params.prompt_logprobs is not None for s in sequences):
+        if any(s.request.skip_prefix_cache_read for s in sequences):
             targets = np.zeros(size, np.int32)
             start = 0
             for s in sequences:

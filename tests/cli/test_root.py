@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -35,3 +37,10 @@ def test_unknown_option_is_a_usage_error(cli):
     result = cli("generate a --temprature 1")
     assert result.exit_code == 2
     assert "--temprature" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect --no-weights --html", "inspect --json", "run-batch pyproject.toml -o"])
+def test_a_folder_that_is_missing_is_told_before_the_work(cli, command):
+    result = cli(f"{command} missing/out")
+    assert result.exit_code == 2
+    assert "the folder missing does not exist" in " ".join(result.stderr.replace("│", " ").split())

@@ -50,14 +50,14 @@ def chunks(schedule):
 def test_a_prompt_needs_room_for_one_more_token():
     scheduler = make_scheduler(max_model_len=8)
     add(scheduler, "fits", 7)
-    with pytest.raises(RequestError, match=r"8 tokens, but max_model_len is 8, so at most 7"):
+    with pytest.raises(RequestError, match=r"8 tokens, but prompt and output together may have 8, so at most 7"):
         add(scheduler, "long", 8)
 
 
 def test_a_prompt_larger_than_the_cache_is_refused_with_the_remedy():
-    scheduler = make_scheduler(num_blocks=2)
+    scheduler = make_scheduler(num_blocks=2, length_remedy="raise gpu_memory_utilization")
     add(scheduler, "fits", 7)
-    with pytest.raises(RequestError, match=r"KV cache holds 8 tokens in all.*gpu_memory_utilization"):
+    with pytest.raises(RequestError, match=r"shorten the prompt or raise gpu_memory_utilization"):
         add(scheduler, "long", 8)
 
 

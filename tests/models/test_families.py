@@ -111,6 +111,8 @@ def test_rope_that_is_not_supported_is_refused_by_name(scaling, named):
     ("attribute", "value"),
     [
         ("hidden_act", "gelu"),
+        ("hidden_act", ""),
+        ("is_causal", False),
         ("partial_rotary_factor", 0.5),
         ("quantization_config", {"quant_method": "awq"}),
         ("final_logit_softcapping", 30.0),

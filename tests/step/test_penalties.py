@@ -10,7 +10,6 @@ from nanovllm_jax.step.penalties import (
     adjust_logits,
     count_prompt,
     count_sampled,
-    empty_counts,
     penalise_logits,
 )
 
@@ -19,6 +18,10 @@ compiled_prompt = jax.jit(count_prompt, donate_argnums=0)
 compiled_sampled = jax.jit(count_sampled, donate_argnums=0)
 compiled_adjust = jax.jit(adjust_logits)
 compiled_penalise = jax.jit(penalise_logits)
+
+
+def empty_counts(num_rows, vocab_size):
+    return jnp.zeros((num_rows, vocab_size), jnp.uint16)
 
 
 def ints(*values):
