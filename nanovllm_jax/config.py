@@ -59,6 +59,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    kv_cache_scales: bool = False  # whether the checkpoint has scales for a float8 cache
     dtype: str = "bfloat16"  # what the checkpoint was saved in
     # With more shards than KV heads each KV head is held this many times; num_kv_heads counts the copies.
     kv_head_copies: int = 1

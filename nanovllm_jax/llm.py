@@ -54,7 +54,8 @@ class LLM:
         max_num_batched_tokens: tokens a step computes at most; longer prompts are computed in chunks.
         block_size: tokens a block of the KV cache holds.
         gpu_memory_utilization: share of the device's memory for weights, cache and temporaries.
-        kv_cache_dtype: "auto" is the weights'.
+        kv_cache_dtype: "auto" is the weights'; "fp8" (e4m3) holds twice as many tokens as bfloat16, with the
+            scales that a checkpoint of compressed-tensors has for it, else 1.
         enable_prefix_caching: share the cached blocks of equal prefixes.
         enforce_eager: compile each program on its first use instead of all at the start, and let XLA record no
             command buffers.

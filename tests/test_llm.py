@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import random
+import shutil
 import signal
 import threading
 from contextlib import suppress
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import write_tiny_model
 
 from nanovllm_jax import LLM, ConfigError, DeviceError, RequestError, SamplingParams
@@ -417,3 +422,28 @@ def test_generate_does_not_swallow_the_outputs_of_added_requests(llm):
     with pytest.raises(RequestError, match="unfinished"):
         llm.generate([[1]], GREEDY, use_tqdm=False)
     llm.abort("added")
+
+
+def test_scales_of_a_float8_cache_come_from_the_checkpoint(tmp_path):
+    """As compressed-tensors writes them: 1 changes nothing, 0.001 saturates what the cache can hold."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    plain = write_tiny_model("qwen3", tmp_path / "plain")
+
+    def logprobs(scale, kv_cache_dtype):
+        directory = shutil.copytree(plain, tmp_path / f"{scale}")
+        if scale is not None:
+            config, tensors = json.loads((plain / "config.json").read_text()), load_file(plain / "model.safetensors")
+            config["quantization_config"] = {"config_groups": {}, "kv_cache_scheme": scheme}
+            for layer, name in itertools.product(range(config["num_hidden_layers"]), ("k_scale", "v_scale")):
+                tensors[f"model.layers.{layer}.self_attn.{name}"] = np.full(1, scale, np.float32)
+            (directory / "config.json").write_text(json.dumps(config))
+            save_file(tensors, directory / "model.safetensors")
+        with LLM(str(directory), **SETTINGS | {"kv_cache_dtype": kv_cache_dtype}) as llm:
+            params = SamplingParams(temperature=0, max_tokens=8, logprobs=0)
+            output = llm.generate([list(range(1, 40))], params, use_tqdm=False)[0].outputs[0]
+        shutil.rmtree(directory)
+        return [next(iter(position.values())).logprob for position in output.logprobs]
+
+    assert logprobs(1.0, "fp8") == logprobs(None, "fp8")
+    assert logprobs(0.001, "fp8") != logprobs(None, "fp8")
+    assert logprobs(0.001, "auto") == logprobs(None, "auto")

@@ -49,6 +49,7 @@ def inspect(
         typer.Option(show_default="the device here", help="Lower for h200, a100, rtx3090, ...; needs none of them."),
     ] = None,
     dtype: options.DType = "auto",
+    kv_cache_dtype: options.KvCacheDType = "auto",
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Most sequences at a time.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a step.")] = 16_384,
@@ -87,6 +88,7 @@ def inspect(
         target = find_gpu(gpu) if gpu else None
         engine = EngineConfig(
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             tensor_parallel_size=tp,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

@@ -34,6 +34,10 @@ DType = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
     typer.Option(help="Of the weights.", rich_help_panel=_ENGINE),
 ]
+KvCacheDType = Annotated[
+    Literal["auto", "fp8", "bfloat16", "float16", "float32"],
+    typer.Option(help="Of cached keys and values; 'auto' is the weights'.", rich_help_panel=_ENGINE),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(

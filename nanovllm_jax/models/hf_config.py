@@ -120,6 +120,21 @@ class Attributes:
             )
 
 
+def _has_kv_cache_scales(attributes: Attributes) -> bool:
+    """Whether `quantization_config`, as compressed-tensors writes it, is of the cache alone: a static scale a layer."""
+    if "quantization_config" not in attributes:
+        return False
+    found = dict(attributes.take("quantization_config", {}))
+    scheme = found.get("kv_cache_scheme") or {}
+    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    if found.get("config_groups") or any(scheme.get(name) != value for name, value in wanted.items()):
+        raise ConfigError(
+            f"config.json of this {attributes.family} model has quantization_config = {found!r}. Weights cannot be "
+            "quantised, and a cache in static float8 only, one scale a layer: use the model without it."
+        )
+    return True
+
+
 def _is_empty(value: Any) -> bool:
     return value is None or value is False or value == {} or value == [] or value == ""
 
@@ -177,6 +192,7 @@ def dense_config(
         rms_norm_eps=attributes.take_float("rms_norm_eps", 1e-6),
         rope=rope,
         tie_word_embeddings=bool(attributes.take("tie_word_embeddings", False)),
+        kv_cache_scales=_has_kv_cache_scales(attributes),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,

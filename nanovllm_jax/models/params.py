@@ -52,6 +52,8 @@ def abstract_params(config: ModelConfig) -> Params:
         layer["o_bias"] = ParamSpec((E,), (None,))
     if config.mlp_bias:
         layer |= {"gate_up_bias": ParamSpec((2, F), (None, "mlp")), "down_bias": ParamSpec((E,), (None,))}
+    if config.kv_cache_scales:
+        layer |= {name: ParamSpec((K,), ("kv_heads",)) for name in ("k_scale", "v_scale")}
     params: Params = {
         "embed": ParamSpec((V, E), ("vocab", None)),
         "layers": [dict(layer) for _ in range(config.num_layers)],
@@ -74,7 +76,7 @@ def param_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
 
 
 def random_params(config: ModelConfig, dtype: DTypeLike, seed: int, shardings: Params) -> Params:
-    """Random weights for benchmarks of a shape: norms are 1, the rest is normal with deviation 0.02.
+    """Random weights for benchmarks of a shape: norms and scales are 1, the rest is normal with deviation 0.02.
 
     Made on the devices from one block of random numbers that repeats, so that nothing large comes from the host.
 
@@ -89,7 +91,7 @@ def random_params(config: ModelConfig, dtype: DTypeLike, seed: int, shardings: P
     fills: dict[Any, Callable[[jax.Array, int], jax.Array]] = {}
 
     def leaf(path: tuple[Any, ...], spec: ParamSpec, sharding: jax.sharding.NamedSharding) -> jax.Array:
-        if "norm" in str(path[-1]):
+        if "norm" in str(path[-1]) or "scale" in str(path[-1]):
             return jax.device_put(np.ones(spec.shape, dtype), sharding)
         if sharding.mesh not in everywhere:
             equal = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())

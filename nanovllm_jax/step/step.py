@@ -207,7 +207,7 @@ def _attend_newest(config: StepConfig, tables: Int[Array, "B P"], context_lens: 
     def attend(
         qkv: Array, layer: Params, rope: Rope, cache: LayerCache, counters: jax.Ref | None
     ) -> tuple[Array, LayerCache]:
-        arrays = _norms_and_scales(layer)
+        arrays = _norms_and_scales(layer, cache)
         with jax.named_scope("rope_paged_decode"):
             out, k_cache, v_cache = rope_paged_decode(
                 qkv,
@@ -231,13 +231,13 @@ def _attend_many(config: StepConfig, slots: Int[Array, " T"], attention: Callabl
     options = _attention_options(config)
 
     def attend(qkv: Array, layer: Params, rope: Rope, cache: LayerCache, _: jax.Ref | None) -> tuple[Array, LayerCache]:
-        arrays = _norms_and_scales(layer)
+        arrays = _norms_and_scales(layer, cache)
         with jax.named_scope("rope_cache_write"):
             q, k_cache, v_cache = rope_cache_write(
                 qkv, *rope, *cache, slots, **arrays, eps=config.model.rms_norm_eps, backend=config.backend
             )
         with jax.named_scope("ragged_prefill"):
-            scales = {name: arrays[name] for name in ("k_scale", "v_scale")}
+            scales = {name: array for name, array in arrays.items() if name.endswith("_scale")}
             out = attention(q, k_cache, v_cache, **options, **scales)
         return out, (k_cache, v_cache)
 
@@ -248,8 +248,10 @@ def _attention_options(config: StepConfig) -> dict[str, Any]:
     return {"scale": config.model.head_dim**-0.5, "sliding_window": config.model.sliding_window}
 
 
-def _norms_and_scales(layer: Params) -> dict[str, Any]:
-    return {name: layer.get(name) for name in ("q_norm", "k_norm", "k_scale", "v_scale")}
+def _norms_and_scales(layer: Params, cache: LayerCache) -> dict[str, Any]:
+    """What attention takes of a layer's parameters; scales are those of a float8 cache."""
+    scales = ("k_scale", "v_scale") if cache[0].dtype == jnp.float8_e4m3fn else ()
+    return {name: layer.get(name) for name in ("q_norm", "k_norm", *scales)}
 
 
 def _whole_layers(

@@ -101,6 +101,9 @@ def _layer(config: ModelConfig, layer: str) -> dict[str, Recipe]:
     if config.qk_norm:
         leaves["q_norm"] = _whole(f"{attention}.q_norm.weight", D)
         leaves["k_norm"] = _whole(f"{attention}.k_norm.weight", D)
+    if config.kv_cache_scales:  # one for all heads of a layer
+        for name in ("k_scale", "v_scale"):
+            leaves[name] = Recipe({f"{attention}.{name}": (1,)}, lambda scale: np.repeat(scale, K))
     if config.o_bias:
         leaves["o_bias"] = _whole(f"{o}.bias", E)
     if config.mlp_bias:

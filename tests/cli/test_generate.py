@@ -77,14 +77,15 @@ def test_greedy_unless_model_or_user_says_otherwise(cli, fakes):
 def test_options_reach_engine_and_sampler(cli, fakes):
     result = cli(
         "generate a -m m --max-tokens 3 --temperature 0.5 --top-p 0.8 --top-k 7 --min-p 0.1 --seed 4 "
-        "--stop x --stop y --ignore-eos --tokenizer t --dtype float32 --max-model-len 99 -tp 2 -dp 3 "
-        "--gpu-memory-utilization 0.5 --attention-backend xla --enforce-eager"
+        "--stop x --stop y --ignore-eos --tokenizer t --dtype float32 --kv-cache-dtype fp8 "
+        "--max-model-len 99 -tp 2 -dp 3 --gpu-memory-utilization 0.5 --attention-backend xla --enforce-eager"
     )
     assert result.exit_code == 0, result.output
     assert fakes.llm.model == "m"
     assert fakes.llm.arguments == {
         "tokenizer": "t",
         "dtype": "float32",
+        "kv_cache_dtype": "fp8",
         "max_model_len": 99,
         "tensor_parallel_size": 2,
         "data_parallel_size": 3,
