@@ -90,7 +90,9 @@ def render_front_page(folder: Path) -> str:
             if name in table
         ]
         if rows:
-            parts.append(markdown([f"one {device}, output tok/s", *engines, "of the limit"], rows))
+            dates = sorted({line["date"] for cells in table.values() for line in cells.values()})
+            when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+            parts.append(markdown([f"one {device}, {when}: output tok/s", *engines, "of the limit"], rows))
     return "\n\n".join(parts) or NONE_YET
 
 
