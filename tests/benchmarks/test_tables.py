@@ -79,7 +79,8 @@ def test_front_page_has_a_table_of_the_cases_for_each_device(tmp_path):
         results_log.append([line("host_gap_frac", [0.1], "1", device=device)], tmp_path)
     results_log.append([line("vllm/bench256_out_tok_s", [15_000.0], device="NVIDIA H100")], tmp_path)
     first, second = tables.render_front_page(tmp_path).split("\n\n")
-    assert cells(first, "one") == ["one NVIDIA H100, output tok/s", "nanovllm-jax", "vllm", "of the limit"]
+    today = line("", [0.0])["date"]
+    assert cells(first, "one") == [f"one NVIDIA H100, {today}: output tok/s", "nanovllm-jax", "vllm", "of the limit"]
     assert cells(first, "nano-vLLM's benchmark: 256")[1:] == ["19,000", "15,000", "50%"]
     assert cells(second, "nano-vLLM's benchmark: 256")[1:] == ["27,000", "71%"]
     assert "host_gap" not in first
