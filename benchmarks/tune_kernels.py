@@ -32,7 +32,7 @@ from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, ROW_
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
 MAX_CALLS, MIN_CALLS, RUNS = 48, 8, 4
-MAX_CANDIDATES, MAX_TILINGS = 12, 5
+MAX_CANDIDATES, MAX_TILINGS = 20, 5
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ def candidates(case: SkinnyCase) -> list[Launch]:
     default = launches.default_launch(target, **shape_of(case))
     found, doubled = [], []
     if case.rows == 1:
-        shapes = [(1, cols // gate, inputs, warps) for cols in (32, 64, 128) for inputs, warps in ((128, 4), (256, 8))]
-        shapes += [(16, cols // gate, 128, 4) for cols in (32, 64)]
+        sizes = ((128, 4), (256, 8), (32, 2))
+        shapes = [(1, cols // gate, inputs, warps) for cols in (32, 64, 128) for inputs, warps in sizes]
+        shapes += [(16, cols, 128, 4) for cols in (32, 64)]
     elif case.rows <= 32:
         rows = max(16, next_power_of_2(case.rows))
         shapes = [(rows, cols, inputs, 4) for cols in (32, 64) for inputs in (64, 128, 256)]
@@ -63,7 +64,9 @@ def candidates(case: SkinnyCase) -> list[Launch]:
         tiles = ceil_div(case.rows, rows) * ceil_div(case.outputs, max(16, cols))
         # The power of two that brings the programs nearest to the multiprocessors, and where it helps twice that.
         nearest = 2 ** max(0, round(math.log2(target.multiprocessors / tiles)))
-        for splits, into in ((nearest, found), (2 * nearest, doubled))[: 2 if tiles < target.multiprocessors else 1]:
+        for splits, into in ((nearest, found), (2 * nearest, doubled))[
+            : 2 if tiles < 2 * target.multiprocessors else 1
+        ]:
             if splits > 1 and case.inputs // splits < 128:
                 continue
             one = Launch(rows, max(16, cols), inputs, splits, warps, 1)
@@ -75,7 +78,7 @@ def candidates(case: SkinnyCase) -> list[Launch]:
     # Stable: among launches that fill the chip once or twice, those that split less come first.
     found.sort(key=lambda one: max(0.6, abs(math.log2(programs(case, one) / (1.4 * target.multiprocessors)))))
     # Wgmma takes 64 columns of the weight as its long side where there are fewer rows than that.
-    swapped = [replace(one, swap=True) for one in found if 16 <= one.tile_rows < 64 and one.tile_cols >= 64][:2]
+    swapped = [replace(one, swap=True) for one in found if 16 <= one.tile_rows < 64 and one.tile_cols >= 64][:6]
     return list(dict.fromkeys([default, *swapped, *found]))[:MAX_CANDIDATES]
 
 
