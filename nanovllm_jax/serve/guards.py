@@ -13,9 +13,11 @@ _OPEN_PATHS = frozenset({"/", "/health", "/version", "/metrics"})
 _OPEN_FOLDER = "/static/"  # the page's files; it asks for the key itself
 
 
-def matching_key(header: str, keys: Sequence[str]) -> str | None:
+def matching_key(header: bytes, keys: Sequence[str]) -> str | None:
     """The one of `keys` that an `Authorization: Bearer` header brings. Takes the same time wherever they differ."""
-    given = header.removeprefix("Bearer ").encode()
+    scheme, _, given = header.partition(b" ")
+    if scheme.lower() != b"bearer":  # in either case, RFC 9110, section 11.1
+        return None
     found = None
     for key in keys:
         if hmac.compare_digest(given, key.encode()):
@@ -35,8 +37,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._keys and not _is_open(scope["path"]):
-            header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-            key = matching_key(header, self._keys)
+            key = matching_key(dict(scope["headers"]).get(b"authorization", b""), self._keys)
             if key is None:
                 message = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
                 error = APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

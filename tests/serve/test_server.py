@@ -76,6 +76,13 @@ def test_keys_are_required_and_keep_prefixes_apart(llm):
             assert [cached(first), cached(first), cached(second), cached(first, cache_salt="x")] == [0, 48, 0, 0]
 
 
+def test_a_key_is_compared_as_bytes_and_its_scheme_in_any_case(llm):
+    with serving(llm, api_keys=("clé-鍵",)) as served:
+        for scheme, key, status in (("bearer", "clé-鍵", 200), ("BEARER", "clé-鍵", 200), ("Basic", "clé-鍵", 401)):
+            headers = {"Authorization": f"{scheme} {key}".encode()}
+            assert httpx.get(f"{served.url}/v1/models", headers=headers).status_code == status
+
+
 @pytest.mark.parametrize("max_queue", [0, 2])
 def test_beyond_the_queue_is_503(llm, max_queue):
     num_accepted = llm.config.max_num_seqs + max_queue
