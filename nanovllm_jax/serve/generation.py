@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from nanovllm_jax.async_llm import AsyncLLM, RequestStream
-from nanovllm_jax.engine.inputs import Prompt
+from nanovllm_jax.engine.inputs import Prompt, render_chat
 from nanovllm_jax.errors import DeviceError, RequestError
 from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.serve.config import ServeConfig
@@ -67,6 +68,7 @@ async def _chat(llm: AsyncLLM, config: ServeConfig, body: ChatBody, key: str | N
     try:
         params = body.sampling_params(llm.get_default_sampling_params(), max_tokens=getattr(body, name), logprobs=top)
         extra = body.chat_template_kwargs or {}
+        _check_template_variables(llm, extra)
         messages = [message.plain() for message in body.messages]
         ids = await llm.render_chat(messages, add_generation_prompt=body.add_generation_prompt, **extra)
     except RequestError as error:
@@ -90,7 +92,7 @@ async def _open(
     check_model(config, body.model)
     if body.stream_options is not None and not body.stream:
         raise APIError(400, "stream_options needs stream to be true.", param="stream_options")
-    _check_queue(llm, config)
+    _check_queue(llm, config, len(prompts) * params.n)
     salt = _salt(key, body.cache_salt)
     streams: list[RequestStream] = []
     usage = body.stream_options is not None and body.stream_options.include_usage
@@ -109,14 +111,32 @@ async def _open(
     return reply
 
 
-def _check_queue(llm: AsyncLLM, config: ServeConfig) -> None:
-    """Refuse what would wait, if `max_queue` others wait already."""
+def _check_template_variables(llm: AsyncLLM, given: Mapping[str, Any]) -> None:
+    """Refuse what would reach the tokenizer instead of the template: `max_length` may ask for gigabytes of padding."""
+    taken = {
+        name
+        for function in (llm.get_tokenizer().apply_chat_template, render_chat, AsyncLLM.render_chat)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    taken.discard("documents")  # only handed on to the template
+    if wrong := given.keys() & taken:
+        message = f"chat_template_kwargs: {min(wrong)} cannot be set here; give variables of the chat template."
+        raise APIError(400, message, param="chat_template_kwargs", code="unsupported_parameter")
+
+
+def _check_queue(llm: AsyncLLM, config: ServeConfig, num_samples: int) -> None:
+    """Refuse what would make more than `max_queue` samples wait."""
     if config.max_queue is None:
         return
     num_rows = llm.config.max_num_seqs * llm.config.data_parallel_size
+    if num_samples > num_rows + config.max_queue:
+        most = num_rows + config.max_queue
+        message = f"The request asks for {num_samples} samples; this server takes {most} at a time: send fewer."
+        raise APIError(400, message, param="n")
     num_ahead = max(llm.num_unfinished - num_rows, llm.stats.num_waiting)
-    would_wait = num_ahead > 0 or llm.num_unfinished >= num_rows
-    if would_wait and num_ahead >= config.max_queue:
+    num_free = 0 if num_ahead else num_rows - llm.num_unfinished  # a free row is not for who comes last
+    if num_ahead + max(num_samples - num_free, 0) > config.max_queue:
         message = f"The queue is full ({config.max_queue} requests); try again later."
         raise APIError(503, message, code="queue_full", headers={"Retry-After": "1"})
 

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from nanovllm_jax.sampling_params import SamplingParams
 
 _MAX_STRINGS = 64
+_MAX_PROMPTS = 1024
 Strings = str | Annotated[list[str], Field(max_length=_MAX_STRINGS)]
 TokenIds = list[StrictInt]
 
@@ -98,7 +99,10 @@ class CompletionBody(SamplingBody):
 
     # In this order the first kind that fits is right; trying all of them takes longer than tokenising.
     prompt: Annotated[
-        str | TokenIds | list[str] | Annotated[list[TokenIds], Field(max_length=1024)],
+        str
+        | TokenIds
+        | Annotated[list[str], Field(max_length=_MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(max_length=_MAX_PROMPTS)],
         Field(union_mode="left_to_right"),
     ]
     logprobs: int | None = None
@@ -157,14 +161,6 @@ class ChatBody(SamplingBody):
         if value in (None, [], "none", ["text"]):
             return value
         raise PydanticCustomError("unsupported", "it is not supported; leave it out")
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _own_arguments(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        taken = {"tokenize", "return_dict", "add_generation_prompt", "chat_template", "conversation"}
-        if value and (wrong := value.keys() & taken):
-            raise PydanticCustomError("unsupported", "{name} cannot be set here", {"name": min(wrong)})
-        return value
 
 
 class TokenizeBody(_Body):

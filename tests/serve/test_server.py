@@ -55,6 +55,22 @@ def test_malformed_and_oversized_bodies_are_refused(served, content, status):
     assert answer.status_code == status
 
 
+@pytest.mark.parametrize("name", ["padding", "max_length", "tools", "tokenizer_kwargs", "tokenize", "messages", "self"])
+def test_only_template_variables_reach_the_template(served, name):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    url = f"{served.url}/v1/chat/completions"
+    answer = httpx.post(url, json={**body, "chat_template_kwargs": {name: None}})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
+    assert name in answer.json()["error"]["message"]
+    assert httpx.post(url, json={**body, "chat_template_kwargs": {"enable_thinking": False}}).status_code == 200
+
+
+@pytest.mark.parametrize("prompt", ["a", [1]], ids=["text", "ids"])
+def test_a_body_holds_a_thousand_prompts_at_most(served, prompt):
+    answer = httpx.post(f"{served.url}/v1/completions", json={"prompt": [prompt] * 1025, "max_tokens": 1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
 def test_unknown_paths_and_methods_have_the_same_body(served):
     assert httpx.get(f"{served.url}/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert httpx.get(f"{served.url}/v1/completions").status_code == 405
@@ -81,6 +97,29 @@ def test_a_key_is_compared_as_bytes_and_its_scheme_in_any_case(llm):
         for scheme, key, status in (("bearer", "clé-鍵", 200), ("BEARER", "clé-鍵", 200), ("Basic", "clé-鍵", 401)):
             headers = {"Authorization": f"{scheme} {key}".encode()}
             assert httpx.get(f"{served.url}/v1/models", headers=headers).status_code == status
+
+
+def test_the_queue_counts_every_sample_of_a_body(llm):
+    num_rows = llm.config.max_num_seqs
+
+    def body(num_prompts, n):
+        return {**SHORT, "prompt": ["Once"] * num_prompts, "n": n}
+
+    async def main(served):
+        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            never = await client.post("/v1/completions", json=body(num_rows, 2))
+            with held(llm):
+                first = asyncio.ensure_future(client.post("/v1/completions", json=SHORT))
+                await asyncio.to_thread(wait_until, lambda: llm.num_unfinished == 1)
+                refused = await client.post("/v1/completions", json=body(1, num_rows + 1))
+                rest = asyncio.ensure_future(client.post("/v1/completions", json=body(num_rows // 2, 2)))
+                await asyncio.to_thread(wait_until, lambda: llm.num_unfinished == 1 + num_rows)
+            return never, refused, await first, await rest
+
+    with serving(llm, max_queue=1) as served:
+        answers = asyncio.run(main(served))
+    assert [answer.status_code for answer in answers] == [400, 503, 200, 200]
+    assert answers[1].json()["error"]["code"] == "queue_full"
 
 
 @pytest.mark.parametrize("max_queue", [0, 2])
