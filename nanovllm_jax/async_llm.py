@@ -21,7 +21,7 @@ from typing import Any, Literal
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.build import build_engine
 from nanovllm_jax.engine.engine_thread import EngineThread, Event
-from nanovllm_jax.engine.inputs import Prompt, render_chat
+from nanovllm_jax.engine.inputs import Prompt, check_text, render_chat
 from nanovllm_jax.engine.stats import EngineStats
 from nanovllm_jax.errors import RequestError
 from nanovllm_jax.outputs import RequestOutput
@@ -171,7 +171,12 @@ class AsyncLLM:
         return await self._in_tokenizer_thread(partial(render_chat, self.get_tokenizer(), messages, **template_args))
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, in the tokenizer's thread."""
+        """Token ids of a text, in the tokenizer's thread.
+
+        Raises:
+            RequestError: if it is no valid Unicode text.
+        """
+        check_text(text, "prompt")
         encode = partial(self.get_tokenizer(), text, add_special_tokens=add_special_tokens)
         return list((await self._in_tokenizer_thread(encode)).input_ids)
 

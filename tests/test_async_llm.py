@@ -143,19 +143,38 @@ def test_a_request_that_raises_inside_the_engine_ends_alone(shared, monkeypatch)
     on_tokens = shared._engine._collector.on_tokens
 
     def break_one(request, *args):
-        if request.request_id == "bad" and len(request.output_token_ids) == 3:
+        if request.prompt_token_ids == [6] and len(request.output_token_ids) == 3:
             raise ValueError("broken")
         return on_tokens(request, *args)
 
     monkeypatch.setattr(shared._engine._collector, "on_tokens", break_one)
 
     async def main():
-        return await asyncio.gather(*(last(shared, [5], LONG, request_id=name) for name in ("bad", "good")))
+        return await asyncio.gather(*(last(shared, [token], LONG) for token in (6, 5)))
 
     bad, good = asyncio.run(main())
     assert bad.outputs[0].finish_reason == "error"
     assert (good.outputs[0].finish_reason, len(good.outputs[0].token_ids)) == ("length", 100)
     assert is_empty(shared)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "param"),
+    [
+        ({"prompt_token_ids": [1] * 60, "cache_salt": "\ud800"}, {}, "cache_salt"),
+        ([1], {"priority": "high"}, "priority"),
+    ],
+)
+def test_what_the_engine_cannot_use_is_refused_before_it_gets_there(shared, prompt, arguments, param):
+    async def main():
+        with pytest.raises(RequestError) as caught:
+            await last(shared, prompt, LONG, **arguments)
+        await shared.check_health()
+        return caught.value, await last(shared, [1], LONG)
+
+    error, good = asyncio.run(main())
+    assert error.param == param
+    assert good.finished
 
 
 def test_an_engine_that_fails_ends_all_with_an_error(model, monkeypatch):

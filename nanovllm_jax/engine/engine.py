@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import operator
 import signal
 import threading
 import time
@@ -124,6 +125,11 @@ class Engine:
         """
         self._check_alive()
         arrival_time = time.time()
+        try:
+            priority = operator.index(priority)
+        except TypeError:
+            message = f"priority is {priority!r}; it must be an integer."
+            raise RequestError(message, param="priority") from None
         parsed = parse_prompt(prompt, self.tokenizer, self._vocab_size)
         self._check_logprobs(params)
         words = bad_word_ids(params.bad_words or (), self.tokenizer)
@@ -165,14 +171,15 @@ class Engine:
             raise RequestError(message, param="request_id")
         replica = choose_replica(self.replicas, prepared.samples[0])
         with _deferred_interrupt():  # what one of these has and the other has not, could never be ended
-            for request in prepared.samples:  # all or none: the first one raises if the request cannot be served
+            # Before the scheduler: the text of the prompt's end is the tokenizer's work, which may raise.
+            self._collector.add(
+                prepared.samples, prepared.text, stream=prepared.stream, arrival_time=prepared.arrival_time
+            )
+            for request in prepared.samples:
                 replica.scheduler.add(request)
                 if request.plan.bad_words:
                     replica.lockstep.add(request)
             self._replica_of[prepared.request_id] = replica
-            self._collector.add(
-                prepared.samples, prepared.text, stream=prepared.stream, arrival_time=prepared.arrival_time
-            )
         return replica
 
     def abort(self, request_id: str) -> RequestOutput | None:

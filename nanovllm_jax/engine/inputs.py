@@ -60,6 +60,7 @@ def parse_prompt(prompt: Prompt, tokenizer: Any | None, vocab_size: int) -> Pars
         if salt is not None and (not isinstance(salt, str) or not salt):
             message = f"cache_salt is {salt!r}; it must be a string of at least 1 character."
             raise RequestError(message, param="cache_salt")
+        check_text(salt or "", "cache_salt")
         prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]  # pyright: ignore
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -68,16 +69,24 @@ def parse_prompt(prompt: Prompt, tokenizer: Any | None, vocab_size: int) -> Pars
                 "'prompt_token_ids', or load the tokenizer.",
                 param="prompt",
             )
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            message = f"The prompt is no valid Unicode text ({error}); mend it."
-            raise RequestError(message, param="prompt") from None
+        check_text(prompt, "prompt")
         token_ids = array("i", tokenizer(prompt).input_ids)
         if not token_ids:
             raise RequestError(f"The prompt {prompt!r} has no tokens; give at least 1 character.", param="prompt")
         return ParsedPrompt(token_ids, prompt, salt)
     return ParsedPrompt(_check_ids(prompt, vocab_size), None, salt)
+
+
+def check_text(text: str, param: str) -> None:
+    """Whether a text can be encoded; one with half of a surrogate pair, as JSON may hold, cannot.
+
+    Raises:
+        RequestError: about `param`, if it cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{param} holds no valid Unicode text ({error}); mend it.", param=param) from None
 
 
 def _check_ids(prompt: Any, vocab_size: int) -> array[int]:
@@ -128,13 +137,14 @@ def bad_word_ids(words: Sequence[str], tokenizer: Any | None) -> list[list[int]]
     """Token ids of each bad word, as it stands at the start of a text and after a space.
 
     Raises:
-        RequestError: without a tokenizer.
+        RequestError: without a tokenizer, or for a word that is no valid Unicode text.
     """
     if words and tokenizer is None:
         message = f"bad_words is {list(words)!r}, but the engine has no tokenizer to find their tokens."
         raise RequestError(message, param="bad_words")
     found: dict[tuple[int, ...], None] = {}
     for word in words:
+        check_text(word, "bad_words")
         for text in (word.lstrip(), " " + word.lstrip()):
             ids = tokenizer(text, add_special_tokens=False).input_ids  # pyright: ignore
             if ids:

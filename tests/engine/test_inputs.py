@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nanovllm_jax.engine.inputs import parse_prompt
+from nanovllm_jax.engine.inputs import bad_word_ids, parse_prompt
 from nanovllm_jax.engine.request import Request
 from nanovllm_jax.errors import RequestError
 from nanovllm_jax.sampling_params import SamplingParams
@@ -35,3 +35,15 @@ def test_an_id_outside_the_vocabulary_is_named(worst):
 def test_what_is_no_list_of_integers_is_refused(prompt):
     with pytest.raises(RequestError, match="give a string, a list of token ids"):
         parse_prompt(prompt, None, 100)
+
+
+def test_half_a_surrogate_pair_is_refused_by_the_name_of_its_field():
+    with pytest.raises(RequestError) as caught:
+        parse_prompt("a\ud800", lambda text: None, 100)
+    assert caught.value.param == "prompt"
+    with pytest.raises(RequestError) as caught:
+        parse_prompt({"prompt_token_ids": [1], "cache_salt": "a\ud800"}, None, 100)
+    assert caught.value.param == "cache_salt"
+    with pytest.raises(RequestError) as caught:
+        bad_word_ids(["fine", "a\ud800"], lambda text, **kwargs: type("Encoding", (), {"input_ids": [1]}))
+    assert caught.value.param == "bad_words"

@@ -38,6 +38,8 @@ def test_operations(served):
         (b"{", 400),
         (b"[]", 400),
         (b'{"prompt": "\\ud800"}', 400),
+        (b'{"prompt": [1], "cache_salt": "\\ud800"}', 400),
+        (b'{"prompt": [1], "bad_words": ["\\ud800"]}', 400),
         (b'{"prompt": ""}', 400),
         (b'{"prompt": []}', 400),
         (b'{"prompt": [999999]}', 400),
@@ -53,6 +55,12 @@ def test_malformed_and_oversized_bodies_are_refused(served, content, status):
     assert answer.json()["error"]["message"]
     answer = httpx.post(f"{served.url}/v1/completions", content=iter([content]), headers=headers)  # no length stated
     assert answer.status_code == status
+
+
+def test_a_text_to_tokenize_must_be_unicode(served):
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{served.url}/tokenize", content=b'{"prompt": "\\ud800"}', headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
 
 
 @pytest.mark.parametrize("name", ["padding", "max_length", "tools", "tokenizer_kwargs", "tokenize", "messages", "self"])
