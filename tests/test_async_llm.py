@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from contextlib import aclosing
 
@@ -175,6 +177,28 @@ def test_what_the_engine_cannot_use_is_refused_before_it_gets_there(shared, prom
     error, good = asyncio.run(main())
     assert error.param == param
     assert good.finished
+
+
+_LEAVE_BUSY = """
+import asyncio
+from nanovllm_jax import AsyncLLM, SamplingParams
+
+llm = AsyncLLM(max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=64, enforce_eager=True)
+params = SamplingParams(max_tokens=1000, ignore_eos=True)
+
+async def main():
+    streams = [await llm.add_request([token], params) for token in range(1, 9)]
+    await anext(streams[-1])
+    return streams
+
+loop = asyncio.new_event_loop()
+streams = loop.run_until_complete(main())
+"""
+
+
+def test_a_process_may_end_while_requests_run():
+    ended = subprocess.run([sys.executable, "-c", _LEAVE_BUSY], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_an_engine_that_fails_ends_all_with_an_error(model, monkeypatch):

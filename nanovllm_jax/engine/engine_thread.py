@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from nanovllm_jax.engine.engine import Engine, PreparedRequest
@@ -35,6 +38,10 @@ class EngineThread:
         self._open: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        # Python would end under a thread that is inside of JAX, which then aborts the process. JAX's own handlers came
+        # before, so they run after this one.
+        self._close_at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._close_at_exit)
 
     @property
     def error(self) -> Exception | None:
@@ -104,6 +111,7 @@ class EngineThread:
             if self._error is None:
                 self._inbox.put(None)
         self._thread.join()
+        atexit.unregister(self._close_at_exit)
 
     def _put(self, command: Callable[[], None]) -> None:
         with self._lock:
@@ -153,3 +161,9 @@ class EngineThread:
         if outputs:
             self._open.difference_update(output.request_id for output in outputs if output.finished)
             self._on_events([(output.request_id, output) for output in outputs])
+
+
+def _close(reference: weakref.ref[EngineThread]) -> None:
+    thread = reference()
+    if thread is not None:
+        thread.close()
