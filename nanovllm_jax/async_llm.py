@@ -60,7 +60,10 @@ class AsyncLLM:
         self.max_model_len = built.shape.max_model_len
         self._engine = built.engine
         self._ids = itertools.count()
+        # By the engine's ids. It has ids of its own, since the caller may use one again before the engine knows that
+        # its request was left.
         self._streams: dict[str, RequestStream] = {}
+        self._engine_ids: dict[str, str] = {}  # by the caller's ids
         # One thread: a tokenizer uses several for a batch, but some are not safe to share. It is not the event
         # loop's and not the engine's, so a long prompt holds neither up.
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
@@ -117,20 +120,22 @@ class AsyncLLM:
         """
         await self.check_health()
         params = sampling_params or self.get_default_sampling_params()
-        request_id = f"async-{next(self._ids)}" if request_id is None else request_id
-        if request_id in self._streams:
+        engine_id = f"{'async' if request_id is None else request_id}-{next(self._ids)}"
+        request_id = engine_id if request_id is None else request_id
+        if request_id in self._engine_ids:
             message = f"The request id {request_id!r} is in use; give each request its own id."
             raise RequestError(message, param="request_id")
-        outputs = self._streams[request_id] = RequestStream(self, request_id, params.n)
+        outputs = self._streams[engine_id] = RequestStream(self, request_id, engine_id, params.n)
+        self._engine_ids[request_id] = engine_id
         try:
-            prepare = partial(self._engine.prepare, request_id, prompt, params, priority=priority, stream=stream)
+            prepare = partial(self._engine.prepare, engine_id, prompt, params, priority=priority, stream=stream)
             # Token ids are checked faster than a thread is woken.
             ready = not params.bad_words and not _is_text(prompt)
             prepared = await self._in_tokenizer_thread(prepare) if not ready else prepare()
             outputs.prompt_token_ids = prepared.samples[0].prompt_token_ids
             self._thread.add(prepared)
             if outputs.aborted:  # while it was tokenised, when the engine did not know it yet
-                self._thread.abort(request_id)
+                self._thread.abort(engine_id)
         except BaseException:
             outputs.close()
             raise
@@ -138,10 +143,10 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream ends with what it has got, finish_reason "abort". Unknown ids are ignored."""
-        outputs = self._streams.get(request_id)
+        outputs = self._streams.get(self._engine_ids.get(request_id, ""))
         if outputs is not None:
             outputs.aborted = True
-        self._thread.abort(request_id)
+            self._thread.abort(outputs.engine_id)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing happens, while a request runs."""
@@ -164,7 +169,7 @@ class AsyncLLM:
     @property
     def num_unfinished(self) -> int:
         """Samples that were asked for and have not ended."""
-        return sum(outputs.num_samples for outputs in self._streams.values())
+        return sum(outputs.num_samples for outputs in list(self._streams.values()))
 
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
         """As of `LLM`, in the tokenizer's thread."""
@@ -218,32 +223,34 @@ class AsyncLLM:
     def _on_events(self, events: list[Event]) -> None:
         """Called in the engine's thread: hand each event to the loop that waits for it, once a step and loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput | Exception]]] = {}
-        for request_id, event in events:
-            outputs = self._streams.get(request_id)
+        for engine_id, event in events:
+            outputs = self._streams.get(engine_id)
             if outputs is not None:
+                if isinstance(event, RequestOutput):
+                    event.request_id = outputs.request_id
                 by_loop.setdefault(outputs.loop, []).append((outputs, event))
         for loop, pairs in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_deliver, pairs)
             except RuntimeError:  # the loop was closed: nobody waits
                 for outputs, _ in pairs:
-                    outputs.close()
+                    self._leave(outputs)  # `close` would wake who waits, through the closed loop
 
     async def _in_tokenizer_thread[T](self, function: Callable[[], T]) -> T:
         await self.check_health()
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
 
     def _leave(self, outputs: RequestStream) -> None:
-        if self._streams.get(outputs.request_id) is outputs:  # not a later one of the same id
-            del self._streams[outputs.request_id]
-            self._thread.abort(outputs.request_id)
+        if self._streams.pop(outputs.engine_id, None) is not None:
+            del self._engine_ids[outputs.request_id]
+            self._thread.abort(outputs.engine_id)
 
 
 class RequestStream:
     """The outputs of one request, as they come. `close` ends it; what was not read yet is replaced by newer ones."""
 
-    def __init__(self, llm: AsyncLLM, request_id: str, num_samples: int) -> None:
-        self.request_id, self.num_samples = request_id, num_samples
+    def __init__(self, llm: AsyncLLM, request_id: str, engine_id: str, num_samples: int) -> None:
+        self.request_id, self.engine_id, self.num_samples = request_id, engine_id, num_samples
         self.prompt_token_ids: list[int] = []
         self.aborted = False
         self.loop = asyncio.get_running_loop()

@@ -179,6 +179,33 @@ def test_what_the_engine_cannot_use_is_refused_before_it_gets_there(shared, prom
     assert good.finished
 
 
+def test_an_id_may_be_used_again_at_once(shared):
+    async def main():
+        async with aclosing(shared.generate([1, 2], LONG, "same")) as outputs:
+            await anext(outputs)
+        return await last(shared, [3, 4, 5], LONG, request_id="same")
+
+    output = asyncio.run(main())
+    assert (output.request_id, output.prompt_token_ids) == ("same", [3, 4, 5])
+    assert output.outputs[0].finish_reason == "length"
+    assert is_empty(shared)
+
+
+def test_a_closed_event_loop_ends_its_own_requests_alone(shared):
+    reading = []
+
+    async def leave():
+        stream = await shared.add_request([1], LONG, stream=False)
+        reading.append(asyncio.ensure_future(anext(stream)))
+        await asyncio.sleep(0)  # it waits now
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    assert asyncio.run(last(shared, [2], LONG)).outputs[0].finish_reason == "length"
+    assert is_empty(shared)
+
+
 _LEAVE_BUSY = """
 import asyncio
 from nanovllm_jax import AsyncLLM, SamplingParams
