@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.topologies import TopologyDescription
 from jax.sharding import Mesh
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.engine.compile_worker import CompileOrder
 from nanovllm_jax.engine.engine import Engine
-from nanovllm_jax.engine.lowering_worker import LoweringOrder
 from nanovllm_jax.engine.plan import (
     abstract_weights,
     cache_dtype,
@@ -34,7 +35,7 @@ from nanovllm_jax.models.params import Params, param_bytes, random_params
 from nanovllm_jax.parallel.collectives import can_exchange, check_exchange, exchange_params
 from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, replica_meshes, split_heads
 from nanovllm_jax.step.catalogue import Catalogue
-from nanovllm_jax.step.lowering import LoweringWorkers
+from nanovllm_jax.step.compile_workers import CompileWorkers
 from nanovllm_jax.step.memory import (
     blocks_that_fit,
     claim_device_memory,
@@ -179,8 +180,10 @@ def _plan(
         kept_in = cache_folder() / "executables" if on_gpu or len(meshes) > 1 else None
         workers = None
         if on_gpu:
-            order = LoweringOrder(model, config, shape, dtype, kv_dtype, current_target(), exchanged)
-            workers = LoweringWorkers("nanovllm_jax.engine.lowering_worker", order)
+            topology, ids = TopologyDescription(devices).serialize(), tuple(device.id for device in devices)
+            target = current_target()
+            order = CompileOrder(model, config, shape, dtype, kv_dtype, exchanged, target, topology, ids)
+            workers = CompileWorkers("nanovllm_jax.engine.compile_worker", order)
         return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in, workers=workers)
 
     if config.num_gpu_blocks_override is not None:

@@ -7,13 +7,12 @@ device's part of the weights, the cache and the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanovllm_jax.models.params import Params
@@ -34,16 +33,17 @@ from nanovllm_jax.step.step import StepConfig, decode, decode_forward, prefill_f
 EQUAL = PartitionSpec()  # the same on every device
 UNFINISHED_SPECS = Unfinished(x=EQUAL, heads=PartitionSpec(None, MODEL_AXIS))  # heads by KV head
 
-# What calls our kernels. JAX exports such calls only if told so, since another version may not know them; here the same
-# version lowers and compiles.
-_KERNEL_CALLS = ("triton_kernel_call_ffi", "mosaic_gpu_v2")
-
 
 class ProgramKey(NamedTuple):
     """What a program does and the bucket it is for (rows or tokens; 0 where it has one size)."""
 
     kind: str  # decode, decode_filtered, decode_forward, prefill, plain, filtered, full, prompt_logprobs, update_...
     size: int = 0
+
+    @property
+    def cost(self) -> int:
+        """About how long it takes to compile: what runs the layers takes four to eight seconds of a core."""
+        return 6 if self.kind == "prefill" or self.kind.startswith("decode") else 1
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,12 @@ class Catalogue:
         self.extras = abstract_extras(config.model, config.shape, mesh)
 
     def all_keys(self) -> list[ProgramKey]:
-        """Every program, those that take longest to compile first."""
+        """Every program, those that take longest to compile first, and beside each other those that share kernels."""
         keys = [ProgramKey("prefill", size) for size in reversed(self.prefill_sizes)]
         keys += [ProgramKey("decode", size) for size in reversed(self.decode_sizes)]
+        keys += [ProgramKey("decode_forward", size) for size in reversed(self.sampling_sizes)]
         keys += [ProgramKey("decode_filtered", size) for size in reversed(self.filtered_sizes)]
-        for kind in ("decode_forward", "full", "filtered", "plain"):
+        for kind in ("full", "filtered", "plain"):
             keys += [ProgramKey(kind, size) for size in reversed(self.sampling_sizes)]
         keys += [ProgramKey("prompt_logprobs", size) for size in reversed(self.prefill_sizes)]
         return [*keys, ProgramKey("update_rows"), ProgramKey("update_extras")]
@@ -105,23 +106,6 @@ class Catalogue:
     def trace(self, key: ProgramKey) -> jax.stages.Traced:
         """The program before lowering, to compile it or to look into it."""
         return self._jitted(key).trace(*self.describe(key).arguments)
-
-    def export(self, key: ProgramKey, platform: str) -> export.Exported:
-        """The program lowered for "cuda" or "cpu", to be compiled by another process with `trace_exported`."""
-        calls = [export.DisabledSafetyCheck.custom_call(name) for name in _KERNEL_CALLS]
-        exported = export.export(self._jitted(key), platforms=[platform], disabled_checks=calls)
-        # Without its derivative, a closure, it can be pickled; its own `serialize` wants named tuples registered.
-        return replace(exported(*self.describe(key).arguments), _get_vjp=None)
-
-    def trace_exported(self, key: ProgramKey, exported: export.Exported) -> jax.stages.Traced:
-        """`trace`, from what a process with the same catalogue exported: little is left to lower."""
-        program = self.describe(key)
-
-        def call(*arguments: Any) -> Any:
-            return exported.call(*arguments)
-
-        call.__name__ = exported.fun_name
-        return jax.jit(call, donate_argnums=program.donated).trace(*program.arguments)
 
     def _jitted(self, key: ProgramKey) -> Any:
         program = self.describe(key)

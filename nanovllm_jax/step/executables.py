@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +32,12 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton")
 KEPT_FOLDERS = 16  # one for each combination of model, arguments and versions; the least recently used goes first
+
+
+def pack(compiled: jax.stages.Compiled, devices: Sequence[Any]) -> bytes:
+    """A whole program and the devices it was compiled for, in the order of their mesh; `ExecutableStore` reads it."""
+    # As it is: kernels are compressed already, so that zlib would gain 8% and take as long as serialising does.
+    return pickle.dumps(([device.id for device in devices], serialize_executable.serialize(compiled)))
 
 
 class ExecutableStore:
@@ -58,23 +64,34 @@ class ExecutableStore:
         if not path.exists():
             return None
         try:
-            compiled_for, serialized = pickle.loads(path.read_bytes())
-            if compiled_for != [device.id for device in self._devices]:
-                return load_relocated(serialized, compiled_for, self._devices, self._options)
-            return serialize_executable.deserialize_and_load(
-                *serialized, backend=self._devices[0].client, execution_devices=self._devices
-            )
+            return self.unpack(path.read_bytes())
         except Exception as error:  # whatever is wrong with the file, compiling is the remedy
             logger.warning("%s does not load (%s); it is compiled again", path, error)
             return None
 
+    def unpack(self, packed: bytes) -> jax.stages.Compiled:
+        """What `pack` wrote, here or in another process, on this store's devices."""
+        compiled_for, serialized = pickle.loads(packed)
+        if compiled_for != [device.id for device in self._devices]:
+            return load_relocated(serialized, compiled_for, self._devices, self._options)
+        return serialize_executable.deserialize_and_load(
+            *serialized, backend=self._devices[0].client, execution_devices=self._devices
+        )
+
     def save(self, key: ProgramKey, compiled: jax.stages.Compiled) -> None:
-        """Keep a program; a full disk or a back end that cannot is worth a warning."""
+        """Keep a program; a back end that cannot is worth a warning."""
         try:
-            compiled_for = [device.id for device in self._devices]
-            # As it is: kernels are compressed already, so that zlib would gain 8% and take as long as serialising does.
-            self._write(self._path(key).name, pickle.dumps((compiled_for, serialize_executable.serialize(compiled))))
+            packed = pack(compiled, self._devices)
         except Exception as error:
+            logger.warning("%s is not kept for the next start: %s", key, error)
+        else:
+            self.keep(key, packed)
+
+    def keep(self, key: ProgramKey, packed: bytes) -> None:
+        """Keep what `pack` gave; a full disk is worth a warning."""
+        try:
+            self._write(self._path(key).name, packed)
+        except OSError as error:
             logger.warning("%s is not kept for the next start: %s", key, error)
 
     def mark_used(self) -> None:

@@ -18,15 +18,13 @@ from weakref import WeakValueDictionary
 
 import jax
 
-from nanovllm_jax.models.projections import most_fused_rows
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
+from nanovllm_jax.step.compile_workers import CompileWorkers, Made, usable_cores
 from nanovllm_jax.step.executables import ExecutableStore
-from nanovllm_jax.step.lowering import Lowered, LoweringWorkers, usable_cores
-from nanovllm_jax.step.step import num_parts
+from nanovllm_jax.step.xla_options import engine_options, is_timed, program_options
 
 logger = logging.getLogger(__name__)
 
-_RECORDED_BY_DEFAULT = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION"  # in jaxlib 0.11.2
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 # By the folder that keeps the program; an entry goes with the last thread that holds or waits for it.
 _being_made: WeakValueDictionary[tuple[str, ProgramKey], threading.Lock] = WeakValueDictionary()
@@ -56,19 +54,6 @@ def use_persistent_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _gpu_options(command_buffers: bool, several_devices: bool) -> dict[str, Any]:
-    if not command_buffers:
-        return {"xla_gpu_enable_command_buffer": ""}
-    # Under a profiler XLA would otherwise launch kernel by kernel, and the trace show a step bound by the host.
-    options: dict[str, Any] = {"xla_enable_command_buffers_during_profiling": True}
-    if several_devices:
-        # A collective outside of a graph cuts it in two: a sum of 64 x 4096 then costs two GPUs 32 us, and 11 inside.
-        # XLA's own collective kernels, which it prefers, are not recorded; NCCL's are.
-        options["xla_gpu_enable_command_buffer"] = f"{_RECORDED_BY_DEFAULT},COLLECTIVES"
-        options["xla_gpu_experimental_use_collective_kernels"] = ""
-    return options
-
-
 @dataclass(frozen=True)
 class CompileRecord:
     """One compilation: what, when and how long (seconds), and whether a cache had it.
@@ -79,7 +64,7 @@ class CompileRecord:
     key: ProgramKey
     started: float  # of tracing, on time.perf_counter's clock
     trace_s: float
-    lower_s: float  # and tracing, where a worker did both
+    lower_s: float
     compile_started: float
     compile_s: float
     cache_hit: bool
@@ -92,7 +77,8 @@ class Programs:
         catalogue: what there is to compile.
         command_buffers: whether XLA may record its launches (on GPUs).
         kept_in: folder of whole executables, from which a start takes what an earlier one compiled; None keeps none.
-        workers: processes that lower many programs side by side; without them they are lowered here.
+        workers: processes that compile many programs side by side; without them they are compiled here. What they
+            compile is kept, so there must be a folder.
     """
 
     def __init__(
@@ -101,12 +87,11 @@ class Programs:
         *,
         command_buffers: bool,
         kept_in: Path | None = None,
-        workers: LoweringWorkers | None = None,
+        workers: CompileWorkers | None = None,
     ) -> None:
         self.catalogue = catalogue
         self.compile_log: list[CompileRecord] = []
-        devices = catalogue.mesh.devices
-        self._options = _gpu_options(command_buffers, devices.size > 1) if devices.flat[0].platform == "gpu" else None
+        self._options = engine_options(catalogue, command_buffers=command_buffers)
         self.store = None if kept_in is None else ExecutableStore(kept_in, catalogue, self._options)
         if self.store:
             self.store.mark_used()
@@ -118,7 +103,7 @@ class Programs:
         if key not in self._compiled:
             with self._one_at_once(key):
                 if not self._load(key):
-                    self._make(key, None)
+                    self._make(key)
         return self._compiled[key]
 
     def _one_at_once(self, key: ProgramKey) -> AbstractContextManager[object]:
@@ -137,55 +122,28 @@ class Programs:
         self.compile(self.catalogue.all_keys())
 
     def compile(self, keys: Sequence[ProgramKey]) -> None:
-        """Load programs side by side; lower and compile those that were not kept.
+        """Load programs side by side; compile those that were not kept.
 
         Loading and XLA's compiler let other threads run meanwhile. Tracing and lowering are mostly Python, which does
-        not, so workers do that for all but a few programs.
+        not, and XLA does not compile all of one program beside another: so workers do that for all but a few.
         """
         pool = ThreadPoolExecutor(min(usable_cores(), 16))
         try:
             missing = [key for key in keys if key not in self._compiled]
             absent = [key for key, found in zip(missing, pool.map(self._load, missing), strict=True) if not found]
-            with closing(self._lower(absent)) as lowered:
+            with closing(self._made(absent)) as made:
                 # The copied context says which GPU kernels are lowered for.
-                for future in [pool.submit(copy_context().run, self._make, *one) for one in lowered]:
+                for future in [pool.submit(copy_context().run, self._take, *one) for one in made]:
                     future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun
 
-    def _lower(self, keys: Sequence[ProgramKey]) -> Generator[tuple[ProgramKey, Lowered | None]]:
-        """Programs that workers have lowered, as they come; None with a program that is left to this process."""
+    def _made(self, keys: Sequence[ProgramKey]) -> Generator[tuple[ProgramKey, Made | None]]:
+        """Programs that workers have compiled, as they come; None with a program that is left to this process."""
+        here = [key for key in keys if self._workers is None or (self._options and is_timed(key))]
+        yield from ((key, None) for key in here)
         if self._workers:
-            yield from self._workers.lower(keys)
-        else:
-            yield from ((key, None) for key in keys)
-
-    def _options_of(self, key: ProgramKey) -> dict[str, Any] | None:
-        """XLA's options for a program.
-
-        While it compiles, XLA would also compile and time dozens of its own kernels for each product and two kinds of
-        code for each fusion. For the products of long prefills and for the output head it then keeps cuBLAS's kernel,
-        or one as fast; those of decode steps of many rows gain from the trial.
-        """
-        if self._options is None:
-            return None
-        trials = key.kind.startswith("decode") and key.size > most_fused_rows()
-        options: dict[str, Any] = {
-            "xla_gpu_experimental_enable_fusion_autotuner": False,
-            "xla_gpu_enable_triton_gemm": trials,
-            **self._options,
-        }
-        if self._computes_in_parts(key):
-            options["xla_gpu_enable_command_buffer"] = ""
-        return options
-
-    def _computes_in_parts(self, key: ProgramKey) -> bool:
-        """Whether sums of one part of the tokens run beside what another one computes.
-
-        Graphs would run one after the other; and they would have to be updated before the first kernel starts, which
-        takes longer than it takes to launch kernels of 100 us one by one.
-        """
-        return key.kind == "prefill" and num_parts(self.catalogue.config.axis_name, key.size) > 1
+            yield from self._workers.compile([key for key in keys if key not in here])
 
     def _load(self, key: ProgramKey) -> bool:
         """Take a program that an earlier start has kept; whether there is one."""
@@ -197,21 +155,37 @@ class Programs:
         self.compile_log.append(CompileRecord(key, started, 0.0, 0.0, started, time.perf_counter() - started, True))
         return True
 
-    def _make(self, key: ProgramKey, elsewhere: Lowered | None) -> None:
-        """Compile a program, lowered here or elsewhere, and keep it."""
+    def _take(self, key: ProgramKey, made: Made | None) -> None:
+        """Keep a program that a worker has compiled, or compile it."""
+        if made is None:
+            self._make(key)
+            return
+        assert self.store is not None
+        compile_started = time.perf_counter() - made.compile_s
+        started = compile_started - made.lower_s - made.trace_s
+        try:
+            self._compiled[key] = self.store.unpack(made.executable)
+        except Exception as error:  # whatever is wrong with it, compiling here is the remedy
+            logger.warning("%s does not load (%s); it is compiled again", key, error)
+            self._make(key)
+            return
+        self.store.keep(key, made.executable)
+        self._log(CompileRecord(key, started, made.trace_s, made.lower_s, compile_started, made.compile_s, False))
+
+    def _make(self, key: ProgramKey) -> None:
+        """Compile a program, and keep it."""
         started = time.perf_counter()
-        traced = self.catalogue.trace_exported(key, elsewhere.exported) if elsewhere else self.catalogue.trace(key)
+        traced = self.catalogue.trace(key)
         traced_at = time.perf_counter()
         lowered = traced.lower()
         lowered_at, hits = time.perf_counter(), _cache_hits[threading.get_ident()]
-        self._compiled[key] = lowered.compile(compiler_options=self._options_of(key))
+        self._compiled[key] = lowered.compile(compiler_options=program_options(self.catalogue, key, self._options))
         seconds, hit = time.perf_counter() - lowered_at, _cache_hits[threading.get_ident()] > hits
-        worked = elsewhere.seconds if elsewhere else 0.0
-        record = CompileRecord(
-            key, started - worked, traced_at - started, lowered_at - traced_at + worked, lowered_at, seconds, hit
-        )
-        self.compile_log.append(record)
-        logger.debug("compiled %s", record)
+        self._log(CompileRecord(key, started, traced_at - started, lowered_at - traced_at, lowered_at, seconds, hit))
         # What XLA's cache gave back need not serialise whole again: on a CPU such a program lacks functions later.
         if self.store and not hit:
             self.store.save(key, self._compiled[key])
+
+    def _log(self, record: CompileRecord) -> None:
+        self.compile_log.append(record)
+        logger.debug("compiled %s", record)

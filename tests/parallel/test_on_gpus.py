@@ -24,7 +24,7 @@ ARGUMENTS = {
 
 
 def generate(prompts, **settings):
-    with LLM(skip_tokenizer_init=True, **ARGUMENTS, **settings) as llm:
+    with LLM(skip_tokenizer_init=True, **ARGUMENTS | settings) as llm:
         logs = [replica.runner.programs.compile_log for replica in llm._engine.replicas]
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
         return [output.outputs[0].token_ids for output in outputs], logs
@@ -47,6 +47,20 @@ def test_a_program_that_is_loaded_as_if_for_other_devices_does_the_same(own_cach
     assert again == alone
     assert len(log) > 3
     assert all(record.trace_s == 0 for record in log)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_programs_that_processes_without_a_gpu_compile_do_the_same(own_cache, caplog, shards):
+    if jax.device_count() < shards:
+        pytest.skip(f"needs {shards} GPUs")
+    here, (log_here,) = generate(PROMPTS, tensor_parallel_size=shards)
+    for record in log_here:  # what was compiled here is not to be found
+        assert not record.cache_hit
+    there, (log,) = generate(PROMPTS, tensor_parallel_size=shards, compile_at_start=True, max_logprobs=19)
+    assert there == here
+    assert len(log) > len(log_here)
+    assert not any(record.cache_hit for record in log)
+    assert caplog.text == ""
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")

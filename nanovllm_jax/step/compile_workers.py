@@ -1,8 +1,10 @@
-"""Lowering in processes of their own: tracing is Python, which runs one thread at a time in a process.
+"""Compiling in processes of their own, which a process does better than a thread.
 
-    key --worker: trace, lower, compile Triton's and Mosaic's kernels--> StableHLO --here--> XLA
+    key --worker: trace, lower, compile--> a whole executable --here--> loaded, kept
 
-A worker has no GPU; it is told what GPU it lowers for.
+Tracing is Python, which runs one thread at a time in a process. And while XLA compiles one of Mosaic's kernels it
+compiles none of its own in that process, and the other way round, since LLVM's options are global. A worker has no GPU;
+it is told what GPU it compiles for.
 """
 
 from __future__ import annotations
@@ -21,13 +23,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from jax.export import Exported
-
 from nanovllm_jax.step.catalogue import ProgramKey
 
 logger = logging.getLogger(__name__)
 
-MOST_WORKERS = 12  # each starts with two seconds of imports, which more workers would not earn back
+MOST_WORKERS = 16  # each starts with two seconds of imports and compiles kernels that others compile too
 _LEAST_PROGRAMS = 4  # that are worth a worker
 
 
@@ -39,56 +39,62 @@ def usable_cores() -> int:
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """A program that a worker has lowered."""
+class Made:
+    """A program that a worker has compiled, as `executables.pack` writes it, and what that took (seconds)."""
 
-    exported: Exported
-    seconds: float
+    executable: bytes
+    trace_s: float
+    lower_s: float
+    compile_s: float
 
 
-class LoweringWorkers:
-    """Starts workers, and has each lower its part of the programs.
+class CompileWorkers:
+    """Starts workers, and has each compile its part of the programs.
 
     Args:
         module: what a worker runs; it reads a pickled order and then keys from its input until that ends, and answers
-            each key with a pickled `Lowered`.
+            each key with a pickled `Made`.
         order: what the worker needs to know to describe the programs, which pickle can write.
     """
 
     def __init__(self, module: str, order: Any) -> None:
         self._module, self._order = module, pickle.dumps(order)
 
-    def lower(self, keys: Sequence[ProgramKey]) -> Iterator[tuple[ProgramKey, Lowered | None]]:
-        """Every program as soon as it is lowered, in any order; None if that is left to this process.
+    def compile(self, keys: Sequence[ProgramKey]) -> Iterator[tuple[ProgramKey, Made | None]]:
+        """Every program as soon as it is compiled, in any order; None if that is left to this process.
 
-        Neighbours share kernels, so a worker begins with a run of neighbours; when it has no more, it takes the last
-        program of the longest run. Of a worker that fails the others take what is left; close this generator early,
-        and all of them end at once.
+        Neighbours share kernels, so a worker begins with a run of neighbours, each about as long as the others'; when
+        it has no more, it takes the last program of the longest run. Of a worker that fails the others take what is
+        left; close this generator early, and all of them end at once.
         """
         count = min(MOST_WORKERS, usable_cores() * 3 // 4, len(keys) // _LEAST_PROGRAMS)
         if count == 0:
             yield from ((key, None) for key in keys)
             return
-        runs = [deque(keys[i * len(keys) // count : (i + 1) * len(keys) // count]) for i in range(count)]
+        runs = [deque[ProgramKey]() for _ in range(count)]
+        total, before = sum(key.cost for key in keys), 0
+        for key in keys:
+            runs[before * count // total].append(key)
+            before += key.cost
         workers = [_Worker(self._module, self._order) for _ in runs]
         lock, idle = threading.Lock(), queue.SimpleQueue[tuple[_Worker, deque[ProgramKey]]]()
         for pair in zip(workers, runs, strict=True):
             idle.put(pair)
 
-        def lower_next() -> tuple[ProgramKey, Lowered | None]:
+        def compile_next() -> tuple[ProgramKey, Made | None]:
             worker, run = idle.get()
             with lock:
-                key = run.popleft() if run else max(runs, key=len).pop()
-            lowered = worker.lower(key)
+                key = run.popleft() if run else max(runs, key=_cost).pop()
+            made = worker.compile(key)
             with lock:
-                # The last one of all goes on, to say of what is left that nobody lowers it.
+                # The last one of all goes on, to say of what is left that nobody compiles it.
                 if not worker.failed or all(each.failed for each in workers):
                     idle.put((worker, run))
-            return key, lowered
+            return key, made
 
         pool = ThreadPoolExecutor(count)
         try:
-            for future in as_completed([pool.submit(lower_next) for _ in keys]):
+            for future in as_completed([pool.submit(compile_next) for _ in keys]):
                 yield future.result()
         finally:
             for worker in workers:
@@ -98,8 +104,12 @@ class LoweringWorkers:
                 worker.end()
 
 
+def _cost(run: deque[ProgramKey]) -> int:
+    return sum(key.cost for key in run)
+
+
 class _Worker:
-    """One process, started for its first key; after a failure it lowers nothing more."""
+    """One process, started for its first key; after a failure it compiles nothing more."""
 
     def __init__(self, module: str, order: bytes) -> None:
         self._module, self._order = module, order
@@ -107,7 +117,7 @@ class _Worker:
         self._stopped = False
         self.failed = False
 
-    def lower(self, key: ProgramKey) -> Lowered | None:
+    def compile(self, key: ProgramKey) -> Made | None:
         """The program; None, and a warning, if the process fails."""
         if self.failed or self._stopped:
             return None
@@ -119,9 +129,9 @@ class _Worker:
             self._process.stdin.write(pickle.dumps(key))
             self._process.stdin.flush()
             return pickle.load(self._process.stdout)
-        except Exception as error:  # whatever went wrong there, others can lower too
+        except Exception as error:  # whatever went wrong there, others can compile too
             if not self._stopped:
-                logger.warning("a lowering process ended at %s (%r); others lower its programs", key, error)
+                logger.warning("a compiling process ended at %s (%r); others compile its programs", key, error)
             self.failed = True
             return None
 

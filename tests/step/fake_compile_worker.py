@@ -5,7 +5,7 @@ import pickle
 import sys
 import time
 
-from nanovllm_jax.step.lowering import Lowered
+from nanovllm_jax.step.compile_workers import Made
 
 dies_at = pickle.load(sys.stdin.buffer)
 while True:
@@ -15,7 +15,7 @@ while True:
         break
     if key == dies_at:
         sys.exit(0)
-    pickle.dump(Lowered(key, os.getpid()), sys.stdout.buffer)
+    pickle.dump(Made(key, 0.0, 0.0, os.getpid()), sys.stdout.buffer)
     sys.stdout.buffer.flush()
     if dies_at == "stuck":
         time.sleep(60)
