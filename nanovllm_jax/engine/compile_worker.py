@@ -91,6 +91,9 @@ def answer(requests: BinaryIO, replies: BinaryIO) -> NoReturn:
     order: CompileOrder = pickle.load(requests)
     jax.config.update("jax_num_cpu_devices", order.config.tensor_parallel_size)
     jax.config.update("jax_enable_compilation_cache", False)  # the engine keeps what it gets
+    # Without a GPU XLA takes 0.8 of its memory for all there is, in which the cache does not fit, and would compute
+    # things twice that it could keep (35 fusions instead of 24 in a decode step).
+    jax.config.update("jax_compiler_enable_remat_pass", False)
     if order.target:
         # Where PyTorch is installed, Triton imports it, to know tensors from other arguments, which takes five seconds.
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]

@@ -42,8 +42,8 @@ class ProgramKey(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """About how long it takes to compile: what runs the layers takes four to eight seconds of a core."""
-        return 6 if self.kind == "prefill" or self.kind.startswith("decode") else 1
+        """About how many seconds of a core it takes to compile in a new process, kernels that others share included."""
+        return {"decode_filtered": 15, "prefill": 10, "decode": 10, "decode_forward": 10}.get(self.kind, 2)
 
 
 @dataclass(frozen=True)

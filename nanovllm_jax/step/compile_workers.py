@@ -27,8 +27,9 @@ from nanovllm_jax.step.catalogue import ProgramKey
 
 logger = logging.getLogger(__name__)
 
-MOST_WORKERS = 16  # each starts with two seconds of imports and compiles kernels that others compile too
-_LEAST_PROGRAMS = 4  # that are worth a worker
+MOST_WORKERS = 24  # each starts with two seconds of imports and compiles kernels that others compile too
+_LEAST_PROGRAMS = 4  # that are worth workers
+_LEAST_SHARE = 2  # programs, to be worth one more worker
 
 
 def usable_cores() -> int:
@@ -67,8 +68,8 @@ class CompileWorkers:
         it has no more, it takes the last program of the longest run. Of a worker that fails the others take what is
         left; close this generator early, and all of them end at once.
         """
-        count = min(MOST_WORKERS, usable_cores() * 3 // 4, len(keys) // _LEAST_PROGRAMS)
-        if count == 0:
+        count = min(MOST_WORKERS, usable_cores() * 3 // 4, len(keys) // _LEAST_SHARE)
+        if count == 0 or len(keys) < _LEAST_PROGRAMS:
             yield from ((key, None) for key in keys)
             return
         runs = [deque[ProgramKey]() for _ in range(count)]
@@ -156,7 +157,13 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             process_group=0,  # Ctrl-C in a terminal is for the engine, which ends this process
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                # XLA would say of each program that the cache does not fit in 0.8 of the GPU's memory.
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+            },
         )
         assert process.stdin is not None
         process.stdin.write(self._order)
