@@ -31,11 +31,7 @@ def texts_of(traced: Any, module: str, hlo: str | None, with_triton: Any | None)
             lines: list[Line] = []
             for kernel in kernels:
                 head = f"// {kernel.name}: {kernel.num_warps} warps, {kernel.shared_bytes} bytes of shared memory"
-                body = [_PLACE.sub("", line) for line in getattr(kernel, name).splitlines() if not _is_debug(line)]
+                body = [_PLACE.sub("", line) for line in getattr(kernel, name).splitlines() if line[:4] != "#loc"]
                 lines += [(head, ""), *((line, "") for line in body)]
             texts["triton" if name == "ttir" else "ptx"] = text((lines, len(lines)))
     return texts, list(numbers)
-
-
-def _is_debug(line: str) -> bool:
-    return line.startswith("#loc") or line.lstrip().startswith((".loc", ".file", ".b8", ".b32", ".b64"))

@@ -1,4 +1,4 @@
-"""Reads the compiled Triton kernels out of a lowered program: jax-triton carries their PTX and IR along."""
+"""Reads the compiled Triton kernels out of a lowered program: jax-triton carries their PTX along."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nanovllm_kernels._compat import triton_ir
+
 # Field numbers of jax-triton's message: a call holds a kernel, which holds these.
-_NAME, _WARPS, _SHARED, _PTX, _TTIR = 1, 2, 3, 4, 5
+_NAME, _WARPS, _SHARED, _PTX = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def triton_kernels(lowered: Any) -> list[TritonKernel]:
                 kernel.get(_WARPS, 0),
                 kernel.get(_SHARED, 0),
                 kernel[_PTX].decode(),
-                kernel[_TTIR].decode(),
+                triton_ir(kernel[_PTX].decode()),
             ),
         )
     return list(found.values())

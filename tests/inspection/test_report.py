@@ -87,7 +87,10 @@ def test_optimised_hlo_folds_equal_layers_and_keeps_scopes(on_cpu):
 def test_triton_kernels_come_with_their_ir_and_ptx(for_h200):
     decode = for_h200.programs[0]
     assert any(line.startswith("// rope_decode_kernel: 4 warps") for line in decode.texts["triton"].lines)
+    assert any("tt.func public @rope_decode_kernel" in line for line in decode.texts["triton"].lines)
     assert ".target sm_90a" in decode.texts["ptx"].lines
+    # Every call carries it, and every launch of a program reads what calls carry.
+    assert not [line for line in decode.texts["ptx"].lines if line.startswith((" ", "\t", ".loc")) or not line]
     assert {row.kind for row in decode.kernels if row.name == "rope_paged_decode"} == {"triton"}
 
 
