@@ -8,6 +8,7 @@ from nanovllm_jax.models.projections import most_fused_rows
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.step import num_parts
 
+_LEAST_TIMED_TOKENS = 2048  # of a prefill
 _RECORDED_BY_DEFAULT = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION"  # in jaxlib 0.11.2
 
 
@@ -44,7 +45,7 @@ def program_options(catalogue: Catalogue, key: ProgramKey, shared: dict[str, Any
         return None
     options: dict[str, Any] = {
         "xla_gpu_experimental_enable_fusion_autotuner": False,
-        "xla_gpu_enable_triton_gemm": is_timed(key),
+        "xla_gpu_enable_triton_gemm": _tries_own_products(key),
         **shared,
     }
     if _computes_in_parts(catalogue, key):
@@ -53,10 +54,15 @@ def program_options(catalogue: Catalogue, key: ProgramKey, shared: dict[str, Any
 
 
 def is_timed(key: ProgramKey) -> bool:
-    """Whether XLA is to time its kernels for a program's products, for which it needs the GPU.
+    """Whether XLA is to time kernels for a program's products, for which it needs the GPU.
 
-    Decode steps of many rows gain from the trial, where their products are not ours.
+    Without it XLA takes what cuBLAS's heuristics put first, which long prefills should not depend on.
     """
+    return _tries_own_products(key) or (key.kind == "prefill" and key.size >= _LEAST_TIMED_TOKENS)
+
+
+def _tries_own_products(key: ProgramKey) -> bool:
+    """Decode steps of many rows gain from XLA's own kernels, where their products are not ours."""
     return key.kind.startswith("decode") and key.size > most_fused_rows()
 
 
