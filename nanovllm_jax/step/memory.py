@@ -22,6 +22,7 @@ WORKSPACE_BYTES = 64 << 20
 BLOCK_MULTIPLE = 256
 # Host memory that the cache may take where there is no GPU.
 CPU_CACHE_BYTES = 2 << 30
+_LEAST_SHARE_OF_OTHERS = 8  # of the budget, as 1 / n, that counts as held by others
 
 
 def claim_device_memory(gpu_memory_utilization: float) -> None:
@@ -94,7 +95,9 @@ def blocks_that_fit(
             limit / 1e9,
         )
     used = max((device.memory_stats() or {}).get("bytes_in_use", 0) for device in devices)
-    others = max(0, used - fixed_bytes)  # weights may be on the devices by now, or not
+    # Weights may be on the devices by now, or not, and the last one twice, for its transposition. What another engine
+    # holds is far more. A number of blocks that depended on the moment would compile everything anew.
+    others = used - fixed_bytes if used - fixed_bytes > limit // _LEAST_SHARE_OF_OTHERS else 0
     free = limit - others - fixed_bytes - temporary - RESERVE_BYTES
     blocks = free // block_bytes // BLOCK_MULTIPLE * BLOCK_MULTIPLE
     if blocks < BLOCK_MULTIPLE:
