@@ -12,7 +12,7 @@ from nanovllm_jax.engine.detokenizer import Detokenizer
 from nanovllm_jax.engine.request import Request
 from nanovllm_jax.engine.stats import EngineStats
 from nanovllm_jax.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
-from nanovllm_jax.step.runner import TokenLogprobs
+from nanovllm_jax.step.result import TokenLogprobs
 
 # Requests that stream share 8,000 reports a second, so few tokens are reported together where few run and more where
 # many do. A report costs the server about 100 us of the interpreter, which the engine needs too: with one a token,

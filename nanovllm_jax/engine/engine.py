@@ -28,7 +28,7 @@ from nanovllm_jax.engine.stats import EngineStats
 from nanovllm_jax.errors import DeviceError, RequestError
 from nanovllm_jax.outputs import FinishReason, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
-from nanovllm_jax.step.runner import StepResult
+from nanovllm_jax.step.result import StepResult
 
 logger = logging.getLogger(__name__)
 

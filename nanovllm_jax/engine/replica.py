@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nanovllm_jax.engine.request import Request
 from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.scheduler import Scheduler
-from nanovllm_jax.step.runner import InFlight, Runner
+
+if TYPE_CHECKING:  # the host shell decides without JAX
+    from nanovllm_jax.step.runner import InFlight, Runner
 
 # A replica whose queue is longer than this many times the mean leaves a prompt to another one, cached prefix or not.
 OVERLOAD = 1.25

@@ -24,28 +24,10 @@ from nanovllm_jax.step.admission import Admission, TableSpan, pack_updates
 from nanovllm_jax.step.buckets import bucket_for
 from nanovllm_jax.step.catalogue import ProgramKey
 from nanovllm_jax.step.programs import Programs
+from nanovllm_jax.step.result import StepResult, TokenLogprobs
 from nanovllm_jax.step.state import PrefillDelta
 
 _UNREAD = array("i", [-1])
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Raw log-probabilities of one position: of the token that stands there, its rank (from 1), and of the best."""
-
-    logprob: float
-    rank: int
-    top_ids: np.ndarray
-    top_logprobs: np.ndarray
-
-
-@dataclass
-class StepResult:
-    """What one step sampled, in the order of its schedule."""
-
-    tokens: list[list[int]]  # drawn for each sequence, in order; -1 where the logits were not finite
-    logprobs: list[TokenLogprobs] | None
-    prompt_logprobs: dict[Request, list[TokenLogprobs]]
 
 
 @dataclass

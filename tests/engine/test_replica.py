@@ -9,7 +9,7 @@ from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.sampling_params import SamplingParams
-from nanovllm_jax.step.runner import StepResult
+from nanovllm_jax.step.result import StepResult
 
 PREFIX = list(range(100, 132))
 
