@@ -122,9 +122,9 @@ class Attributes:
 
 def _has_kv_cache_scales(attributes: Attributes) -> bool:
     """Whether `quantization_config`, as compressed-tensors writes it, is of the cache alone: a static scale a layer."""
-    if "quantization_config" not in attributes:
+    found = attributes.take("quantization_config")
+    if not found:
         return False
-    found = dict(attributes.take("quantization_config", {}))
     scheme = found.get("kv_cache_scheme") or {}
     wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
     if found.get("config_groups") or any(scheme.get(name) != value for name, value in wanted.items()):
