@@ -88,15 +88,8 @@ def load_rows(ptr, row_offsets, dims, row_mask, HEAD_DIM: tl.constexpr, MASKED: 
 
 @triton.jit
 @no_type_check
-def scaled_scores(q, k, k_scale, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
-    """Scores of queries [M, D] against keys [N, D] (times `k_scale`), capped if SOFT_CAP > 0, in units of log2."""
-    return scale_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), k_scale, SCALE, SOFT_CAP)
-
-
-@triton.jit
-@no_type_check
 def scale_scores(scores, k_scale, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
-    """Products of queries and keys as `scaled_scores` gives them."""
+    """Products of queries and keys times `k_scale`, capped if SOFT_CAP > 0, in units of log2."""
     if SOFT_CAP > 0:
         x = scores * (k_scale * (SCALE / SOFT_CAP))
         # tanh from exp2 loses its low digits near 0, where 1 - 2 / (1 + e^2x) cancels: a series there.
@@ -107,15 +100,6 @@ def scale_scores(scores, k_scale, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
     else:
         scores = scores * (k_scale * (SCALE * LOG2_E))
     return scores
-
-
-@triton.jit
-@no_type_check
-def online_softmax(scores, v, maximum, total, acc):
-    """Folds a tile of scores [M, N] (log2, -inf where hidden) and values [N, D] into the running softmax."""
-    weights, decay, maximum, total = softmax_weights(scores, maximum, total)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return maximum, total, acc
 
 
 @triton.jit
@@ -181,6 +165,128 @@ def load_scale(ptr, kv_head, SCALED: tl.constexpr):
     if SCALED:
         scale = tl.load(ptr + kv_head).to(tl.float32)
     return scale
+
+
+@triton.jit
+@no_type_check
+def load_halves(
+    ptr,
+    offsets,
+    dims,
+    row_mask,
+    HEAD_DIM: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows of the cache as two tiles: with PAIRS even and odd dims of float8, else all dims, and nothing."""
+    if PAIRS:
+        pairs_ptr = ptr.to(tl.pointer_type(tl.int16))
+        pairs = load_rows(pairs_ptr, offsets // 2, dims, row_mask, HEAD_DIM // 2, MASKED)
+        even, odd = low_of_pairs(pairs).to(DOT_DTYPE), high_of_pairs(pairs).to(DOT_DTYPE)
+    else:
+        even, odd = load_rows(ptr, offsets, dims, row_mask, HEAD_DIM, MASKED).to(DOT_DTYPE), 0.0
+    return even, odd
+
+
+@triton.jit
+@no_type_check
+def attend_piece(
+    q,
+    q_odd,
+    k_cache_ptr,
+    v_cache_ptr,
+    table_ptr,
+    query_positions,
+    k_scale,
+    maximum,
+    total,
+    acc,
+    acc_odd,
+    begin,
+    end,
+    first,
+    num_kv_heads,
+    kv_head,
+    dims,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Folds positions begin..end into the softmax; without MASKED every query sees all of them."""
+    for start in range(begin, end, TILE_TOKENS):
+        positions = start + tl.arange(0, TILE_TOKENS)
+        loaded = (positions >= first) & (positions < end)
+        offsets = slot_offsets(table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED)
+        k, k_odd = load_halves(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, DOT_DTYPE, PAIRS, MASKED)
+        v, v_odd = load_halves(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, DOT_DTYPE, PAIRS, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if PAIRS:
+            scores = tl.dot(q_odd, tl.trans(k_odd), scores, input_precision="ieee")
+        scores = scale_scores(scores, k_scale, SCALE, SOFT_CAP)
+        if MASKED:
+            visible = loaded[None, :] & (positions[None, :] <= query_positions[:, None])
+            if WINDOW > 0:
+                visible = visible & (positions[None, :] > query_positions[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+        weights, decay, maximum, total = softmax_weights(scores, maximum, total)
+        weights = weights.to(DOT_DTYPE)
+        acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
+        if PAIRS:
+            acc_odd = tl.dot(weights, v_odd, acc_odd * decay[:, None], input_precision="ieee")
+    return maximum, total, acc, acc_odd
+
+
+@triton.jit
+@no_type_check
+def attend_range(
+    q,
+    q_odd,
+    k_cache_ptr,
+    v_cache_ptr,
+    table_ptr,
+    query_positions,
+    k_scale,
+    maximum,
+    total,
+    acc,
+    acc_odd,
+    begin,
+    end,
+    seen_by_all,  # positions up to here are visible to every query, but for a window
+    first,
+    num_kv_heads,
+    kv_head,
+    dims,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Folds positions begin..end into the softmax: whole tiles that every query sees without a mask, then the rest."""
+    masked_from = begin
+    if WINDOW == 0:
+        masked_from = begin + tl.maximum(seen_by_all - begin, 0) // TILE_TOKENS * TILE_TOKENS
+        maximum, total, acc, acc_odd = attend_piece(
+            q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, acc_odd,
+            begin, masked_from, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
+            TILE_TOKENS, DOT_DTYPE, PAIRS, False,
+        )  # fmt: skip
+    return attend_piece(
+        q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, acc_odd,
+        masked_from, end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
+        TILE_TOKENS, DOT_DTYPE, PAIRS, True,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Device code of `paged_decode`, of which `rope_paged_decode` shares what comes after its queries."""
+"""Device code of `paged_decode`, whose pieces and last division `rope_paged_decode` shares."""
 
 # ruff: noqa: ANN001, ANN201 (what a device function takes are Triton's values, which have no Python type)
 
@@ -9,15 +9,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from nanovllm_kernels._device import (
-    high_of_pairs,
-    load_rows,
-    load_scale,
-    low_of_pairs,
-    scale_scores,
-    slot_offsets,
-    softmax_weights,
-)
+from nanovllm_kernels._device import attend_range, load_rows, load_scale
 
 
 @triton.jit
@@ -30,128 +22,6 @@ def load_piece(pieces_ptr, piece):
     end = tl.load(pieces_ptr + piece * 5 + 3)
     whole = tl.load(pieces_ptr + piece * 5 + 4)
     return row, context, begin, end, whole
-
-
-@triton.jit
-@no_type_check
-def load_halves(
-    ptr,
-    offsets,
-    dims,
-    row_mask,
-    HEAD_DIM: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Rows of the cache as two tiles: with PAIRS even and odd dims of float8, else all dims, and nothing."""
-    if PAIRS:
-        pairs_ptr = ptr.to(tl.pointer_type(tl.int16))
-        pairs = load_rows(pairs_ptr, offsets // 2, dims, row_mask, HEAD_DIM // 2, MASKED)
-        even, odd = low_of_pairs(pairs).to(DOT_DTYPE), high_of_pairs(pairs).to(DOT_DTYPE)
-    else:
-        even, odd = load_rows(ptr, offsets, dims, row_mask, HEAD_DIM, MASKED).to(DOT_DTYPE), 0.0
-    return even, odd
-
-
-@triton.jit
-@no_type_check
-def attend_piece(
-    q,
-    q_odd,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_ptr,
-    query_positions,
-    k_scale,
-    maximum,
-    total,
-    acc,
-    acc_odd,
-    begin,
-    end,
-    first,
-    num_kv_heads,
-    kv_head,
-    dims,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Folds positions begin..end into the softmax; without MASKED every query sees all of them."""
-    for start in range(begin, end, TILE_TOKENS):
-        positions = start + tl.arange(0, TILE_TOKENS)
-        loaded = (positions >= first) & (positions < end)
-        offsets = slot_offsets(table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED)
-        k, k_odd = load_halves(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, DOT_DTYPE, PAIRS, MASKED)
-        v, v_odd = load_halves(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, DOT_DTYPE, PAIRS, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if PAIRS:
-            scores = tl.dot(q_odd, tl.trans(k_odd), scores, input_precision="ieee")
-        scores = scale_scores(scores, k_scale, SCALE, SOFT_CAP)
-        if MASKED:
-            visible = loaded[None, :] & (positions[None, :] <= query_positions[:, None])
-            if WINDOW > 0:
-                visible = visible & (positions[None, :] > query_positions[:, None] - WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
-        weights, decay, maximum, total = softmax_weights(scores, maximum, total)
-        weights = weights.to(DOT_DTYPE)
-        acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
-        if PAIRS:
-            acc_odd = tl.dot(weights, v_odd, acc_odd * decay[:, None], input_precision="ieee")
-    return maximum, total, acc, acc_odd
-
-
-@triton.jit
-@no_type_check
-def attend_range(
-    q,
-    q_odd,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_ptr,
-    query_positions,
-    k_scale,
-    maximum,
-    total,
-    acc,
-    acc_odd,
-    begin,
-    end,
-    seen_by_all,  # positions up to here are visible to every query, but for a window
-    first,
-    num_kv_heads,
-    kv_head,
-    dims,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
-    """Folds positions begin..end into the softmax: whole tiles that every query sees without a mask, then the rest."""
-    masked_from = begin
-    if WINDOW == 0:
-        masked_from = begin + tl.maximum(seen_by_all - begin, 0) // TILE_TOKENS * TILE_TOKENS
-        maximum, total, acc, acc_odd = attend_piece(
-            q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, acc_odd,
-            begin, masked_from, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
-            TILE_TOKENS, DOT_DTYPE, PAIRS, False,
-        )  # fmt: skip
-    return attend_piece(
-        q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, acc_odd,
-        masked_from, end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
-        TILE_TOKENS, DOT_DTYPE, PAIRS, True,
-    )  # fmt: skip
 
 
 @triton.jit

@@ -20,14 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import Target, current_target, triton_call
 from nanovllm_kernels._device import (
+    attend_range,
     dot_dtype,
     dot_itemsize,
     load_rows,
     load_scale,
     next_power_of_2,
-    online_softmax,
-    scaled_scores,
-    slot_offsets,
 )
 
 _MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
@@ -62,50 +60,6 @@ def launch_parameters(target: Target, *, num_tokens: int, group: int, head_dim: 
     if itemsize < 4 and rows < 128:
         num_warps = 4
     return Launch(rows, tile_tokens, num_warps, stages)
-
-
-@triton.jit
-@no_type_check
-def attend_tiles(
-    q,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_ptr,
-    q_positions,
-    k_scale,
-    maximum,
-    total,
-    acc,
-    begin,
-    end,
-    first_seen,
-    num_kv_heads,
-    kv_head,
-    dims,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Folds positions begin..end into the softmax; without MASKED every query sees all of them."""
-    for start in range(begin, end, TILE_TOKENS):
-        positions = start + tl.arange(0, TILE_TOKENS)
-        loaded = (positions >= first_seen) & (positions < end)
-        offsets = slot_offsets(table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED)
-        k = load_rows(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
-        v = load_rows(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
-        scores = scaled_scores(q, k, k_scale, SCALE, SOFT_CAP)
-        if MASKED:
-            visible = loaded[None, :] & (positions[None, :] <= q_positions[:, None])
-            if WINDOW > 0:
-                visible = visible & (positions[None, :] > q_positions[:, None] - WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
-        maximum, total, acc = online_softmax(scores, v, maximum, total, acc)
-    return maximum, total, acc
 
 
 @triton.jit
@@ -179,23 +133,13 @@ def prefill_kernel(
     maximum = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     acc = tl.zeros([TILE_ROWS, TILE_DIM], tl.float32)
-    first_seen = 0
-    begin = 0
+    first = 0  # the oldest position that any query sees
     if WINDOW > 0:
-        first_seen = tl.maximum(first_position - WINDOW + 1, 0)
-        begin = first_seen // TILE_TOKENS * TILE_TOKENS
-    else:
-        # Whole tiles that every query sees need no mask.
-        begin = tl.maximum(first_position + 1, 0) // TILE_TOKENS * TILE_TOKENS
-        maximum, total, acc = attend_tiles(
-            q, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, k_scale, maximum, total, acc, 0, begin, 0,
-            num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
-            DOT_DTYPE, False,
-        )  # fmt: skip
-    maximum, total, acc = attend_tiles(
-        q, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, k_scale, maximum, total, acc, begin, end, first_seen,
-        num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
-        DOT_DTYPE, True,
+        first = tl.maximum(first_position - WINDOW + 1, 0)
+    maximum, total, acc, _ = attend_range(
+        q, 0.0, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, k_scale, maximum, total, acc, 0.0,
+        first // TILE_TOKENS * TILE_TOKENS, end, first_position + 1, first, num_kv_heads, kv_head, dims, SCALE,
+        SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS, DOT_DTYPE, False,
     )  # fmt: skip
     out = acc * (load_scale(v_scale_ptr, kv_head, SCALED) / tl.where(total > 0, total, 1.0))[:, None]
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=stored)

@@ -9,8 +9,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from nanovllm_kernels._device import load_rows, load_scale, scale_scores, to_cache
-from nanovllm_kernels.paged_decode.device import attend_range, divided, load_piece
+from nanovllm_kernels._device import attend_range, load_rows, load_scale, scale_scores, to_cache
+from nanovllm_kernels.paged_decode.device import divided, load_piece
 
 
 @triton.jit
