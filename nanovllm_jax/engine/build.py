@@ -38,6 +38,7 @@ from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.compile_workers import CompileWorkers
 from nanovllm_jax.step.memory import (
     blocks_that_fit,
+    bytes_held,
     claim_device_memory,
     expected_temporary_bytes,
     largest_programs,
@@ -92,8 +93,9 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         model_config = split_heads(whole, config.tensor_parallel_size)
         dtype = weight_dtype(config.dtype, model_config, on_gpu=mesh.devices.flat[0].platform != "cpu")
         exchanged = all(map(can_exchange, meshes))
+        held = bytes_held(list(mesh.devices.flat))  # before anything is loaded: a shape must not depend on the moment
         loading = pool.submit(_load, source, model_config, dtype, meshes, config)
-        planned = model_config, config, dtype, meshes, exchanged
+        planned = model_config, config, dtype, meshes, exchanged, held
         programs, shape = _plan(*planned)
         for future in (reading, loading):
             if future and future.done():
@@ -163,9 +165,13 @@ def _plan(
     dtype: jnp.dtype,
     meshes: Sequence[Mesh],
     exchanged: bool,
+    held: int,
     temporary: int | None = None,
 ) -> tuple[list[Programs], StateShape]:
-    """Choose the number of cache blocks and describe each replica's programs for it; `temporary` bytes are theirs."""
+    """Choose the number of cache blocks and describe each replica's programs for it.
+
+    Of a device's memory, others hold `held` bytes; `temporary` bytes are the programs'.
+    """
     devices, kv_dtype = list(meshes[0].devices.flat), cache_dtype(config, dtype)
     on_gpu = devices[0].platform != "cpu"
     one_block = block_bytes(model, config.block_size, kv_dtype) // config.tensor_parallel_size
@@ -193,6 +199,7 @@ def _plan(
         state = (trial.params, trial.rows, trial.extras)
         num_blocks = blocks_that_fit(
             [device for mesh in meshes for device in mesh.devices.flat],
+            held_by_others=held,
             fixed_bytes=device_bytes(state),
             temporary=expected_temporary_bytes(trial) if temporary is None else temporary,
             block_bytes=one_block,

@@ -22,7 +22,6 @@ WORKSPACE_BYTES = 64 << 20
 BLOCK_MULTIPLE = 256
 # Host memory that the cache may take where there is no GPU.
 CPU_CACHE_BYTES = 2 << 30
-_LEAST_SHARE_OF_OTHERS = 8  # of the budget, as 1 / n, that counts as held by others
 
 
 def claim_device_memory(gpu_memory_utilization: float) -> None:
@@ -66,13 +65,25 @@ def temporary_bytes(programs: Programs) -> int:
     return found
 
 
+def bytes_held(devices: Sequence[Any]) -> int:
+    """Most bytes that a device holds now; before an engine loads anything, these are others'."""
+    return max((device.memory_stats() or {}).get("bytes_in_use", 0) for device in devices)
+
+
 def blocks_that_fit(
-    devices: Sequence[Any], *, fixed_bytes: int, temporary: int, block_bytes: int, gpu_memory_utilization: float
+    devices: Sequence[Any],
+    *,
+    held_by_others: int,
+    fixed_bytes: int,
+    temporary: int,
+    block_bytes: int,
+    gpu_memory_utilization: float,
 ) -> int:
     """Blocks that fit beside weights, device state and temporaries.
 
     Args:
         devices: `jax.Device`s; the smallest limit of their allocators is the budget.
+        held_by_others: bytes that another engine of this process has, such as one that was not closed.
         fixed_bytes: weights and all other device state.
         temporary: what `temporary_bytes` gives, or is expected to.
         block_bytes: K and V of one block over all layers, on one device.
@@ -94,18 +105,16 @@ def blocks_that_fit(
             gpu_memory_utilization,
             limit / 1e9,
         )
-    used = max((device.memory_stats() or {}).get("bytes_in_use", 0) for device in devices)
-    # Weights may be on the devices by now, or not, and the last one twice, for its transposition. What another engine
-    # holds is far more. A number of blocks that depended on the moment would compile everything anew.
-    others = used - fixed_bytes if used - fixed_bytes > limit // _LEAST_SHARE_OF_OTHERS else 0
-    free = limit - others - fixed_bytes - temporary - RESERVE_BYTES
+    free = limit - held_by_others - fixed_bytes - temporary - RESERVE_BYTES
     blocks = free // block_bytes // BLOCK_MULTIPLE * BLOCK_MULTIPLE
     if blocks < BLOCK_MULTIPLE:
+        others = (
+            f" {held_by_others / 1e9:.1f} GB are held by others in this process, such as an LLM that was not closed."
+        )
         raise DeviceError(
             f"{limit / 1e9:.1f} GB of device memory hold {fixed_bytes / 1e9:.1f} GB of weights and state and "
             f"{temporary / 1e9:.1f} GB of temporaries, but not {BLOCK_MULTIPLE} cache blocks of "
             f"{block_bytes / 1e6:.1f} MB: raise gpu_memory_utilization, lower max_num_batched_tokens or "
-            f"max_num_seqs, or use a smaller model. {others / 1e9:.1f} GB are held by others in this process, such as "
-            "an LLM that was not closed."
+            f"max_num_seqs, or use a smaller model.{others if held_by_others else ''}"
         )
     return blocks

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanovllm_jax import DeviceError
-from nanovllm_jax.step.memory import RESERVE_BYTES, blocks_that_fit
+from nanovllm_jax.step.memory import RESERVE_BYTES, blocks_that_fit, bytes_held
 
 GB, BLOCK = 10**9, 10**6
 
@@ -15,9 +15,13 @@ def claimed(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.900")
 
 
-def blocks(in_use, limit=70 * GB):
-    device = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": limit, "bytes_in_use": in_use})
-    return blocks_that_fit([device], fixed_bytes=2 * GB, temporary=GB, block_bytes=BLOCK, gpu_memory_utilization=0.9)
+def device(in_use, limit=70 * GB):
+    return SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": limit, "bytes_in_use": in_use})
+
+
+def blocks(in_use, held_by_others=0):
+    sizes = {"fixed_bytes": 2 * GB, "temporary": GB, "block_bytes": BLOCK}
+    return blocks_that_fit([device(in_use)], held_by_others=held_by_others, **sizes, gpu_memory_utilization=0.9)
 
 
 def test_the_number_of_blocks_does_not_depend_on_how_far_the_weights_have_come():
@@ -28,4 +32,4 @@ def test_the_number_of_blocks_does_not_depend_on_how_far_the_weights_have_come()
 
 def test_what_another_engine_holds_is_not_counted_on():
     with pytest.raises(DeviceError, match=r"67\.0 GB are held by others"):
-        blocks(in_use=69 * GB)
+        blocks(in_use=69 * GB, held_by_others=bytes_held([device(GB), device(67 * GB)]))
