@@ -234,9 +234,9 @@ class LLM:
 
     def _stream(self, prepared: PreparedRequest) -> Iterator[RequestOutput]:
         self._check_idle("stream")
-        self._engine.enqueue(prepared)
         self._streaming, finished = True, False
         try:
+            self._engine.enqueue(prepared)
             while not finished:
                 for output in self._engine.step():
                     finished = output.finished

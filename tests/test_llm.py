@@ -221,6 +221,28 @@ def test_ctrl_c_while_prompts_are_queued_leaves_the_engine_usable(llm, monkeypat
     assert generate(llm, [[1, 2, 3]], GREEDY) == greedy
 
 
+def test_ctrl_c_while_a_stream_begins_leaves_the_engine_usable(llm, monkeypatch):
+    scheduler = llm._engine.replicas[0].scheduler
+    with monkeypatch.context() as patch:
+        add = scheduler.add
+        patch.setattr(scheduler, "add", lambda request: (add(request), signal.raise_signal(signal.SIGINT)))
+        with pytest.raises(KeyboardInterrupt):
+            next(llm.stream([1, 2, 3], GREEDY))
+    assert not llm.has_unfinished()
+    assert len(generate(llm, [[1, 2, 3]], GREEDY)[0][0]) == 8
+
+
+def test_a_request_that_cannot_be_queued_leaves_nothing_behind(llm, monkeypatch):
+    scheduler = llm._engine.replicas[0].scheduler
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "add", lambda request: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.add_request("again", [1, 2, 3], GREEDY)
+    llm.add_request("again", [1, 2, 3], GREEDY)
+    llm.abort("again")
+    assert not llm.has_unfinished()
+
+
 def test_ctrl_c_in_a_loop_of_steps_loses_no_output(llm, monkeypatch):
     runner, finished = llm._engine.replicas[0].runner, []
     read = runner.read

@@ -162,7 +162,7 @@ class Engine:
         """The second half of `add_request`: queue it for the next step of the replica that is returned.
 
         Raises:
-            RequestError: if it can never fit, or its id is in use.
+            RequestError: if its id is in use.
             DeviceError: if the engine failed or was closed.
         """
         self._check_alive()
@@ -175,11 +175,15 @@ class Engine:
             self._collector.add(
                 prepared.samples, prepared.text, stream=prepared.stream, arrival_time=prepared.arrival_time
             )
-            for request in prepared.samples:
-                replica.scheduler.add(request)
-                if request.plan.bad_words:
-                    replica.lockstep.add(request)
             self._replica_of[prepared.request_id] = replica
+            try:
+                for request in prepared.samples:
+                    replica.scheduler.add(request)
+                    if request.plan.bad_words:
+                        replica.lockstep.add(request)
+            except BaseException:
+                self.abort(prepared.request_id)
+                raise
         return replica
 
     def abort(self, request_id: str) -> RequestOutput | None:
