@@ -180,7 +180,8 @@ def triton_ir(ptx: str) -> str:
 
 def _compact(ptx: str) -> str:
     """PTX without comments, indentation and empty lines."""
-    lines = (line.partition("//")[0].strip() for line in ptx.splitlines())
+    # Of lines with a string, such as the name of a file, nothing is cut off.
+    lines = ((line if '"' in line else line.partition("//")[0]).strip() for line in ptx.splitlines())
     return "\n".join(line for line in lines if line) + "\n"
 
 

@@ -125,6 +125,8 @@ class _Worker:
         try:
             if self._process is None:
                 self._process = self._start()
+                if self._stopped:  # meanwhile, when there was nothing yet to terminate
+                    self._process.terminate()
             assert self._process.stdin is not None
             assert self._process.stdout is not None
             self._process.stdin.write(pickle.dumps(key))
