@@ -37,10 +37,8 @@ Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cosine and sine
 Attend = Callable[
     [Float[Array, "T K heads D"], Params, Rope, LayerCache, jax.Ref | None], tuple[Float[Array, "T H D"], LayerCache]
 ]
-# All layers as one kernel: hidden states, their parameters, rotary tables and caches.
-WholeLayers = Callable[
-    [Float[Array, "1 E"], list[Params], Rope, list[LayerCache]], tuple[Float[Array, "1 E"], list[LayerCache]]
-]
+# All layers as one kernel: hidden states, rotary tables and caches.
+WholeLayers = Callable[[Float[Array, "1 E"], Rope, list[LayerCache]], tuple[Float[Array, "1 E"], list[LayerCache]]]
 
 
 class Unfinished(NamedTuple):
@@ -82,7 +80,7 @@ def transformer(
     if whole_layers is not None:
         x, rope = _embed(params["embed"], tokens, None, None), rope_tables(positions, config.head_dim, config.rope)
         with jax.named_scope("decode_layers"):
-            x, new_caches = whole_layers(x, params["layers"], rope, caches)
+            x, new_caches = whole_layers(x, rope, caches)
         residual = Residual(x)
     else:
         layers = _Layers(params, config, tokens, positions, [attend], axis_name, backend)

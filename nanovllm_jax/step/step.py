@@ -258,15 +258,17 @@ def _whole_layers(
     config: StepConfig, params: Params, caches: Caches, block_tables: Int[Array, "B P"], context_lens: Int[Array, " B"]
 ) -> WholeLayers | None:
     """A decode step's layers as one kernel, where there is one: for one row, on one device."""
-    model, layers = config.model, params["layers"]
+    model = config.model
     if config.backend != "triton" or config.axis_name is not None or len(context_lens) != 1:
         return None
+    # Scales are a float8 cache's, which that kernel does not take.
+    layers = [{name: leaf for name, leaf in layer.items() if not name.endswith("_scale")} for layer in params["layers"]]
     if not decode_layers_supports(layers, caches):
         return None
     options = {"eps": model.rms_norm_eps, "scale": model.head_dim**-0.5, "sliding_window": model.sliding_window}
 
     def whole_layers(
-        x: Float[Array, "1 E"], layers: list[Params], rope: Rope, caches: list[LayerCache]
+        x: Float[Array, "1 E"], rope: Rope, caches: list[LayerCache]
     ) -> tuple[Float[Array, "1 E"], list[LayerCache]]:
         return decode_layers(x, layers, *rope, caches, block_tables, context_lens, **options, backend="triton")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from nanovllm_jax.config import ModelConfig, RopeConfig
+from nanovllm_jax.inspection.triton_calls import triton_kernels
 from nanovllm_jax.models.params import ParamSpec, abstract_params
 from nanovllm_jax.parallel.mesh import MODEL_AXIS, make_mesh, param_shardings, replica_meshes
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
@@ -37,17 +39,17 @@ QWEN3 = ModelConfig(
 STEPS = [ProgramKey("decode", 16), ProgramKey("decode_forward", 16), ProgramKey("prefill", 64)]
 
 
-def catalogue(backend: str, shards: int = 1, replica: int = 0) -> Catalogue:
+def catalogue(backend: str, shards: int = 1, replica: int = 0, model: ModelConfig = QWEN3) -> Catalogue:
     mesh = replica_meshes(make_mesh(shards, replica + 1))[replica]
     params = jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=sharding),
-        abstract_params(QWEN3),
-        param_shardings(QWEN3, mesh),
+        abstract_params(model),
+        param_shardings(model, mesh),
         is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
     )
     shape = StateShape(num_blocks=512, block_size=16, max_num_seqs=16, max_model_len=4096)
     return Catalogue(
-        StepConfig(QWEN3, shape, backend, axis_name=MODEL_AXIS if shards > 1 else None, decode_steps=4),
+        StepConfig(model, shape, backend, axis_name=MODEL_AXIS if shards > 1 else None, decode_steps=4),
         params,
         jnp.bfloat16,
         mesh,
@@ -116,3 +118,11 @@ def test_the_cache_is_updated_in_place(key):
     cache_bytes = 2 * 2 * 512 * 16 * 8 * 128 * 2
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes
+
+
+@pytest.mark.parametrize("kv_cache_scales", [False, True])
+def test_one_rows_layers_are_one_kernel_also_with_scales_for_another_cache(kv_cache_scales):
+    model = replace(QWEN3, hidden_size=1024, intermediate_size=3072, kv_cache_scales=kv_cache_scales)
+    with lowering_for(90):
+        lowered = catalogue("triton", model=model).trace(ProgramKey("decode", 1)).lower(lowering_platforms=("cuda",))
+    assert "decode_layers_kernel" in {kernel.name for kernel in triton_kernels(lowered)}
