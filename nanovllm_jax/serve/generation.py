@@ -113,6 +113,8 @@ async def _open(
 
 def _check_template_variables(llm: AsyncLLM, given: Mapping[str, Any]) -> None:
     """Refuse what would reach the tokenizer instead of the template: `max_length` may ask for gigabytes of padding."""
+    if not given:
+        return
     taken = {
         name
         for function in (llm.get_tokenizer().apply_chat_template, render_chat, AsyncLLM.render_chat)
