@@ -64,9 +64,8 @@ def candidates(case: SkinnyCase) -> list[Launch]:
         tiles = ceil_div(case.rows, rows) * ceil_div(case.outputs, max(16, cols))
         # The power of two that brings the programs nearest to the multiprocessors, and where it helps twice that.
         nearest = 2 ** max(0, round(math.log2(target.multiprocessors / tiles)))
-        for splits, into in ((nearest, found), (2 * nearest, doubled))[
-            : 2 if tiles < 2 * target.multiprocessors else 1
-        ]:
+        tries = [(nearest, found), (2 * nearest, doubled)]
+        for splits, into in tries if tiles < 2 * target.multiprocessors else tries[:1]:
             if splits > 1 and case.inputs // splits < 128:
                 continue
             one = Launch(rows, max(16, cols), inputs, splits, warps, 1)
