@@ -22,7 +22,7 @@ from tqdm import tqdm
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.build import build_engine
 from nanovllm_jax.engine.engine import PreparedRequest
-from nanovllm_jax.engine.inputs import Prompt, render_chat
+from nanovllm_jax.engine.inputs import Prompt, check_template_variables, render_chat
 from nanovllm_jax.engine.step_filling import StepFilling
 from nanovllm_jax.errors import RequestError
 from nanovllm_jax.inspection.collect import collect
@@ -200,6 +200,8 @@ class LLM:
         Raises:
             RequestError: as `generate`, and if the model has no chat template or the messages do not fit it.
         """
+        if chat_template_kwargs:
+            check_template_variables(self.get_tokenizer(), chat_template_kwargs)
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts = [
             self.render_chat(

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 
@@ -219,6 +221,27 @@ def test_ctrl_c_while_prompts_are_queued_leaves_the_engine_usable(llm, monkeypat
             generate(llm, [[1, 2, 3], [4, 5, 6]], GREEDY)
     assert not llm.has_unfinished()
     assert generate(llm, [[1, 2, 3]], GREEDY) == greedy
+
+
+_LEAVE_HALF_READ = """
+from nanovllm_jax import LLM, SamplingParams
+
+llm = LLM(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64, enforce_eager=True)
+stream = llm.stream([1], SamplingParams(max_tokens=100, ignore_eos=True))
+next(stream)
+"""
+
+
+def test_a_process_may_end_with_a_stream_half_read():
+    ended = subprocess.run([sys.executable, "-c", _LEAVE_HALF_READ], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "max_length"])
+def test_only_template_variables_reach_the_template(name):
+    with LLM(max_model_len=128, max_num_seqs=1, enforce_eager=True) as llm, pytest.raises(RequestError, match=name):
+        llm.chat([{"role": "user", "content": "Hi"}], chat_template_kwargs={name: 1})
 
 
 def test_ctrl_c_while_a_stream_begins_leaves_the_engine_usable(llm, monkeypatch):

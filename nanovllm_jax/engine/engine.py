@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import itertools
 import logging
@@ -9,10 +10,12 @@ import operator
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -90,6 +93,10 @@ class Engine:
         self._undelivered: list[RequestOutput] = []  # of steps that Ctrl-C ended
         self._failure: Exception | None = None
         self._closed = False
+        # Python would end under steps that are in flight, and JAX then aborts the process. JAX's own handlers came
+        # before, so they run after this one.
+        self._close_at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._close_at_exit)
 
     @property
     def has_unfinished(self) -> bool:
@@ -194,6 +201,8 @@ class Engine:
 
     def abandon(self, request_ids: Iterable[str]) -> None:
         """End requests without an output, and read what is in flight: nothing of them is left."""
+        if self._closed:
+            return  # perhaps at Python's end, when a generator that was left is closed
         with _deferred_interrupt():
             for request_id in request_ids:
                 self.abort(request_id)
@@ -264,6 +273,7 @@ class Engine:
     def close(self) -> None:
         """End all requests and give the device memory back."""
         if not self._closed:
+            atexit.unregister(self._close_at_exit)
             self.drain()
             self._closed = True
             if self._launchers:
@@ -392,6 +402,12 @@ class Engine:
                     "raise max_logprobs when you make the LLM.",
                     param=name,
                 )
+
+
+def _close(reference: weakref.ref[Engine]) -> None:
+    engine = reference()
+    if engine is not None:
+        engine.close()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,24 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
         message = f"The chat template does not take these messages: {error}"
         raise RequestError(message, param="messages") from error
     return list(rendered["input_ids"])
+
+
+def check_template_variables(tokenizer: Any, given: Mapping[str, Any]) -> None:
+    """Refuse what would reach the tokenizer instead of the template: `max_length` may ask for gigabytes of padding.
+
+    Raises:
+        RequestError: if a variable has the name of an argument.
+    """
+    taken = {
+        name
+        for function in (type(tokenizer).apply_chat_template, render_chat)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    taken.discard("documents")  # only handed on to the template
+    if wrong := given.keys() & taken:
+        message = f"chat_template_kwargs: {min(wrong)} cannot be set here; give variables of the chat template."
+        raise RequestError(message, param="chat_template_kwargs")
 
 
 def bad_word_ids(words: Sequence[str], tokenizer: Any | None) -> list[list[int]]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from nanovllm_jax.async_llm import AsyncLLM, RequestStream
-from nanovllm_jax.engine.inputs import Prompt, render_chat
+from nanovllm_jax.engine.inputs import Prompt, check_template_variables
 from nanovllm_jax.errors import DeviceError, RequestError
 from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.serve.config import ServeConfig
@@ -68,7 +67,8 @@ async def _chat(llm: AsyncLLM, config: ServeConfig, body: ChatBody, key: str | N
     try:
         params = body.sampling_params(llm.get_default_sampling_params(), max_tokens=getattr(body, name), logprobs=top)
         extra = body.chat_template_kwargs or {}
-        _check_template_variables(llm, extra)
+        if extra:
+            check_template_variables(llm.get_tokenizer(), extra)
         messages = [message.plain() for message in body.messages]
         ids = await llm.render_chat(messages, add_generation_prompt=body.add_generation_prompt, **extra)
     except RequestError as error:
@@ -109,22 +109,6 @@ async def _open(
         reply.close()
         raise
     return reply
-
-
-def _check_template_variables(llm: AsyncLLM, given: Mapping[str, Any]) -> None:
-    """Refuse what would reach the tokenizer instead of the template: `max_length` may ask for gigabytes of padding."""
-    if not given:
-        return
-    taken = {
-        name
-        for function in (llm.get_tokenizer().apply_chat_template, render_chat, AsyncLLM.render_chat)
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    }
-    taken.discard("documents")  # only handed on to the template
-    if wrong := given.keys() & taken:
-        message = f"chat_template_kwargs: {min(wrong)} cannot be set here; give variables of the chat template."
-        raise APIError(400, message, param="chat_template_kwargs", code="unsupported_parameter")
 
 
 def _check_queue(llm: AsyncLLM, config: ServeConfig, num_samples: int) -> None:
