@@ -6,9 +6,9 @@
     python benchmarks/throughput.py --smoke --model nanovllm_jax/assets/tiny      # any machine; figures mean nothing
 
 `--model qwen3-0.6b` is that model's shape with random weights, the same for all engines. Each timing is one `generate`
-call, wall clock, from prompts in host memory to all tokens back; start-up and a short warm-up are not in it. Cases that
-are about options of nanovllm-jax (bench256-fp8kv, shared-prefix-off) start it again with those options, and no
-other engine takes part in them. README.md has the method.
+call, wall clock, from prompts in host memory to all tokens back; start-up and a first run of each case are not in it.
+Cases that are about options of nanovllm-jax (bench256-fp8kv, shared-prefix-off) start it again with those options, and
+no other engine takes part in them. README.md has the method.
 """
 
 from __future__ import annotations
@@ -115,7 +115,10 @@ def measure(
             progress(f"trace saved in {args.trace}")
         for case in cases:
             draw = case.smoke if args.smoke else case.draw
-            draws = [draw_for_replicas(draw, case.first_seed, i, args.data_parallel_size) for i in range(args.repeats)]
+            draws = [
+                draw_for_replicas(draw, case.first_seed, i, args.data_parallel_size) for i in range(args.repeats + 1)
+            ]
+            process.run(draws.pop())  # programs and graphs of these sizes get ready the first time they run
             runs = []
             for requests in draws:
                 runs.append(process.run(requests))
