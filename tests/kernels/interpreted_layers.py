@@ -1,19 +1,23 @@
-"""Runs `decode_layers`'s device code in Triton's interpreter, each phase as a launch of its own.
+"""Runs `decode_layers`'s device code in Triton's interpreter, its programs as threads that wait for each other.
 
-The interpreter runs one program after the other, so none could wait for another. `python
-tests/kernels/interpreted_layers.py` prints each case with its error; a subprocess of test_decode_layers.py.
+`python tests/kernels/interpreted_layers.py` prints each case with its error; a subprocess of test_decode_layers.py.
 """
 
+import inspect
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import interpreted  # asks for the interpreter, and mends it
 import jax
 import numpy as np
+import triton.language as tl
 from kernel_oracle import layers_oracle, relative_error
 from triton.runtime import interpreter
 
 from nanovllm_kernels import lowering_for
+from nanovllm_kernels.decode_layers import exchange
 from nanovllm_kernels.decode_layers import triton as device
 from nanovllm_kernels.decode_layers.cases import LayerCase, layer_inputs
 from nanovllm_kernels.decode_layers.launch import Launch
@@ -47,16 +51,49 @@ PROBLEMS = [
 ]
 
 
-def triton_call(*args, kernel, out_type, FIRST, LAST, **options):
-    """The layers one after the other and of each the phases, each with what those before sent and stored."""
-    *arrays, begin_layer, end_layer = args
-    out = np.full(out_type.shape, np.nan, out_type.dtype)
-    options |= {"kernel": kernel, "out_type": ()}
-    for layer in range(begin_layer, end_layer):
-        for phase in range(FIRST, LAST):
-            interpreted.triton_call(*arrays, layer, layer + 1, out, FIRST=phase, LAST=phase, **options)
-    interpreted.triton_call(*arrays, end_layer, end_layer, out, FIRST=LAST, LAST=LAST, **options)
-    return out
+running = threading.Condition()  # held by the program that runs: the interpreter knows of one at a time
+builder = interpreter.interpreter_builder
+
+
+class Together(interpreter.GridExecutor):
+    """Launches a kernel whose programs wait for each other: each is a thread, and runs until it has to wait."""
+
+    def __call__(self, *args, **constants):
+        taken = {name: value for name, value in constants.items() if name in self.arg_names}
+        named = inspect.getcallargs(self.fn, *args, **taken)
+        named = {
+            name: value if name in self.constexprs else interpreter._implicit_cvt(value)
+            for name, value in named.items()
+        }
+        (programs,) = self.grid
+        builder.set_grid_dim(programs, 1, 1)
+        scope = interpreter._patch_lang(self.fn)
+
+        def run_program(index):
+            with running:
+                builder.set_grid_idx(index, 0, 0)
+                self.fn(**named)
+                running.notify_all()
+
+        with ThreadPoolExecutor(programs) as threads:
+            list(threads.map(run_program, range(programs)))
+        scope.restore()
+
+
+def read_words(pointers, mask):
+    """Stands for `exchange.read_words`: other programs run until the words are there."""
+    program = builder.grid_idx
+    running.notify_all()  # of what this program has sent
+    while True:
+        words = tl.load(pointers, mask=mask, other=1)
+        if words.handle.data.all():
+            return words
+        if not running.wait(timeout=60):
+            raise TimeoutError("a program waits for what no other sends")
+        builder.set_grid_idx(*program)
+
+
+interpreter.GridExecutor, exchange.read_words = Together, read_words
 
 
 def update_in_place(call, *arrays):
@@ -67,7 +104,7 @@ def update_in_place(call, *arrays):
 
 def run(case, launch, most_layers=device.MOST_LAYERS):
     device.MOST_LAYERS = most_layers
-    device.triton_call, device.update_in_place = triton_call, update_in_place
+    device.triton_call, device.update_in_place = interpreted.triton_call, update_in_place
     x, layers, cos, sin, caches, tables, lens = layer_inputs(case)
     expected = layers_oracle(x, layers, cos, sin, caches, tables, lens, **case.options)
     assert device.tilings(launch, layers[0]).fit(launch.programs)

@@ -1,7 +1,7 @@
 """Attention of one row's newest token: a program takes a piece of the context for one KV head.
 
 Keys and values that are in the cache do not depend on this layer's products: a program loads its first tile of them at
-the kernel's start. The newest token's key and value do not come from the cache: the piece that ends with them starts
+its layer's start. The newest token's key and value do not come from the cache: the piece that ends with them starts
 its softmax with them, and writes them for the steps to come.
 """
 
@@ -106,7 +106,6 @@ def open_piece(
 def receive_heads(
     qkv_words,
     kv_head,
-    call,
     failed_ptr,
     most_reads,
     GROUP: tl.constexpr,
@@ -121,7 +120,7 @@ def receive_heads(
     both = (dims[None, :] + sides[:, None] * (HEAD_DIM // 2)) % HEAD_DIM
     offsets = (kv_head * (GROUP + 2) + members)[None, :, None] * HEAD_DIM + both[:, None, :]
     mask = (members < GROUP + 2)[None, :, None] & ((dims >= 0)[None, :] & (sides >= 0)[:, None])[:, None, :]
-    heads = receive(qkv_words + offsets, call, mask, failed_ptr, most_reads, THREADS)
+    heads = receive(qkv_words + offsets, mask, failed_ptr, most_reads, THREADS)
     return tl.split(tl.permute(heads, (1, 2, 0)))
 
 
@@ -176,7 +175,6 @@ def attend(
     v_cache_ptr,
     table_ptr,
     num_kv_heads,
-    call,
     failed_ptr,
     most_reads,
     EPS: tl.constexpr,
@@ -201,7 +199,7 @@ def attend(
             first = tl.maximum(context - WINDOW, 0)
         members = tl.arange(0, TILE_HEADS)
         dims = tl.arange(0, HEAD_DIM)
-        x, other = receive_heads(qkv_words, kv_head, call, failed_ptr, most_reads, GROUP, HEAD_DIM, TILE_HEADS, THREADS)
+        x, other = receive_heads(qkv_words, kv_head, failed_ptr, most_reads, GROUP, HEAD_DIM, TILE_HEADS, THREADS)
         q = normed_and_rotated(x, other, weight, other_weight, cos, sin, EPS, HEAD_DIM, NORM, dtype)
         new_k = tl.sum(tl.where((members == GROUP)[:, None], q.to(tl.float32), 0.0), 0)[None, :]
         new_v = tl.sum(tl.where((members == GROUP + 1)[:, None], x, 0.0), 0)[None, :]
@@ -222,9 +220,9 @@ def attend(
         out = acc / tl.where(total > 0, total, 1.0)[:, None]
         heads = (piece * num_kv_heads + kv_head) * GROUP + members
         present = members < GROUP
-        send(lse_words + heads, maximum + tl.log2(total), call, present)
+        send(lse_words + heads, maximum + tl.log2(total), present)
         parts = parts_words + (heads * HEAD_DIM)[:, None] + dims[None, :]
-        send(parts, out, call, present[:, None] & (dims >= 0)[None, :])
+        send(parts, out, present[:, None] & (dims >= 0)[None, :])
         if newest:
             position = context - 1
             block = tl.load(table_ptr + position // BLOCK_SIZE).to(tl.int64)

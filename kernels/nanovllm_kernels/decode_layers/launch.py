@@ -54,8 +54,9 @@ class Tiling:
         return ceil_div(self.outputs, self.cols) * self.splits
 
     def fits(self, programs: int) -> bool:
-        """Whether each task has a program, and registers for its weights."""
-        return self.tasks <= programs and self.tile_inputs <= _MOST_INPUTS and self.tile_cols <= _MOST_COLS
+        """Whether each task has a program, and registers for its weights, which are loaded in pairs."""
+        held = self.tile_inputs <= _MOST_INPUTS and self.tile_cols <= _MOST_COLS
+        return self.tasks <= programs and held and self.outputs % 2 == 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Tilings:
     def constants(self) -> dict[str, int]:
         """The kernel's constexpr arguments."""
         named = {"QKV": self.qkv, "O": self.o, "GATE_UP": self.gate_up, "DOWN": self.down}
-        fields = ("inputs", "outputs", "cols", "tile_cols", "tile_inputs", "splits", "split_inputs", "tasks")
+        fields = ("inputs", "outputs", "cols", "tile_cols", "tile_inputs", "splits", "split_inputs")
         return {f"{name}_{field.upper()}": getattr(tiling, field) for name, tiling in named.items() for field in fields}
 
 

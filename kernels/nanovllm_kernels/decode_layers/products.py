@@ -15,23 +15,13 @@ import triton.language as tl
 
 from nanovllm_kernels.decode_layers.exchange import receive, receive_both, send
 
-# What a product multiplies: pieces of attention, to be merged; hidden states plus split sums; what the gated MLP made.
-PIECES_OF, SUMS_OF, SENT = (tl.constexpr(source) for source in range(3))
-
-
-@triton.jit
-@no_type_check
-def task_columns(task, OUTPUTS: tl.constexpr, COLS: tl.constexpr, TILE_COLS: tl.constexpr, SPLITS: tl.constexpr):
-    """Columns of a task's outputs, and which of them are there."""
-    lanes = tl.arange(0, TILE_COLS)
-    cols = task // SPLITS * COLS + lanes
-    return cols, (lanes < COLS) & (cols < OUTPUTS)
+_UPPER = tl.constexpr(-(1 << 16))
 
 
 @triton.jit
 @no_type_check
 def load_weights(
-    w_ptr,
+    w_ptr,  # int32: two bfloat16 columns each
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     COLS: tl.constexpr,
@@ -41,17 +31,21 @@ def load_weights(
     SPLIT_INPUTS: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """The weights of this program's task, [K, N], zero where there are none; the second half of N is up if gated."""
+    """The weights of this program's task, [K, N / 2], zero where there are none; the second half of N is up if gated.
+
+    Pairs of columns stay in one register until they are multiplied: taken apart before a wait, they would not fit.
+    """
     task = tl.program_id(0)
-    HALF: tl.constexpr = TILE_COLS // 2 if GATED else TILE_COLS
-    WIDTH: tl.constexpr = OUTPUTS * 2 if GATED else OUTPUTS
-    lanes = tl.arange(0, TILE_COLS)
-    cols = task // SPLITS * COLS + lanes % HALF
-    present = (lanes % HALF < COLS) & (cols < OUTPUTS)
+    HALF: tl.constexpr = TILE_COLS // 4 if GATED else TILE_COLS // 2
+    WIDTH: tl.constexpr = OUTPUTS if GATED else OUTPUTS // 2
+    lanes = tl.arange(0, TILE_COLS // 2)
+    pairs = task // SPLITS * (COLS // 2) + lanes % HALF
+    present = (lanes % HALF < COLS // 2) & (pairs < OUTPUTS // 2)
     first = task % SPLITS * SPLIT_INPUTS
     inputs = first + tl.arange(0, TILE_INPUTS)
     mask = (inputs < tl.minimum(first + SPLIT_INPUTS, INPUTS))[:, None] & present[None, :]
-    return tl.load(w_ptr + (inputs * WIDTH)[:, None] + (cols + lanes // HALF * OUTPUTS)[None, :], mask=mask, other=0.0)
+    offsets = (inputs * WIDTH)[:, None] + (pairs + lanes // HALF * (OUTPUTS // 2))[None, :]
+    return tl.load(w_ptr + offsets, mask=mask, other=0)
 
 
 @triton.jit
@@ -60,21 +54,22 @@ def merged_pieces(
     parts_ptr,
     lse_ptr,
     num_pieces,
-    first,
-    inputs,
-    end,
-    call,
     failed_ptr,
     most_reads,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    INPUTS: tl.constexpr,
+    TILE_INPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_INPUTS: tl.constexpr,
     PIECES: tl.constexpr,
-    ALIGNED: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Attention output at `inputs` [K], from the pieces that the context was cut into; ALIGNED if K is whole heads."""
-    NUM_INPUTS: tl.constexpr = inputs.shape[0]
-    HEADS: tl.constexpr = (NUM_INPUTS + HEAD_DIM - 1) // HEAD_DIM
+    """Attention output at this program's inputs of o [K], from the pieces that the context was cut into."""
+    ALIGNED: tl.constexpr = SPLIT_INPUTS % HEAD_DIM == 0 and TILE_INPUTS % HEAD_DIM == 0
+    HEADS: tl.constexpr = (TILE_INPUTS + HEAD_DIM - 1) // HEAD_DIM
+    first = tl.program_id(0) % SPLITS * SPLIT_INPUTS
+    end = tl.minimum(first + SPLIT_INPUTS, INPUTS)
+    inputs = first + tl.arange(0, TILE_INPUTS)
     pieces = tl.arange(0, PIECES)
     there = (pieces < num_pieces)[:, None]
     mask = there & (inputs < end)[None, :]
@@ -84,11 +79,9 @@ def merged_pieces(
     else:
         heads = inputs // HEAD_DIM
         lse_mask = mask
-    parts, lse = receive_both(
-        parts_ptr + pieces[:, None] * WIDTH + inputs[None, :], mask,
-        lse_ptr + pieces[:, None] * (WIDTH // HEAD_DIM) + heads[None, :], lse_mask, call, failed_ptr, most_reads,
-        THREADS,
-    )  # fmt: skip
+    lse_ptrs = lse_ptr + pieces[:, None] * (INPUTS // HEAD_DIM) + heads[None, :]
+    parts_ptrs = parts_ptr + pieces[:, None] * INPUTS + inputs[None, :]
+    parts, lse = receive_both(parts_ptrs, mask, lse_ptrs, lse_mask, failed_ptr, most_reads, THREADS)
     lse = tl.where(lse_mask, lse, float("-inf"))
     maximum = tl.max(lse, 0)
     shift = tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -96,8 +89,8 @@ def merged_pieces(
     total = tl.sum(weights, 0)
     weights = weights / tl.where(total > 0, total, 1.0)[None, :]
     if ALIGNED:
-        parts = tl.reshape(parts, [PIECES, HEADS, NUM_INPUTS // HEADS])
-        merged = tl.reshape(tl.sum(parts * weights[:, :, None], 0), [NUM_INPUTS])
+        parts = tl.reshape(parts, [PIECES, HEADS, TILE_INPUTS // HEADS])
+        merged = tl.reshape(tl.sum(parts * weights[:, :, None], 0), [TILE_INPUTS])
     else:
         merged = tl.sum(parts * weights, 0)
     return merged
@@ -105,102 +98,77 @@ def merged_pieces(
 
 @triton.jit
 @no_type_check
+def receive_gated(
+    words_ptr,
+    failed_ptr,
+    most_reads,
+    INPUTS: tl.constexpr,
+    TILE_INPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_INPUTS: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """What gate and up made, at this program's inputs of down [K]."""
+    first = tl.program_id(0) % SPLITS * SPLIT_INPUTS
+    inputs = first + tl.arange(0, TILE_INPUTS)
+    mask = inputs < tl.minimum(first + SPLIT_INPUTS, INPUTS)
+    return receive(words_ptr + inputs, mask, failed_ptr, most_reads, THREADS)
+
+
+@triton.jit
+@no_type_check
 def hidden_states(
-    x_ptr,
+    x,
     sums_ptr,
-    inputs,
-    mask,
-    waits,
-    call,
     failed_ptr,
     most_reads,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Hidden states [K] with the split sums of a product added, if there are any; in the model's dtype."""
-    x = tl.load(x_ptr + inputs, mask=mask, other=0.0)
-    SPLIT_TILE: tl.constexpr = triton.next_power_of_2(SPLITS)
-    splits = tl.arange(0, SPLIT_TILE)
-    sums_mask = (splits < SPLITS)[:, None] & mask[None, :] & waits
-    sums_ptrs = sums_ptr + splits[:, None] * WIDTH + inputs[None, :]
-    sums = receive(sums_ptrs, call, sums_mask, failed_ptr, most_reads, THREADS)
+    """Hidden states [K] with the split sums of a product added, in the model's dtype."""
+    inputs = tl.arange(0, x.shape[0])
+    splits = tl.arange(0, triton.next_power_of_2(SPLITS))
+    mask = (splits < SPLITS)[:, None] & (inputs < WIDTH)[None, :]
+    sums = receive(sums_ptr + splits[:, None] * WIDTH + inputs[None, :], mask, failed_ptr, most_reads, THREADS)
     return (x.to(tl.float32) + tl.sum(sums, 0)).to(x.dtype)
 
 
 @triton.jit
 @no_type_check
-def product(
+def multiply(
     w,  # this program's part of the weight
-    source_ptr,
-    more_ptr,  # what SOURCE needs besides: log-sum-exps or split sums
-    kept_ptr,  # where this program keeps the hidden states
-    norm_ptr,
+    x,  # its inputs [K], in the model's dtype
+    norm,  # weight of their RMS norm, likewise
     bias_ptr,
     words_ptr,  # where the results are sent: [splits, N]
-    waits,  # whether anything is to be received
-    source_call,
-    call,
-    failed_ptr,
-    most_reads,
-    num_pieces,
-    SOURCE: tl.constexpr,
-    INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     COLS: tl.constexpr,
     TILE_COLS: tl.constexpr,
-    TILE_INPUTS: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLIT_INPUTS: tl.constexpr,
-    TASKS: tl.constexpr,
-    GATED: tl.constexpr,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
+    WIDTH: tl.constexpr,  # of the hidden states that are to be normed; 0 if x is not
     EPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PIECES: tl.constexpr,
-    SUMS: tl.constexpr,
-    THREADS: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """The program's task, if it has one: `act(norm(x) @ w + bias)`, sent to whoever reads it."""
-    dtype: tl.constexpr = w.dtype
     task = tl.program_id(0)
-    if task < TASKS:
-        first = task % SPLITS * SPLIT_INPUTS
-        end = tl.minimum(first + SPLIT_INPUTS, INPUTS)
-        inputs = first + tl.arange(0, TILE_INPUTS)
-        mask = inputs < end
-        weight = 1.0
-        if NORM:
-            weight = tl.load(norm_ptr + inputs, mask=mask, other=0.0)
-        if BIAS:
-            cols, present = task_columns(task, OUTPUTS, COLS, TILE_COLS, SPLITS)
-            bias = tl.load(bias_ptr + cols, mask=present, other=0.0)
-        if SOURCE == PIECES_OF:
-            ALIGNED: tl.constexpr = SPLIT_INPUTS % HEAD_DIM == 0 and TILE_INPUTS % HEAD_DIM == 0
-            x = merged_pieces(
-                source_ptr, more_ptr, num_pieces, first, inputs, end, source_call, failed_ptr, most_reads, HEAD_DIM,
-                INPUTS, PIECES, ALIGNED, THREADS,
-            ).to(dtype)  # fmt: skip
-        elif SOURCE == SUMS_OF:
-            x = hidden_states(
-                source_ptr, more_ptr, inputs, mask, waits, source_call, failed_ptr, most_reads, INPUTS, SUMS, THREADS
-            )
-            tl.store(kept_ptr + inputs, x, mask=mask)
-            tl.debug_barrier()  # other threads of this program read it again
-        else:
-            x = receive(source_ptr + inputs, source_call, mask, failed_ptr, most_reads, THREADS).to(dtype)
-        x = x.to(tl.float32)
-        row_scale = 1.0
-        if NORM:
-            row_scale = tl.rsqrt(tl.sum(x * x, 0) / INPUTS + EPS)
-            x = x * weight.to(tl.float32)
-        acc = tl.sum(x[:, None] * w.to(tl.float32), 0) * row_scale
-        HALF: tl.constexpr = TILE_COLS // 2 if GATED else TILE_COLS
-        if GATED:
-            gate, up = tl.split(tl.permute(tl.reshape(acc, [2, HALF]), (1, 0)))
-            acc = gate * tl.sigmoid(gate) * up
-        cols, present = task_columns(task, OUTPUTS, COLS, HALF, SPLITS)
-        if BIAS:
-            acc += bias.to(tl.float32)
-        send(words_ptr + task % SPLITS * OUTPUTS + cols, acc, call, present)
+    HALF: tl.constexpr = TILE_COLS // 2 if GATED else TILE_COLS
+    lanes = tl.arange(0, HALF)
+    cols = task // SPLITS * COLS + lanes
+    present = (lanes < COLS) & (cols < OUTPUTS)
+    x = x.to(tl.float32)
+    scale = 1.0
+    if WIDTH > 0:
+        scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + EPS)
+        x = x * norm.to(tl.float32)
+    # A bfloat16 is the upper half of the float32 that it stands for.
+    even = (w << 16).to(tl.float32, bitcast=True)
+    odd = (w & _UPPER).to(tl.float32, bitcast=True)
+    acc = tl.reshape(tl.sum(tl.join(x[:, None] * even, x[:, None] * odd), 0), [TILE_COLS]) * scale
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [2, HALF]), (1, 0)))
+        acc = gate * tl.sigmoid(gate) * up
+    if BIAS:
+        acc += tl.load(bias_ptr + cols, mask=present, other=0.0).to(tl.float32)
+    send(words_ptr + task % SPLITS * OUTPUTS + cols, acc, present)

@@ -13,27 +13,22 @@ from nanovllm_kernels._device import ceil_div, next_power_of_2
 from nanovllm_kernels.decode_layers.device import decode_layers_kernel
 from nanovllm_kernels.decode_layers.launch import Launch, Tilings, launch_parameters, tilings
 
-NUM_PHASES = 5  # of a layer; the last addition of the last layer is one more
 WEIGHTS = ("input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "post_norm", "gate_up", "down")
 MOST_LAYERS = 36  # whose addresses fit in the 4 KB that a kernel's arguments may take
-_FLAGS = 4  # int32 before the words: whether a wait failed; padded to what loads of two words want
+_FLAGS = 4  # int32 before the words: whether a wait failed; padded to what a load of four takes
 
 
 def words_a_layer(tiles: Tilings, most_pieces: int, head_dim: int) -> int:
-    """Words of 64 bits for all that programs send each other in a layer."""
+    """Words of 32 bits for all that programs send each other in a layer, in multiples of what one load takes."""
     sums = tiles.o.splits * tiles.o.outputs + tiles.down.splits * tiles.down.outputs
     pieces = next_power_of_2(most_pieces) * (tiles.o.inputs + tiles.o.inputs // head_dim)
-    return tiles.qkv.outputs + pieces + sums + tiles.down.inputs
+    return ceil_div(tiles.qkv.outputs + pieces + sums + tiles.down.inputs, _FLAGS) * _FLAGS
 
 
 def num_words(launch: Launch, tiles: Tilings, num_layers: int, head_dim: int) -> int:
-    """int32 elements that the programs share.
-
-    Flags, what two layers send, the addresses of all layers' arrays, and each program's hidden states.
-    """
+    """int32 elements that the programs share: flags, what all layers send, the addresses of all layers' arrays."""
     addresses = num_layers * (len(WEIGHTS) + 2)
-    kept = launch.programs * tiles.qkv.inputs // 2
-    return _FLAGS + 2 * (2 * words_a_layer(tiles, launch.most_pieces, head_dim) + addresses) + kept
+    return _FLAGS + num_layers * words_a_layer(tiles, launch.most_pieces, head_dim) + 2 * addresses
 
 
 def decode_layers_triton(
@@ -94,15 +89,11 @@ def _run(
                 words,
                 caches,
                 num_kv_heads,
-                0,
-                num_layers,
                 kernel=decode_layers_kernel,
                 out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
                 grid=(launch.programs,),
                 num_warps=launch.num_warps,
                 num_stages=1,
-                FIRST=0,
-                LAST=NUM_PHASES,
                 EPS=eps,
                 SCALE=scale,
                 WINDOW=window,
@@ -119,7 +110,7 @@ def _run(
                 THREADS=launch.num_warps * 32,
                 FLAGS=_FLAGS,
                 WORDS=words_a_layer(tiles, launch.most_pieces, head_dim),
-                KEEPERS=max(tiles.qkv.tasks, tiles.gate_up.tasks),
+                LAYERS=num_layers,
                 **tiles.constants,
             )
         )
