@@ -27,7 +27,15 @@ from nanovllm_kernels._device import ceil_div, next_power_of_2
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel
 from nanovllm_kernels.skinny_matmul import launch as launches
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase
-from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT, Entry, Launch, Tiling
+from nanovllm_kernels.skinny_matmul.launch import (
+    CONSUMER_ROWS,
+    CONSUMERS,
+    ROW_ALIGNMENT,
+    TILE_ROWS,
+    Entry,
+    Launch,
+    Tiling,
+)
 
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
@@ -86,11 +94,16 @@ def tilings(case: SkinnyCase) -> list[Tiling]:
     if case.rows < ROW_ALIGNMENT or not has_mosaic_kernel():
         return []
     target, found = current_target(), []
-    shapes = itertools.product((CONSUMER_ROWS, CONSUMERS * CONSUMER_ROWS), (16, 32, 48, 64, 128), (64, 128))
+    # Rows past the end cost as much as others: few rows have the smallest tile that holds them all.
+    large_enough = [rows for rows in TILE_ROWS if rows >= min(case.rows, CONSUMER_ROWS)]
+    tile_rows = large_enough[: 1 + (case.rows > CONSUMER_ROWS)]
+    shapes = itertools.product(tile_rows, (16, 32, 48, 64, 128), (64, 128))
     for rows, cols, inputs in shapes:
         one = Tiling(rows, cols, inputs, 2 * CONSUMERS)
-        # Outputs, residual and norm, and float32 sums where the consumers divide the inputs.
-        others = 4 * rows * cols + 2 * case.inputs + one.splits_inputs * 4 * rows * cols * (1 + case.gated)
+        # Outputs and norm, float32 sums where the consumers divide the inputs, and x where 64 rows are read of fewer.
+        whole = max(rows, CONSUMER_ROWS)
+        others = 2 * whole * cols + 2 * case.inputs + one.splits_inputs * 4 * whole * cols * (1 + case.gated)
+        others += 2 * (whole - rows) * inputs
         fitting = (target.shared_bytes - 1024 - others) // one.stage_bytes(gated=case.gated)
         stages = min(12, fitting // CONSUMERS * CONSUMERS)
         fits = one.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)

@@ -50,6 +50,7 @@ CASES = (
     SkinnyCase("qkv", 8, 1024, 4096, norm=True),
     SkinnyCase("qkv_bias", 8, 896, 1152, norm=True, bias=True),
     SkinnyCase("o", 8, 2048, 1024, residual=True),
+    SkinnyCase("gate_up_few", 24, 1024, 3072, norm=True, gated=True),
     SkinnyCase("gate_up", 33, 1024, 3072, norm=True, gated=True),
     SkinnyCase("gate_up_bias", 3, 256, 96, norm=True, gated=True, bias=True),
     SkinnyCase("down", 64, 3072, 1024, residual=True),

@@ -26,6 +26,7 @@ _MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
 _NEAREST = 2.0
 # Of the Mosaic kernel: warpgroups that multiply, rows of each (the M of wgmma), and rows that TMA moves under swizzle.
 CONSUMERS, CONSUMER_ROWS, ROW_ALIGNMENT = 2, 64, 8
+TILE_ROWS = (16, 32, CONSUMER_ROWS, CONSUMERS * CONSUMER_ROWS)
 # GPUs with the same chip share their tables, whatever their memory: each was tuned for some of the shapes.
 _SAME_CHIP, _ITS_MULTIPROCESSORS = {"h100": "h200", "h200": "h100"}, 132
 _LEAST_SPLIT = 256  # inputs a program: below, adding the splits costs more than the products
@@ -57,8 +58,8 @@ class Tiling:
     """Of the Mosaic kernel: a program's tile, and tiles in flight.
 
     Raises:
-        ValueError: if the consumers cannot share the tile out, or would wait for ever. With 64 rows they take the
-            stages in turn, and each stage of the ring must belong to one of them; each looks one stage ahead.
+        ValueError: if the consumers cannot share the tile out, or would wait for ever. With up to 64 rows they take
+            the stages in turn, and each stage of the ring must belong to one of them; each looks one stage ahead.
     """
 
     tile_rows: int
@@ -67,17 +68,18 @@ class Tiling:
     num_stages: int
 
     def __post_init__(self) -> None:
-        most, owners = CONSUMERS * CONSUMER_ROWS, CONSUMERS if self.splits_inputs else 1
-        if self.tile_rows not in (CONSUMER_ROWS, most) or self.num_stages % owners or self.num_stages < 2 * owners:
+        owners = CONSUMERS if self.splits_inputs else 1
+        if self.tile_rows not in TILE_ROWS or self.num_stages % owners or self.num_stages < 2 * owners:
+            *few, most = TILE_ROWS
             raise ValueError(
                 f"a tile of {self.tile_rows} rows with {self.num_stages} stages; it must have {most} rows and 2 stages "
-                f"or more, or {CONSUMER_ROWS} rows and {2 * CONSUMERS}, {3 * CONSUMERS}, ... stages."
+                f"or more, or one of {few} rows and {2 * CONSUMERS}, {3 * CONSUMERS}, ... stages."
             )
 
     @property
     def splits_inputs(self) -> bool:
         """Whether the consumers divide the inputs, for want of rows."""
-        return self.tile_rows == CONSUMER_ROWS
+        return self.tile_rows <= CONSUMER_ROWS
 
     def stage_bytes(self, *, gated: bool) -> int:
         """Shared memory of one stage of the ring, of 16-bit elements."""

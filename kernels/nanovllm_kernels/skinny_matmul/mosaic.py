@@ -27,14 +27,17 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
     in_columns = _swizzled(shape.dtype, tile.tile_cols)
     # Wgmma wants both its sides alike, if both come from shared memory.
     x_transforms = _swizzled(shape.dtype, tile.tile_inputs) if shape.norm else in_columns
+    # A consumer reads 64 rows of any stage. Where a tile has fewer, those of the stages after it follow.
+    whole_rows = max(tile.tile_rows, CONSUMER_ROWS)
+    x_rows = (tile.num_stages - 1) * tile.tile_rows + whole_rows
     types = {
-        "x": plgpu.SMEM((tile.num_stages, tile.tile_rows, tile.tile_inputs), shape.dtype, transforms=x_transforms),
+        "x": plgpu.SMEM((x_rows, tile.tile_inputs), shape.dtype, transforms=x_transforms),
         "w": plgpu.SMEM(
             (tile.num_stages, shape.parts, tile.tile_inputs, tile.tile_cols),
             shape.dtype,
             transforms=in_columns,
         ),
-        "out": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=in_columns),
+        "out": plgpu.SMEM((whole_rows, tile.tile_cols), shape.dtype, transforms=in_columns),
         "ready": plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=tile.num_stages),
         "free": plgpu.Barrier(num_arrivals=1 if tile.splits_inputs else CONSUMERS, num_barriers=tile.num_stages),
     }
@@ -53,10 +56,7 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
             "bias_ready": plgpu.Barrier(num_arrivals=shape.parts),
         }
     if shape.residual:
-        types |= {
-            "residual": plgpu.SMEM((tile.tile_rows, tile.tile_cols), shape.dtype, transforms=in_columns),
-            "residual_ready": plgpu.Barrier(),
-        }
+        types["residual_ready"] = plgpu.Barrier()
     return types
 
 

@@ -1,7 +1,10 @@
 """Device code of the Mosaic implementation: a program computes one tile of the output.
 
 Its producer warpgroup fills a ring of tiles of x and w by TMA. Two consumer warpgroups share the tile out: 64 rows
-each, or, of 64 rows, every other stage of the ring, whose sums are added at the end.
+each, or, of up to 64 rows, every other stage of the ring, whose sums are added at the end.
+
+Wgmma takes 64 rows. Of a tile that has fewer, the rest is what lies behind it in shared memory, and its sums are not
+stored: rows of the product do not touch each other, and to fetch zeros instead costs as much as to fetch x.
 
 As in the Triton kernel, (x * norm) @ w is scaled by the row's 1 / rms at the end. x * norm is formed in registers, from
 where wgmma takes its left side.
@@ -70,7 +73,7 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, firs
         for part in range(shape.parts):
             source = w.at[inputs, part, cols] if shape.gated else w.at[inputs, cols]
             plgpu.copy_gmem_to_smem(source, scratch["w"].at[stage, part], ready)
-        plgpu.copy_gmem_to_smem(x.at[rows, inputs], scratch["x"].at[stage], ready)
+        plgpu.copy_gmem_to_smem(x.at[rows, inputs], scratch["x"].at[_rows_of(stage, shape)], ready)
         return jnp.where(stage + 1 == tile.num_stages, 0, stage + 1)
 
     lax.fori_loop(0, shape.steps, fetch, jnp.int32(0))
@@ -78,14 +81,15 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, firs
         for part in range(shape.parts):
             plgpu.copy_gmem_to_smem(others["bias"].at[part, cols], scratch["bias"].at[part], scratch["bias_ready"])
     if shape.residual:
-        plgpu.copy_gmem_to_smem(others["residual"].at[rows, cols], scratch["residual"], scratch["residual_ready"])
+        place = scratch["out"].at[pl.ds(0, tile.tile_rows)]
+        plgpu.copy_gmem_to_smem(others["residual"].at[rows, cols], place, scratch["residual_ready"])
     # Nothing is left unobserved: a barrier must not be taken down under an arrival to come.
     for step in range(max(0, shape.steps - tile.num_stages), shape.steps):
         plgpu.barrier_wait(scratch["free"].at[step % tile.num_stages])
 
 
 def consume(out: Any, scratch: Any, shape: ProductShape, consumer: Any, first_row: Any, first_col: Any) -> None:
-    """One consumer's part of the tile: half of its rows, or, of 64 rows, the sums over half of the inputs."""
+    """One consumer's part of the tile: half of its rows, or, of up to 64 rows, the sums over half of the inputs."""
     accumulators = [plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, shape.tiling.tile_cols), jnp.float32)] * shape.parts
 
     def accumulate(*accs: Any) -> tuple[list[Array], Any]:
@@ -148,18 +152,26 @@ def _finish(
         result = gate / (1 + jnp.exp(-gate)) * up
     if shape.residual:
         plgpu.barrier_wait(scratch["residual_ready"])
-        residual = plgpu.load(scratch["residual"].at[rows], layout=plgpu.Layout.WGMMA)
+        # It lies where the outputs will: each thread reads what it is about to overwrite.
+        residual = plgpu.load(scratch["out"].at[rows], layout=plgpu.Layout.WGMMA)
         result = result + residual.astype(jnp.float32)
     scratch["out"].at[rows][...] = result.astype(shape.dtype)
     plgpu.commit_smem()
-    target = out.at[pl.ds(first_row, CONSUMER_ROWS), pl.ds(first_col, shape.tiling.tile_cols)]
-    plgpu.copy_smem_to_gmem(scratch["out"].at[rows], target)
+    stored = min(CONSUMER_ROWS, shape.tiling.tile_rows)
+    target = out.at[pl.ds(first_row, stored), pl.ds(first_col, shape.tiling.tile_cols)]
+    plgpu.copy_smem_to_gmem(scratch["out"].at[pl.ds(row, stored)], target)
     plgpu.wait_smem_to_gmem(0)
 
 
+def _rows_of(stage: Any, shape: ProductShape) -> pl.Slice:
+    """Where the ring has a stage's rows of x."""
+    return pl.ds(stage * shape.tiling.tile_rows, shape.tiling.tile_rows)
+
+
 def _x_tile(scratch: Any, shape: ProductShape, stage: Any, consumer: Any) -> Any:
-    """A consumer's 64 rows of a stage."""
-    return scratch["x"].at[stage, pl.ds(0 if shape.tiling.splits_inputs else consumer * CONSUMER_ROWS, CONSUMER_ROWS)]
+    """The 64 rows of a stage that a consumer multiplies."""
+    first = 0 if shape.tiling.splits_inputs else consumer * CONSUMER_ROWS
+    return scratch["x"].at[pl.ds(stage * shape.tiling.tile_rows + first, CONSUMER_ROWS)]
 
 
 def _next_stage(stage: Any, shape: ProductShape) -> Any:
@@ -209,8 +221,9 @@ def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any
     def multiply(x: Array, norm: Array, stage: Any) -> None:
         operand = x * lax.broadcast_in_dim(norm, x.shape, [1])
         if shape.interpreted:  # the interpreter knows wgmma on two references only
+            own = min(CONSUMER_ROWS, shape.tiling.tile_rows)
             x_tile = _x_tile(scratch, shape, stage, consumer)
-            x_tile[...] = operand
+            x_tile.at[pl.ds(0, own)][...] = operand[:own]
             operand = x_tile
         for part, acc in enumerate(accs):
             plgpu.wgmma(acc, operand, scratch["w"].at[stage, part])
