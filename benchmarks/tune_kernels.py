@@ -104,8 +104,9 @@ def tilings(case: SkinnyCase) -> list[Tiling]:
         whole = max(rows, CONSUMER_ROWS)
         others = 2 * whole * cols + 2 * case.inputs + one.splits_inputs * 4 * whole * cols * (1 + case.gated)
         others += 2 * (whole - rows) * inputs
-        fitting = (target.shared_bytes - 1024 - others) // one.stage_bytes(gated=case.gated)
-        stages = min(12, fitting // CONSUMERS * CONSUMERS)
+        # 4 KB for barriers, and for arrays that begin at multiples of 1 KB.
+        fitting = (target.shared_bytes - 4096 - others) // one.stage_bytes(gated=case.gated)
+        stages = min(12, fitting, case.inputs // inputs) // CONSUMERS * CONSUMERS
         fits = one.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)
         if fits and stages >= 2 * CONSUMERS and tiles_of(case, one) <= target.multiprocessors:
             found.append(replace(one, num_stages=stages))
