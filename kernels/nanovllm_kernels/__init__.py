@@ -8,6 +8,7 @@ from nanovllm_kernels._compat import lowering_for
 from nanovllm_kernels.add_rms_norm import add_rms_norm
 from nanovllm_kernels.add_shards import add_shards
 from nanovllm_kernels.decode_layers import decode_layers, decode_layers_supports
+from nanovllm_kernels.gated_matmul import gated_matmul
 from nanovllm_kernels.paged_decode import paged_decode
 from nanovllm_kernels.ragged_prefill import ragged_prefill
 from nanovllm_kernels.rope_cache_write import rope_cache_write
@@ -21,6 +22,7 @@ __all__ = [
     "add_shards",
     "decode_layers",
     "decode_layers_supports",
+    "gated_matmul",
     "lowering_for",
     "paged_decode",
     "ragged_prefill",

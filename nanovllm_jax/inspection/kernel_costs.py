@@ -159,7 +159,9 @@ class Call:
         """The first two operands: activations [M, K] and a weight, where it is a product."""
         if self.kernel:
             return self.operands[:2]
-        weight = max(self.operands, key=array_bytes)
+        # A product of many rows with gate and up has larger arrays than its weight.
+        gated = [one for one in self.operands if len(one.shape) == 3]
+        weight = gated[0] if gated else max(self.operands, key=array_bytes)
         matrices = [one for one in self.operands if len(one.shape) == 2 and one is not weight]
         return next(one for one in matrices if one.shape[1] == weight.shape[0]), weight
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.parallel.collectives import sum_shards
-from nanovllm_kernels import add_rms_norm, silu_mul, skinny_matmul, split_counters
+from nanovllm_kernels import add_rms_norm, gated_matmul, skinny_matmul, split_counters
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel
 
 Backend = Literal["xla", "triton"]
@@ -104,8 +104,7 @@ def add_mlp(
     if counters is None:
         with jax.named_scope("gate_up"):
             residual, normalised = residual.normalised(params["post_norm"], eps, backend)
-            gate_up = _add_bias(einsum("te,ezf->tzf", normalised, params["gate_up"]), gate_up_bias)
-            gated = silu_mul(gate_up, backend=backend)
+            gated = gated_matmul(normalised, params["gate_up"], bias=gate_up_bias, backend=backend)
         with jax.named_scope("down"):
             return _add(residual.x, einsum("tf,fe->te", gated, params["down"]), down_bias, axis_name, table)
     options = {"norm": params["post_norm"], "eps": eps, "bias": gate_up_bias}

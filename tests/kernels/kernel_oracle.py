@@ -133,6 +133,10 @@ def silu_mul_oracle(gate_up):
     return gate / 2 * (1 + np.tanh(gate / 2)) * up
 
 
+def gated_oracle(x, w, bias=0.0):
+    return silu_mul_oracle(np.tensordot(x.astype(np.float64), w.astype(np.float64), axes=1) + bias)
+
+
 def layers_oracle(x, layers, cos, sin, caches, block_tables, context_lens, **options):
     """Hidden states [1, E] and caches after some layers, all in float64."""
     new_caches = []

@@ -20,6 +20,7 @@ import pytest
 from nanovllm_kernels import (
     add_rms_norm,
     decode_layers,
+    gated_matmul,
     lowering_for,
     paged_decode,
     ragged_prefill,
@@ -324,6 +325,25 @@ def test_skinny_matmul_merges_splits_in_a_second_kernel_without_counters(compile
     case = next(case for case in SKINNY_CASES if case.name == "down")
     lower_skinny(case, 90, in_kernel_merge=False)
     assert [kernel for kernel, _ in compiled] == ["product_kernel", "merge_splits_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rows", "dtype", "kernels"),
+    [
+        (90, 16384, "bfloat16", {"mosaic_gpu_v2": 1, "triton_kernel_call_ffi": 0}),
+        (90, 2048, "float16", {"mosaic_gpu_v2": 1, "triton_kernel_call_ffi": 0}),
+        # Few rows leave programs without a tile; other GPUs and float32 have no such kernel.
+        (90, 1024, "bfloat16", {"mosaic_gpu_v2": 0, "triton_kernel_call_ffi": 1}),
+        (90, 2048, "float32", {"mosaic_gpu_v2": 0, "triton_kernel_call_ffi": 1}),
+        (100, 2048, "bfloat16", {"mosaic_gpu_v2": 0, "triton_kernel_call_ffi": 1}),
+    ],
+)
+def test_gated_matmul_lowers_to_one_kernel_for_many_rows(architecture, rows, dtype, kernels):
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, 1024), (1024, 2, 3072))]
+    with lowering_for(architecture):
+        traced = jax.jit(lambda x, w: gated_matmul(x, w, backend="triton")).trace(*arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert {name: text.count(f"custom_call @{name}") for name in kernels} == kernels
 
 
 def lower_layers(case, architecture, donate=()):

@@ -11,6 +11,7 @@ from kernel_oracle import (
     add_rms_norm_oracle,
     decode_oracle,
     dequantised,
+    gated_oracle,
     layers_oracle,
     prefill_oracle,
     relative_error,
@@ -25,6 +26,7 @@ from nanovllm_kernels import (
     add_rms_norm,
     add_shards,
     decode_layers,
+    gated_matmul,
     paged_decode,
     ragged_prefill,
     rope_cache_write,
@@ -41,6 +43,8 @@ from nanovllm_kernels.add_shards.cases import CASES as SUM_CASES
 from nanovllm_kernels.add_shards.exchange import make_exchange, programs_that_failed
 from nanovllm_kernels.decode_layers.cases import CASES as LAYER_CASES
 from nanovllm_kernels.decode_layers.cases import layer_inputs
+from nanovllm_kernels.gated_matmul.cases import CASES as GATED_CASES
+from nanovllm_kernels.gated_matmul.cases import gated_inputs
 from nanovllm_kernels.paged_decode.cases import CASES as DECODE_CASES
 from nanovllm_kernels.ragged_prefill import mosaic_supports
 from nanovllm_kernels.ragged_prefill.cases import CASES as PREFILL_CASES
@@ -118,6 +122,16 @@ def test_silu_mul(case):
     gate_up = silu_mul_inputs(case)
     got = jax.jit(lambda gate_up: silu_mul(gate_up, backend="triton"))(gate_up)
     assert relative_error(got, silu_mul_oracle(gate_up)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("case", GATED_CASES, ids=lambda case: case.name)
+def test_gated_matmul(case):
+    arrays = gated_inputs(case)
+    call = jax.jit(lambda arrays: gated_matmul(**arrays, backend="triton"))
+    got = call(arrays)
+    # Where gate and up are rounded first, that is one more rounding of each.
+    assert relative_error(got, gated_oracle(**arrays)) < 2 * TOLERANCE[case.dtype]
+    np.testing.assert_array_equal(np.asarray(call(arrays)), np.asarray(got))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

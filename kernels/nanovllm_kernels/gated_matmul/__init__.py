@@ -1,0 +1,58 @@
+"""The gate and up projections of an MLP with its activation, for many rows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nanovllm_kernels._checks import check_backend, check_float
+from nanovllm_kernels._compat import current_target, import_jax_triton
+from nanovllm_kernels.silu_mul import silu_mul
+
+_MOSAIC_CAPABILITY = 90  # wgmma, which later GPUs do not have
+_LEAST_ROWS = 2048
+
+
+def gated_matmul(
+    x: Float[Array, "T E"],
+    w: Float[Array, "E 2 F"],
+    *,
+    bias: Float[Array, "2 F"] | None = None,
+    backend: Literal["xla", "triton"],
+) -> Float[Array, "T F"]:
+    """`silu(x @ gate + gate_bias) * (x @ up + up_bias)`, where `w[:, 0]` is gate and `w[:, 1]` up.
+
+    From Shazeer 2020 (https://arxiv.org/abs/2002.05202). T tokens, E model dim, F MLP dim; sums are float32. With
+    `"triton"` many 16-bit rows are one kernel in Pallas Mosaic GPU on sm_90, which never writes gate and up; elsewhere
+    it is XLA's product, rounded to x's dtype, and `silu_mul`.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit together, or the backend is unknown.
+        ImportError: if the GPU implementation is asked for where triton or jax-triton is missing.
+        RuntimeError: if it is asked for where no GPU is, outside `lowering_for`.
+    """
+    check_backend(backend)
+    check_float(x=x)
+    if x.ndim != 2 or w.ndim != 3 or w.shape[:2] != (x.shape[1], 2) or w.dtype != x.dtype:
+        raise ValueError(f"x is {x.dtype}{x.shape} and w {w.dtype}{w.shape}; they must be [T, E] and [E, 2, F], alike.")
+    if bias is not None and bias.shape != w.shape[1:]:
+        raise ValueError(f"bias has shape {bias.shape}; it must be [2, F], here {w.shape[1:]}.")
+    if backend == "triton" and bias is None and _has_kernel(x, w):
+        from nanovllm_kernels.gated_matmul.mosaic import gated_matmul_mosaic
+
+        return gated_matmul_mosaic(x, w)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    gate_up = jnp.einsum("te,ezf->tzf", x, w, precision=precision)
+    return silu_mul(gate_up if bias is None else gate_up + bias, backend=backend)
+
+
+def _has_kernel(x: Array, w: Array) -> bool:
+    import_jax_triton()
+    if current_target().compute_capability != _MOSAIC_CAPABILITY or x.dtype.itemsize != 2:
+        return False
+    from nanovllm_kernels.gated_matmul.mosaic_device import fits
+
+    return x.shape[0] >= _LEAST_ROWS and fits(rows=x.shape[0], inputs=x.shape[1], outputs=w.shape[2])

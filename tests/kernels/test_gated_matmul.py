@@ -1,0 +1,76 @@
+"""`gated_matmul`: the XLA version, and the Mosaic kernel in the interpreter, which follows every barrier and copy."""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import config as jaxtyping_config
+from kernel_oracle import gated_oracle, relative_error
+
+from nanovllm_kernels import gated_matmul, lowering_for
+from nanovllm_kernels._compat import Target
+from nanovllm_kernels.gated_matmul.cases import CASES, GatedCase, gated_inputs
+from nanovllm_kernels.gated_matmul.mosaic import gated_matmul_mosaic
+from nanovllm_kernels.gated_matmul.mosaic_device import Tiling, fits
+
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.rows < 4096], ids=lambda case: case.name)
+def test_xla_version_matches_the_oracle(case):
+    arrays = gated_inputs(case)
+    got = jax.jit(lambda arrays: gated_matmul(**arrays, backend="xla"))(arrays)
+    assert got.dtype == arrays["x"].dtype
+    assert relative_error(got, gated_oracle(**arrays)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize(
+    ("case", "tiling"),
+    [
+        # Three programs, or two clusters, with several tiles each; the last rows are past the end of x.
+        (GatedCase("alone", 392, 512, 256), Tiling(cluster=1)),
+        (GatedCase("peers", 392, 512, 256), Tiling(head_start=1)),
+        (GatedCase("together", 264, 256, 128, dtype="float16"), Tiling(head_start=0, group=1)),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_interpreted_kernel_matches_the_oracle(case, tiling):
+    arrays = gated_inputs(case)
+    assert fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)
+    with lowering_for(Target(90, 4, 227 * 1024)):
+        call = jax.jit(lambda x, w: gated_matmul_mosaic(x, w, tiling=tiling, interpret=plgpu.InterpretGPUParams()))
+        got, again = call(**arrays), call(**arrays)
+    assert got.dtype == arrays["x"].dtype
+    assert relative_error(got, gated_oracle(**arrays)) < TOLERANCE[case.dtype]
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(got))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"rows": 2048, "inputs": 1024, "outputs": 3072}, True),
+        ({"rows": 2049, "inputs": 1024, "outputs": 3072}, False),  # TMA moves rows by eights
+        ({"rows": 2048, "inputs": 896, "outputs": 4864}, False),  # three and a half rounds of the ring
+        ({"rows": 2048, "inputs": 1024, "outputs": 3136}, False),  # half a tile of columns
+    ],
+)
+def test_the_kernel_takes_whole_tiles(sizes, expected):
+    assert fits(**sizes) is expected
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "bias", "message"),
+    [
+        ((4, 8), (9, 2, 16), None, r"they must be \[T, E\] and \[E, 2, F\], alike"),
+        ((4, 8), (8, 3, 16), None, r"they must be \[T, E\] and \[E, 2, F\], alike"),
+        ((4, 8), (8, 2, 16), (16,), r"bias has shape \(16,\); it must be \[2, F\], here \(2, 16\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(x, w, bias, message):
+    jaxtyping_config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=message):
+            gated_matmul(jnp.zeros(x), jnp.zeros(w), bias=None if bias is None else jnp.zeros(bias), backend="xla")
+    finally:
+        jaxtyping_config.update("jaxtyping_disable", False)
