@@ -22,7 +22,7 @@ class GatedCase:
 
 
 CASES = (
-    GatedCase("qwen3_0_6b", 4096, 1024, 3072),
+    GatedCase("many_tiles", 4096, 1024, 1280),
     GatedCase("last_rows", 2120, 512, 256),
     GatedCase("bias", 65, 256, 128, bias=True),
     GatedCase("odd", 7, 96, 100),
