@@ -28,22 +28,27 @@ def test_xla_version_matches_the_oracle(case):
 @pytest.mark.parametrize(
     ("case", "tiling"),
     [
-        # Three programs, or two clusters, with several tiles each; the last rows are past the end of x.
-        (GatedCase("alone", 392, 512, 256), Tiling(cluster=1)),
-        (GatedCase("peers", 392, 512, 256), Tiling(head_start=1)),
-        (GatedCase("together", 264, 256, 128, dtype="float16"), Tiling(head_start=0, group=1)),
+        # Three programs with several tiles each; the last rows are past the end of x.
+        (GatedCase("ahead", 392, 512, 256), Tiling()),
+        (GatedCase("single_rows_of_tiles", 392, 512, 256), Tiling(head_start=1, group=1)),
+        (GatedCase("more_stages", 264, 384, 128, dtype="float16"), Tiling(head_start=1, num_stages=6)),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_interpreted_kernel_matches_the_oracle(case, tiling):
     arrays = gated_inputs(case)
-    assert fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)
-    with lowering_for(Target(90, 4, 227 * 1024)):
+    with lowering_for(Target(90, 3, 227 * 1024)):
         call = jax.jit(lambda x, w: gated_matmul_mosaic(x, w, tiling=tiling, interpret=plgpu.InterpretGPUParams()))
         got, again = call(**arrays), call(**arrays)
     assert got.dtype == arrays["x"].dtype
     assert relative_error(got, gated_oracle(**arrays)) < TOLERANCE[case.dtype]
     np.testing.assert_array_equal(np.asarray(again), np.asarray(got))
+
+
+@pytest.mark.parametrize("head_start", [0, 4])
+def test_a_head_start_that_the_ring_does_not_hold_is_refused(head_start):
+    with pytest.raises(ValueError, match=f"head_start is {head_start}; with 4 stages it must be 1 to one less"):
+        Tiling(head_start=head_start)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """Device code of the Mosaic implementation: a persistent product, whose programs go from tile to tile of the output.
 
 Of the three warpgroups of a program one fetches tiles of x and w by TMA into a ring of stages; two consumers multiply
-64 rows of each. Two programs on neighbouring rows form a cluster: each fetches half of a tile of w for both.
-
-The consumers are a few stages apart, so that one has the tensor cores while the other finishes its rows of a tile.
+64 rows of each. They are a few stages apart, so that one has the tensor cores while the other finishes its rows of a
+tile.
 
 Refs and scalars of a kernel have no Python type that says more than Any.
 """
@@ -20,9 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from nanovllm_kernels._device import ceil_div
+
 CONSUMERS, CONSUMER_ROWS = 2, 64  # warpgroups that multiply, and the M of wgmma
 TILE_ROWS = CONSUMERS * CONSUMER_ROWS
-TILE_COLS = 256  # of w: the most that wgmma takes
+PARTS, TILE_COLS = 2, 128  # gate and up, and columns of each in a tile
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,23 @@ class Tiling:
     Attributes:
         tile_inputs: of K, a stage.
         num_stages: of the ring.
-        cluster: programs that share tiles of w.
         head_start: stages that the first consumer is ahead of the second.
-        group: row tiles of clusters that are taken together, column by column, while their x is in L2.
+        group: row tiles that are taken together, column by column, while their x is in L2.
+
+    Raises:
+        ValueError: if the ring has no room for the head start; the kernel would wait for ever.
     """
 
     tile_inputs: int = 64
     num_stages: int = 4
-    cluster: int = 2
     head_start: int = 3
     group: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.head_start < self.num_stages:
+            raise ValueError(
+                f"head_start is {self.head_start}; with {self.num_stages} stages it must be 1 to one less."
+            )
 
 
 DEFAULT_TILING = Tiling()
@@ -53,8 +61,7 @@ class ProductShape:
 
     num_rows: int
     num_inputs: int
-    num_cols: int  # of w, all of them
-    parts: int  # that the columns of a tile are fetched in
+    num_cols: int  # of gate, and of up
     dtype: Any
     tiling: Tiling
     programs: int
@@ -65,41 +72,33 @@ class ProductShape:
         return self.num_inputs // self.tiling.tile_inputs
 
     @property
-    def row_units(self) -> int:
-        """Tiles of a cluster along the rows."""
-        return -(-self.num_rows // (TILE_ROWS * self.tiling.cluster))
+    def row_tiles(self) -> int:
+        return ceil_div(self.num_rows, TILE_ROWS)
 
     @property
     def col_tiles(self) -> int:
         return self.num_cols // TILE_COLS
-
-    @property
-    def clusters(self) -> int:
-        return min(self.programs // self.tiling.cluster, self.row_units * self.col_tiles)
 
 
 def for_each_tile(shape: ProductShape, visit: Callable[[Any, Any, Any], None]) -> None:
     """Calls `visit(ordinal, first_row, col_tile)` for each tile of this program."""
     tile, cols = shape.tiling, shape.col_tiles
     index = lax.axis_index("program")
-    total = shape.row_units * cols
-    count = lax.div(total - index + (shape.clusters - 1), shape.clusters)
+    count = lax.div(shape.row_tiles * cols - index + (shape.programs - 1), shape.programs)
 
     def step(ordinal: Any, _: None) -> None:
-        place = ordinal * shape.clusters + index
+        place = ordinal * shape.programs + index
         group = lax.div(place, tile.group * cols)
         within = place - group * (tile.group * cols)
-        height = jnp.minimum(tile.group, shape.row_units - group * tile.group)
+        height = jnp.minimum(tile.group, shape.row_tiles - group * tile.group)
         col = lax.div(within, height)
-        unit = group * tile.group + within - col * height
-        row_tile = unit * tile.cluster + (lax.axis_index("peer") if tile.cluster > 1 else 0)
-        visit(ordinal, row_tile * TILE_ROWS, col)
+        visit(ordinal, (group * tile.group + within - col * height) * TILE_ROWS, col)
 
     lax.fori_loop(0, count, step, None)
 
 
-def produce(shape: ProductShape, shared: Any, x: Any, fetch_w: Callable[..., None]) -> None:
-    """Fills the ring, for all tiles of the program. `fetch_w(inputs, col_tile, target, barrier)` copies a tile of w."""
+def produce(shape: ProductShape, shared: Any, x: Any, w: Any) -> None:
+    """Fills the ring, for all tiles of the program."""
     tile = shape.tiling
 
     def visit(ordinal: Any, first_row: Any, col: Any) -> None:
@@ -109,7 +108,9 @@ def produce(shape: ProductShape, shared: Any, x: Any, fetch_w: Callable[..., Non
                 pl.when(used)(lambda stage=stage: plgpu.barrier_wait(shared["free"].at[stage]))
                 inputs, ready = index * tile.num_stages + stage, shared["ready"].at[stage]
                 inputs = pl.ds(inputs * tile.tile_inputs, tile.tile_inputs)
-                fetch_w(inputs, col, shared["w"].at[stage], ready)
+                for part in range(PARTS):
+                    columns = w.at[inputs, part, pl.ds(col * TILE_COLS, TILE_COLS)]
+                    plgpu.copy_gmem_to_smem(columns, shared["w"].at[stage, part], ready)
                 plgpu.copy_gmem_to_smem(x.at[pl.ds(first_row, TILE_ROWS), inputs], shared["x"].at[stage], ready)
 
         lax.fori_loop(0, shape.steps // tile.num_stages, fetch, None)
@@ -120,17 +121,16 @@ def produce(shape: ProductShape, shared: Any, x: Any, fetch_w: Callable[..., Non
 
 
 def consume(shape: ProductShape, shared: Any, consumer: Any, finish: Callable[[Any, Any, Any], None]) -> None:
-    """Multiplies this consumer's rows of all tiles; `finish(sums, first_row, col_tile)` takes the 64 x 256 sums."""
+    """Multiplies this consumer's rows of all tiles; `finish(sums, first_row, col_tile)` takes gate and up."""
     tile = shape.tiling
     rows = pl.ds(consumer * CONSUMER_ROWS, CONSUMER_ROWS)
-    ahead, turn = tile.head_start // tile.num_stages, tile.head_start % tile.num_stages
 
     def visit(ordinal: Any, first_row: Any, col: Any) -> None:
         def accumulate(*sums: Any) -> list[Array]:
             def step(index: Any, _: None) -> None:
                 for stage in range(tile.num_stages):
-                    if tile.head_start and stage == turn:
-                        first = (consumer == 0) & (ordinal == 0) & (index == ahead)
+                    if stage == tile.head_start:
+                        first = (consumer == 0) & (ordinal == 0) & (index == 0)
                         pl.when(first)(lambda: plgpu.barrier_arrive(shared["started"]))
                     plgpu.barrier_wait(shared["ready"].at[stage])
                     for part, its_sums in enumerate(sums):
@@ -147,12 +147,11 @@ def consume(shape: ProductShape, shared: Any, consumer: Any, finish: Callable[[A
             plgpu.barrier_arrive(shared["free"].at[tile.num_stages - 1])
             return [its_sums[...] for its_sums in sums]
 
-        accumulator = plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, TILE_COLS // shape.parts), jnp.float32)
-        sums = pl.run_scoped(accumulate, *[accumulator] * shape.parts)
+        accumulator = plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, TILE_COLS), jnp.float32)
+        sums = pl.run_scoped(accumulate, *[accumulator] * PARTS)
         finish(sums, first_row + consumer * CONSUMER_ROWS, col)
 
-    if tile.head_start:
-        pl.when(consumer == 1)(lambda: plgpu.barrier_wait(shared["started"]))
+    pl.when(consumer == 1)(lambda: plgpu.barrier_wait(shared["started"]))
     for_each_tile(shape, visit)
 
 
@@ -165,4 +164,4 @@ def silu_mul(gate: Float[Array, "R C"], up: Float[Array, "R C"]) -> Float[Array,
 def fits(*, rows: int, inputs: int, outputs: int) -> bool:
     """Whether the kernel can compute such a product: whole tiles of columns and whole rounds of the ring."""
     tile = DEFAULT_TILING
-    return rows % 8 == 0 and inputs % (tile.tile_inputs * tile.num_stages) == 0 and outputs % (TILE_COLS // 2) == 0
+    return rows % 8 == 0 and inputs % (tile.tile_inputs * tile.num_stages) == 0 and outputs % TILE_COLS == 0
