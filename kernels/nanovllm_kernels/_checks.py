@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -41,6 +43,8 @@ def check_cache(k_cache: Array, v_cache: Array) -> None:
         raise ValueError(
             f"k_cache has shape {k_cache.shape}; it must be [N blocks, K KV heads, block_size, D], none of them 0."
         )
+    if math.prod(k_cache.shape[:3]) >= 2**31:
+        raise ValueError(f"k_cache has shape {k_cache.shape}; N * K * block_size must be below 2^31.")
     check_shape("v_cache", v_cache, k_cache.shape, "N, K, block_size, D")
     if k_cache.dtype != v_cache.dtype:
         raise ValueError(f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; they must be the same.")

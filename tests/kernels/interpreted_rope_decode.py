@@ -16,6 +16,7 @@ from kernel_oracle import decode_oracle, relative_error
 from nanovllm_kernels import lowering_for, rope_cache_write
 from nanovllm_kernels._cases import AttentionCase
 from nanovllm_kernels._compat import Target
+from nanovllm_kernels.paged_decode import attend
 from nanovllm_kernels.paged_decode import triton as attention
 from nanovllm_kernels.rope_paged_decode import triton as device
 from nanovllm_kernels.rope_paged_decode.cases import rope_paged_decode_inputs
@@ -63,6 +64,7 @@ def run(case, *, in_kernel_merge):
 
 def main():
     patch_interpreter()
+    attend.prefetch = lambda pointers: None  # the interpreter knows no instructions of the GPU
     for module in (attention, device):
         module.triton_call, module.update_in_place = interpreted.triton_call, update_in_place
     results = [run(case, in_kernel_merge=merge) for case in CASES for merge in (False, True)]

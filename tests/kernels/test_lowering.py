@@ -278,6 +278,17 @@ def test_rope_paged_decode_is_one_kernel_where_rows_fill_the_chip_and_updates_ca
     assert text.count("tf.aliasing_output") == 2
 
 
+@pytest.mark.parametrize("fill", [0.5, 2.5, 5, 10])
+@pytest.mark.parametrize(("architecture", "dtype", "head_dim"), [(90, "bfloat16", 128), (86, "float32", 256)])
+def test_decode_fits_in_shared_memory_with_few_and_with_many_rows(compiled, architecture, dtype, head_dim, fill):
+    with lowering_for(architecture) as target:
+        rows = round(fill * target.multiprocessors / 2)
+    shapes = QWEN3 | {"dtype": dtype, "head_dim": head_dim, "rows": rows, "table_width": 64}
+    for operation in (paged_decode, rope_paged_decode):
+        _, limit = lower(operation, architecture, **shapes)
+    assert all(shared <= limit for _, shared in compiled)
+
+
 def test_rope_paged_decode_of_many_float8_rows_is_both_operations(compiled):
     lower(rope_paged_decode, 90, **QWEN3, kv_heads=8, rows=256, cache_dtype="float8_e4m3fn")
     assert [name for name, _ in compiled] == ["rope_cache_write_kernel", "decode_kernel", "merge_kernel"]

@@ -9,7 +9,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from nanovllm_kernels._device import attend_range, load_rows, load_scale
+from nanovllm_kernels._device import load_rows, load_scale
+from nanovllm_kernels.paged_decode.attend import attend_context, load_blocks, query_dims
 
 
 @triton.jit
@@ -81,28 +82,29 @@ def decode_kernel(
     first = 0  # the oldest position that any query sees
     if WINDOW > 0:
         first = tl.maximum(context - (QUERIES - 1) - WINDOW, 0)
+    table_ptr = block_tables_ptr + row * table_width
+    blocks = load_blocks(table_ptr, begin, end, first, BLOCK_SIZE, TILE_TOKENS)
 
     members = tl.arange(0, TILE_HEADS)  # query i of head g of the group is member i * GROUP + g
-    STEP: tl.constexpr = 2 if PAIRS else 1  # of float8 the even dims lie in one tile and the odd ones in another
+    STEP: tl.constexpr = 2 if PAIRS else 1  # of float8 half the dims lie in one tile and half in another
     dims = tl.arange(0, TILE_DIM // STEP)
     present = members < QUERIES * GROUP
     query_positions = context - QUERIES + members // GROUP
     heads = ((row * QUERIES + members // GROUP) * num_kv_heads + kv_head) * GROUP + members % GROUP
-    q = load_rows(q_ptr, heads * HEAD_DIM, dims * STEP, present, HEAD_DIM, True).to(DOT_DTYPE)
-    q_odd, acc_odd = 0.0, 0.0
+    q_dims = query_dims(dims) if PAIRS else dims
+    q = load_rows(q_ptr, heads * HEAD_DIM, q_dims, present, HEAD_DIM, True).to(DOT_DTYPE)
+    q_other, acc_odd = 0.0, 0.0
     if PAIRS:
-        q_odd = load_rows(q_ptr + 1, heads * HEAD_DIM, dims * STEP, present, HEAD_DIM, True).to(DOT_DTYPE)
+        q_other = load_rows(q_ptr, heads * HEAD_DIM, q_dims + 2, present, HEAD_DIM, True).to(DOT_DTYPE)
         acc_odd = tl.zeros([TILE_HEADS, TILE_DIM // STEP], tl.float32)
     k_scale = load_scale(k_scale_ptr, kv_head, SCALED)
     maximum = tl.full([TILE_HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([TILE_HEADS], tl.float32)
+    total = tl.zeros([TILE_HEADS, 16], tl.float32)
     acc = tl.zeros([TILE_HEADS, TILE_DIM // STEP], tl.float32)
-    table_ptr = block_tables_ptr + row * table_width
-    seen_by_all = tl.minimum(end, tl.maximum(context - (QUERIES - 1), 0))
-    maximum, total, acc, acc_odd = attend_range(
-        q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc, acc_odd, begin,
-        end, seen_by_all, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
-        TILE_TOKENS, DOT_DTYPE, PAIRS,
+    maximum, total, acc, acc_odd = attend_context(
+        q, q_other, k_cache_ptr, v_cache_ptr, table_ptr, blocks, query_positions, k_scale, maximum, total, acc, acc_odd,
+        begin, end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
+        DOT_DTYPE, PAIRS, QUERIES == 1,
     )  # fmt: skip
     out, dims = divided(acc, acc_odd, total, dims, v_scale_ptr, kv_head, TILE_DIM, PAIRS, SCALED)
     stored = present[:, None] & (dims[None, :] < HEAD_DIM)

@@ -136,10 +136,10 @@ def prefill_kernel(
     first = 0  # the oldest position that any query sees
     if WINDOW > 0:
         first = tl.maximum(first_position - WINDOW + 1, 0)
-    maximum, total, acc, _ = attend_range(
-        q, 0.0, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, k_scale, maximum, total, acc, 0.0,
+    maximum, total, acc = attend_range(
+        q, k_cache_ptr, v_cache_ptr, table_ptr, q_positions, k_scale, maximum, total, acc,
         first // TILE_TOKENS * TILE_TOKENS, end, first_position + 1, first, num_kv_heads, kv_head, dims, SCALE,
-        SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS, DOT_DTYPE, False,
+        SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS, DOT_DTYPE,
     )  # fmt: skip
     out = acc * (load_scale(v_scale_ptr, kv_head, SCALED) / tl.where(total > 0, total, 1.0))[:, None]
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=stored)

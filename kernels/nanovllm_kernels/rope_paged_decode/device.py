@@ -9,44 +9,49 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from nanovllm_kernels._device import attend_range, load_rows, load_scale, scale_scores, to_cache
+from nanovllm_kernels._device import load_rows, load_scale, offsets_in_blocks, scale_scores, to_cache
+from nanovllm_kernels.paged_decode.attend import attend_context, load_blocks, prefetch_tile
 from nanovllm_kernels.paged_decode.device import divided, load_piece
 
 
 @triton.jit
 @no_type_check
-def rotated(
-    qkv_ptr,
-    row_offsets,
-    dims,
-    row_mask,
-    norm_ptr,
-    cos_ptr,
-    sin_ptr,
-    EPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_DIM: tl.constexpr,
-    NORM: tl.constexpr,
+def load_heads(
+    qkv_ptr, heads, dims, q_norm_ptr, k_norm_ptr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr
 ):
-    """Dims `dims` of heads, normed over all dims if NORM and rotated by the angles of one token, in qkv's dtype."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    dtype = qkv_ptr.dtype.element_ty
-    is_first = dims < HALF
-    others = tl.where(is_first, dims + HALF, dims - HALF)
-    x = load_rows(qkv_ptr, row_offsets, dims, row_mask, HEAD_DIM, True).to(tl.float32)
-    other = load_rows(qkv_ptr, row_offsets, others, row_mask, HEAD_DIM, True).to(tl.float32)
-    in_head = dims < HEAD_DIM
-    cos = tl.load(cos_ptr + dims % HALF, mask=in_head, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + dims % HALF, mask=in_head, other=0.0)[None, :]
+    """Dims `dims` of a group's query heads and, after them, of its key, and of their norms' weights."""
+    x = load_rows(qkv_ptr, heads * HEAD_DIM, dims, heads <= GROUP, HEAD_DIM, True)
+    weight = 1.0
     if NORM:
-        whole = load_rows(qkv_ptr, row_offsets, tl.arange(0, TILE_DIM), row_mask, HEAD_DIM, True).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(whole * whole, 1) / HEAD_DIM + EPS)[:, None]
-        weight = tl.load(norm_ptr + dims, mask=in_head, other=0.0).to(tl.float32)[None, :]
-        other_weight = tl.load(norm_ptr + others, mask=in_head, other=0.0).to(tl.float32)[None, :]
-        # Rounded to the model's dtype before and after the weight, as the reference does.
-        x = ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-        other = ((other * scale).to(dtype).to(tl.float32) * other_weight).to(dtype).to(tl.float32)
-    return tl.where(is_first[None, :], x * cos - other * sin, x * cos + other * sin).to(dtype)
+        in_head = dims < HEAD_DIM
+        q_weight = tl.load(q_norm_ptr + dims, mask=in_head, other=0.0)
+        k_weight = tl.load(k_norm_ptr + dims, mask=in_head, other=0.0)
+        weight = tl.where((heads < GROUP)[:, None], q_weight[None, :], k_weight[None, :])
+    return x, weight
+
+
+@triton.jit
+@no_type_check
+def normed(x, weight, scale):
+    """Rounded to the model's dtype before and after the weight, as the reference does."""
+    return ((x.to(tl.float32) * scale).to(x.dtype) * weight.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+@no_type_check
+def even_and_odd(tile):
+    """A tile's columns with even and with odd numbers."""
+    return tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 2, 2]))
+
+
+@triton.jit
+@no_type_check
+def first_and_last_of_four(tile):
+    """Of each four columns the first two and the last two, as `load_keys` has the dims of float8."""
+    fours = tl.reshape(tile, [tile.shape[0], tile.shape[1] // 4, 2, 2])
+    first, last = tl.split(tl.permute(fours, (0, 1, 3, 2)))
+    half: tl.constexpr = tile.shape[1] // 2
+    return tl.reshape(first, [tile.shape[0], half]), tl.reshape(last, [tile.shape[0], half])
 
 
 @triton.jit
@@ -129,10 +134,12 @@ def rope_decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TILE_GROUP: tl.constexpr,
+    TILE_TURNED: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_DIM: tl.constexpr,
     TILE_PARTS: tl.constexpr,
+    LINES: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PAIRS: tl.constexpr,
     NORM: tl.constexpr,
@@ -149,61 +156,70 @@ def rope_decode_kernel(
         return
     newest = context - 1
     is_newest = (end == context) & (context > 0)
+    end = tl.minimum(end, newest)
     first = 0  # the oldest position that is seen
     if WINDOW > 0:
         first = tl.maximum(context - WINDOW, 0)
-    table_ptr = block_tables_ptr + row * table_width
 
-    members = tl.arange(0, TILE_HEADS)
-    # Tensor cores take 16 rows or more: the group's heads again and again, of which the first are stored.
-    heads = tl.arange(0, TILE_GROUP)
-    STEP: tl.constexpr = 2 if PAIRS else 1  # of float8 the even dims lie in one tile and the odd ones in another
-    dims = tl.arange(0, TILE_DIM // STEP)
-    present = members < GROUP
-    group_ptr = qkv_ptr + (row * num_kv_heads + kv_head) * ((GROUP + 2) * HEAD_DIM)
-    cos_ptr += row * (HEAD_DIM // 2)
-    sin_ptr += row * (HEAD_DIM // 2)
+    # All loads but those of the cache, before anything waits: a warp that waits for a sum asks for nothing more.
+    table_ptr = block_tables_ptr + row * table_width
+    blocks = load_blocks(table_ptr, begin, end, first, BLOCK_SIZE, TILE_TOKENS)
+    block = tl.load(table_ptr + newest // BLOCK_SIZE, mask=is_newest, other=0)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    heads = tl.arange(0, TILE_TURNED)  # the group's queries, then its key
+    dims = tl.arange(0, TILE_DIM)
+    in_head = dims < HEAD_DIM
+    is_first = dims < HALF
+    others = tl.where(is_first, dims + HALF, dims - HALF)
+    qkv_ptr += (row * num_kv_heads + kv_head) * ((GROUP + 2) * HEAD_DIM)
+    x, weight = load_heads(qkv_ptr, heads, dims, q_norm_ptr, k_norm_ptr, GROUP, HEAD_DIM, NORM)
+    other, other_weight = load_heads(qkv_ptr, heads, others, q_norm_ptr, k_norm_ptr, GROUP, HEAD_DIM, NORM)
+    stored = (in_head & is_newest)[None, :]
+    v = tl.load(qkv_ptr + (GROUP + 1) * HEAD_DIM + dims[None, :], mask=stored, other=0.0)
+    cos = tl.load(cos_ptr + row * HALF + dims % HALF, mask=in_head, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + row * HALF + dims % HALF, mask=in_head, other=0.0)[None, :]
     k_scale = load_scale(k_scale_ptr, kv_head, SCALED)
     v_scale = load_scale(v_scale_ptr, kv_head, SCALED)
-    one = tl.arange(0, 1)
-    block = tl.load(table_ptr + newest // BLOCK_SIZE, mask=is_newest, other=0).to(tl.int64)
-    slot = ((block * num_kv_heads + kv_head) * BLOCK_SIZE + newest % BLOCK_SIZE) * HEAD_DIM
-    scores = tl.zeros([TILE_GROUP], tl.float32)
-    q_odd, acc_odd = 0.0, 0.0
-    for parity in tl.static_range(STEP):
-        some = dims * STEP + parity
-        stored = (one == 0)[:, None] & is_newest & (some < HEAD_DIM)[None, :]
-        q_part = rotated(
-            group_ptr, heads * HEAD_DIM, some, heads < GROUP, q_norm_ptr, cos_ptr, sin_ptr, EPS, HEAD_DIM, TILE_DIM,
-            NORM,
-        ).to(DOT_DTYPE)  # fmt: skip
-        k = rotated(
-            group_ptr + GROUP * HEAD_DIM, one, some, (one == 0) & is_newest, k_norm_ptr, cos_ptr, sin_ptr,
-            EPS, HEAD_DIM, TILE_DIM, NORM,
+    if end > begin:  # memory would be idle while queries are made
+        prefetch_tile(
+            k_cache_ptr, v_cache_ptr, table_ptr, begin, end, first, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM,
+            TILE_TOKENS, LINES,
         )  # fmt: skip
-        k = to_cache(k, k_cache_ptr, k_scale)
-        value_ptr = group_ptr + (GROUP + 1) * HEAD_DIM
-        v = to_cache(tl.load(value_ptr + one[:, None] + some[None, :], mask=stored, other=0.0), v_cache_ptr, v_scale)
-        tl.store(k_cache_ptr + slot + one[:, None] + some[None, :], k, mask=stored)
-        tl.store(v_cache_ptr + slot + one[:, None] + some[None, :], v, mask=stored)
-        scores += tl.sum(q_part.to(tl.float32) * k.to(DOT_DTYPE).to(tl.float32), 1)
-        q_part = repeated(q_part, TILE_HEADS)
-        acc_part = tl.broadcast_to(v.to(DOT_DTYPE).to(tl.float32), [TILE_HEADS, TILE_DIM // STEP])
-        if parity == 0:
-            q, acc = q_part, acc_part
-        else:
-            q_odd, acc_odd = q_part, acc_part
-    # The newest token is seen by all: the softmax of it alone, which the cached ones are folded into.
+
+    if NORM:
+        wide = x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD_DIM + EPS)[:, None]
+        x, other = normed(x, weight, scale), normed(other, other_weight, scale)
+    turned = x.to(tl.float32) * cos + other.to(tl.float32) * tl.where(is_first[None, :], -sin, sin)
+    turned = turned.to(x.dtype)
+    k = tl.sum(tl.where((heads == GROUP)[:, None], turned.to(tl.float32), 0.0), 0)[None, :].to(x.dtype)
+    k = to_cache(k, k_cache_ptr, k_scale)
+    v = to_cache(v, v_cache_ptr, v_scale)
+    slot = offsets_in_blocks(block, newest, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM)
+    tl.store(k_cache_ptr + slot + dims[None, :], k, mask=stored)
+    tl.store(v_cache_ptr + slot + dims[None, :], v, mask=stored)
+
+    # The newest token is seen by all: the softmax of it alone, which the cached ones are folded into. Tensor cores take
+    # 16 rows or more: the group's heads again and again, of which the first are stored.
+    members = tl.arange(0, TILE_HEADS)
+    present = members < GROUP
+    turned = turned.to(DOT_DTYPE)
+    scores = tl.sum(turned.to(tl.float32) * k.to(DOT_DTYPE).to(tl.float32), 1)
     scores = tl.reshape(repeated(scores[:, None], TILE_HEADS), [TILE_HEADS])
     maximum = tl.where(is_newest, scale_scores(scores, k_scale, SCALE, SOFT_CAP), float("-inf"))
-    total = tl.zeros([TILE_HEADS], tl.float32) + tl.where(is_newest, 1.0, 0.0)
-
-    end = tl.minimum(end, newest)
+    total = tl.zeros([TILE_HEADS, 16], tl.float32) + tl.where(is_newest, 1.0, 0.0)
+    q = repeated(turned, TILE_HEADS)
+    acc = tl.broadcast_to(v.to(DOT_DTYPE).to(tl.float32), [TILE_HEADS, TILE_DIM])
+    q_other, acc_odd = 0.0, 0.0
+    if PAIRS:
+        q, q_other = first_and_last_of_four(q)
+        acc, acc_odd = even_and_odd(acc)
+        dims = tl.arange(0, TILE_DIM // 2)
     positions = tl.zeros([TILE_HEADS], tl.int32) + newest
-    maximum, total, acc, acc_odd = attend_range(
-        q, q_odd, k_cache_ptr, v_cache_ptr, table_ptr, positions, k_scale, maximum, total, acc, acc_odd, begin, end,
-        end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS, DOT_DTYPE,
-        PAIRS,
+    maximum, total, acc, acc_odd = attend_context(
+        q, q_other, k_cache_ptr, v_cache_ptr, table_ptr, blocks, positions, k_scale, maximum, total, acc, acc_odd,
+        begin, end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
+        DOT_DTYPE, PAIRS, True,
     )  # fmt: skip
     out, dims = divided(acc, acc_odd, total, dims, v_scale_ptr, kv_head, TILE_DIM, PAIRS, SCALED)
     stored = present[:, None] & (dims[None, :] < HEAD_DIM)

@@ -7,17 +7,15 @@ reads that slot. Where a row is cut, its last program to arrive merges the piece
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import current_target, triton_call, update_in_place
-from nanovllm_kernels._device import FP8, dot_dtype, next_power_of_2
+from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, next_power_of_2
 from nanovllm_kernels.paged_decode.triton import (
+    FULL,
     MIN_DOT,
-    Launch,
     launch_parameters,
     merge_cut_rows,
     paged_decode_triton,
@@ -28,25 +26,8 @@ from nanovllm_kernels.rope_paged_decode.device import rope_decode_kernel
 from nanovllm_kernels.rope_paged_decode.reference import newest_slots
 
 _MERGE_ELEMENTS = 16  # of pieces, a thread, that a row's last program reads at a time
-# Programs a multiprocessor, if no row is cut. From _FULL on whole rows are enough, and the few that are cut are merged
-# by their last programs, which spares a launch: 1.5 µs at 64 rows. Below, most rows are cut, and the second kernel is
-# the faster one: by 1.6 µs of 15 at 8 rows, by 8 of 65 at one row of 32,768 (H100).
-_FULL = 1.9
-_MOST_OF_EIGHT_WARPS = 3.8
-# Float8 has no registers left for what is added: 10% faster than two kernels at 2 programs, 12% slower at 15.
+# Programs a multiprocessor, if no row is cut; a float8 cache with more of them is attended by the two operations.
 _MOST_OF_FLOAT8 = 4.0
-
-
-def launch_of(*, head_dim: int, itemsize: int, fill: float) -> Launch:
-    """Those of `paged_decode`, but for where whole rows make `fill` of about two programs a multiprocessor.
-
-    There, cutting rows costs more than it brings, and eight warps have more on its way: 32 rows of 384 tokens, 8 KV
-    heads x 128, took 28.8 µs cut, 26.6 whole and 24.6 with eight warps (H100).
-    """
-    launch = launch_parameters(head_dim=head_dim, itemsize=itemsize)
-    if itemsize > 1 and _FULL <= fill < _MOST_OF_EIGHT_WARPS:
-        return replace(launch, num_warps=8, programs_per_multiprocessor=2)
-    return launch
 
 
 def plan_merges(pieces: Int[Array, "pieces 5"], cuts: Int[Array, "cuts 3"]) -> Int[Array, "pieces 3"]:
@@ -87,11 +68,15 @@ def rope_paged_decode_triton(
         args = (q[:, None], k_cache, v_cache, block_tables, context_lens)
         out = paged_decode_triton(*args, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, **scales)
         return out[:, 0], k_cache, v_cache
-    launch = launch_of(head_dim=head_dim, itemsize=k_cache.dtype.itemsize, fill=fill)
+    launch = launch_parameters(head_dim=head_dim, itemsize=k_cache.dtype.itemsize, fill=fill)
     tile_dim, tile_group = next_power_of_2(max(head_dim, MIN_DOT)), next_power_of_2(group)
+    tile_turned = next_power_of_2(group + 1)
     plan, cuts = plan_for_chip(launch, context_lens, window, num_kv_heads, block_tables.shape[1] * block_size)
     pieces = len(plan)
-    if counters is not None and (fill < _FULL or len(cuts) * num_kv_heads > len(counters)):
+    # Rows that fill the chip stay whole, and the few that are cut are merged by their last programs, which spares a
+    # launch: 1.5 µs at 64 rows. Else most are cut, and the second kernel is the faster one: by 1.6 µs of 15 at 8 rows,
+    # by 8 of 65 at one row of 32,768 (H100).
+    if counters is not None and (fill < FULL or len(cuts) * num_kv_heads > len(counters)):
         counters = None
     results = []
 
@@ -131,10 +116,12 @@ def rope_paged_decode_triton(
                 BLOCK_SIZE=block_size,
                 HEAD_DIM=head_dim,
                 TILE_GROUP=tile_group,
-                TILE_HEADS=max(MIN_DOT, tile_group),
+                TILE_TURNED=tile_turned,
+                TILE_HEADS=max(MIN_DOT, tile_turned),
                 TILE_TOKENS=launch.tile_tokens,
                 TILE_DIM=tile_dim,
                 TILE_PARTS=max(1, min(16, 32 * launch.num_warps * _MERGE_ELEMENTS // (tile_group * tile_dim))),
+                LINES=next_power_of_2(ceil_div(head_dim * k_cache.dtype.itemsize, 128)),
                 DOT_DTYPE=dot_dtype(qkv.dtype, k_cache.dtype),
                 PAIRS=k_cache.dtype == FP8,
                 NORM=q_norm is not None,
