@@ -342,7 +342,7 @@ def test_what_cannot_be_served_is_refused_and_loses_nothing(llm, prompts, params
     assert len(generate(llm, [[1, 2, 3]], GREEDY)[0][0]) == 8
 
 
-def test_steps_start_while_prompts_are_checked_until_the_device_has_two(llm, monkeypatch):
+def test_a_full_step_starts_before_the_last_prompt_is_checked(llm, monkeypatch):
     events, engine = [], llm._engine
     prepare, dispatch = engine.prepare, engine.replicas[0].runner.dispatch
     monkeypatch.setattr(engine, "prepare", lambda *args, **kw: events.append("prepare") or prepare(*args, **kw))
@@ -351,11 +351,11 @@ def test_steps_start_while_prompts_are_checked_until_the_device_has_two(llm, mon
     )
     prompts = [[index] * 40 for index in range(1, 7)]
     outputs = generate(llm, prompts, GREEDY)
-    assert events[:8] == [*["prepare", "prepare", "dispatch"] * 2, "prepare", "prepare"]
+    assert events[:7] == ["prepare"] * 2 + ["dispatch"] + ["prepare"] * 4
     assert outputs == [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
 
 
-def test_what_starts_while_prompts_are_checked_is_half_a_step(model, monkeypatch):
+def test_the_first_of_several_steps_is_half_a_step(model, monkeypatch):
     steps = []
     with LLM(model, **SETTINGS | {"max_num_batched_tokens": 128, "max_num_seqs": 8}) as llm:
         runner = llm._engine.replicas[0].runner
@@ -363,7 +363,7 @@ def test_what_starts_while_prompts_are_checked_is_half_a_step(model, monkeypatch
         monkeypatch.setattr(runner, "dispatch", lambda step: steps.append(step.num_tokens) or dispatch(step))
         prompts = [[index] * 40 for index in range(1, 7)]
         outputs = generate(llm, prompts, GREEDY)
-        assert steps[:3] == [64, 64, 240 - 2 * 64]
+        assert steps[:3] == [64, 128, 240 - 64 - 128]
         assert outputs == [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
 
 

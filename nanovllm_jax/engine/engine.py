@@ -228,20 +228,13 @@ class Engine:
         stats.num_preemptions = sum(scheduler.num_preemptions for scheduler in schedulers)
         return stats
 
-    def start(self, most_tokens: int) -> None:
-        """Dispatch a step of at most so many tokens on each replica that has none waiting; `step` reads it.
-
-        Raises:
-            DeviceError: as `step`.
-        """
-        self._check_alive()
-        with _deferred_interrupt():
-            self._dispatch(most_tokens)
-
-    def step(self) -> list[RequestOutput]:
+    def step(self, most_tokens: int | None = None) -> list[RequestOutput]:
         """Dispatch the next step of each replica that has none waiting, and read those that are done.
 
         Waits for the first one if all replicas that work have a step waiting behind the one that runs.
+
+        Args:
+            most_tokens: that a replica's step computes, where that is to be less than `max_num_batched_tokens`.
 
         Returns:
             Outputs of requests that finished, and of those that stream and got tokens.
@@ -253,7 +246,7 @@ class Engine:
         """
         self._check_alive()
         with _deferred_interrupt():
-            started = self._dispatch()
+            started = self._dispatch(most_tokens)
             working = [replica for replica in self.replicas if replica.in_flight]
             due = [replica for replica in working if len(replica.in_flight) > 1 or replica not in started]
             if len(working) > 1:
@@ -292,7 +285,7 @@ class Engine:
                 replica.runner.close()
             gc.unfreeze()  # what the start froze may be collected, should another engine follow
 
-    def _dispatch(self, most_tokens: int | None = None) -> set[Replica]:
+    def _dispatch(self, most_tokens: int | None) -> set[Replica]:
         """Dispatch a step of each replica that may start one; returns those that did."""
         scheduled = {replica: schedule for replica in self.replicas if (schedule := replica.next_schedule(most_tokens))}
         for schedule in scheduled.values():
