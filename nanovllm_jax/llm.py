@@ -134,8 +134,6 @@ class LLM:
         self.model_config, self._engine, self._defaults = built.model_config, built.engine, built.defaults
         self._name = built.source.name
         self.max_model_len = built.shape.max_model_len
-        sizes = built.engine.replicas[0].runner.programs.catalogue.prefill_sizes
-        self._first_step = max((size for size in sizes if size <= max(sizes) / 2), default=max(sizes))  # in tokens
         self._ids = itertools.count()
         self._streaming = False
 
@@ -355,11 +353,8 @@ class LLM:
     def _add_all(
         self, ids: Sequence[str], prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
     ) -> None:
-        """Queue requests. Once they fill half a step of each replica, these start; the rest are checked meanwhile.
-
-        Half, since that starts the devices sooner and keeps them busy for as long as it takes to check the rest.
-        """
-        filling = {replica: StepFilling(replica.scheduler, self._first_step) for replica in self._engine.replicas}
+        """Queue requests. Once they fill a step of each replica, these start, and the rest are checked meanwhile."""
+        filling = {replica: StepFilling(replica.scheduler) for replica in self._engine.replicas}
         started = False
         for request_id, prompt, its_params, rank in zip(ids, prompts, params, priority, strict=True):
             prepared = self._engine.prepare(request_id, prompt, its_params, priority=rank)
@@ -369,7 +364,7 @@ class LLM:
             for sample in prepared.samples:
                 filling[replica].add(sample)
             if all(step.is_full for step in filling.values()):
-                self._engine.step(self._first_step)  # has nothing to read: `generate` starts with an idle engine
+                self._engine.step()  # has nothing to read: `generate` starts with an idle engine
                 started = True
 
     def _params_for(

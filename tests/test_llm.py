@@ -355,18 +355,6 @@ def test_a_full_step_starts_before_the_last_prompt_is_checked(llm, monkeypatch):
     assert outputs == [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
 
 
-def test_the_first_of_several_steps_is_half_a_step(model, monkeypatch):
-    steps = []
-    with LLM(model, **SETTINGS | {"max_num_batched_tokens": 128, "max_num_seqs": 8}) as llm:
-        runner = llm._engine.replicas[0].runner
-        dispatch = runner.dispatch
-        monkeypatch.setattr(runner, "dispatch", lambda step: steps.append(step.num_tokens) or dispatch(step))
-        prompts = [[index] * 40 for index in range(1, 7)]
-        outputs = generate(llm, prompts, GREEDY)
-        assert steps[:3] == [64, 128, 240 - 64 - 128]
-        assert outputs == [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
-
-
 def test_a_prompt_that_is_refused_after_a_step_started_loses_nothing(llm):
     with pytest.raises(RequestError, match="1000000"):
         llm.generate([*([index] * 40 for index in range(1, 7)), [10**6]], GREEDY, use_tqdm=False)

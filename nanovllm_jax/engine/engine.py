@@ -228,13 +228,10 @@ class Engine:
         stats.num_preemptions = sum(scheduler.num_preemptions for scheduler in schedulers)
         return stats
 
-    def step(self, most_tokens: int | None = None) -> list[RequestOutput]:
+    def step(self) -> list[RequestOutput]:
         """Dispatch the next step of each replica that has none waiting, and read those that are done.
 
         Waits for the first one if all replicas that work have a step waiting behind the one that runs.
-
-        Args:
-            most_tokens: that a replica's step computes, where that is to be less than `max_num_batched_tokens`.
 
         Returns:
             Outputs of requests that finished, and of those that stream and got tokens.
@@ -246,7 +243,7 @@ class Engine:
         """
         self._check_alive()
         with _deferred_interrupt():
-            started = self._dispatch(most_tokens)
+            started = self._dispatch()
             working = [replica for replica in self.replicas if replica.in_flight]
             due = [replica for replica in working if len(replica.in_flight) > 1 or replica not in started]
             if len(working) > 1:
@@ -285,9 +282,9 @@ class Engine:
                 replica.runner.close()
             gc.unfreeze()  # what the start froze may be collected, should another engine follow
 
-    def _dispatch(self, most_tokens: int | None) -> set[Replica]:
+    def _dispatch(self) -> set[Replica]:
         """Dispatch a step of each replica that may start one; returns those that did."""
-        scheduled = {replica: schedule for replica in self.replicas if (schedule := replica.next_schedule(most_tokens))}
+        scheduled = {replica: schedule for replica in self.replicas if (schedule := replica.next_schedule())}
         for schedule in scheduled.values():
             if not schedule.is_decode:
                 self._note_admissions(schedule)

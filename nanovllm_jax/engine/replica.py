@@ -34,10 +34,10 @@ class Replica:
     in_flight: deque[InFlight] = field(default_factory=deque)
     lockstep: set[Request] = field(default_factory=set)
 
-    def next_schedule(self, most_tokens: int | None = None) -> Schedule | None:
+    def next_schedule(self) -> Schedule | None:
         """The next step if it may be dispatched now: one runs at most while the next one waits on the device."""
         most = 1 if self.lockstep else 2
-        return self.scheduler.schedule(most_tokens) if len(self.in_flight) < most else None
+        return self.scheduler.schedule() if len(self.in_flight) < most else None
 
     def dispatch(self, schedule: Schedule) -> None:
         """Enqueue a step on the devices."""

@@ -97,12 +97,9 @@ class Scheduler:
         request.rank = (priority, request.arrival)
         heappush(self._waiting, (request.rank, request))
 
-    def schedule(self, most_tokens: int | None = None) -> Schedule | None:
-        """The next step, or None when nothing can be computed before an unread token is read (or at all).
-
-        `most_tokens` instead of `max_num_batched_tokens`, but no fewer than rows run.
-        """
-        budget = most_tokens or self.config.max_num_batched_tokens
+    def schedule(self) -> Schedule | None:
+        """The next step, or None when nothing can be computed before an unread token is read (or at all)."""
+        budget = self.config.max_num_batched_tokens
         if self.config.batching == "mixed":
             decodes = self._decode_rows(1 if self._may_compute_prompts() else self.config.decode_steps)
             # A preemption may have made room for a prompt beside decodes of several tokens; it waits for the next step.

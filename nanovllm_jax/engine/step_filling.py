@@ -7,18 +7,18 @@ from nanovllm_jax.engine.scheduler import Scheduler
 
 
 class StepFilling:
-    """What is left of an idle engine's next step, of `most_tokens`, while requests are queued for it.
+    """What is left of an idle engine's next step while requests are queued for it.
 
     Hits in the prefix cache are counted out, those on blocks of this same step too, so a step that starts when it is
     full computes what it would have computed with all requests in the queue. With scheduling_policy="priority" it is
     never full: its first place may belong to the request that comes last.
     """
 
-    def __init__(self, scheduler: Scheduler, most_tokens: int) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         config = scheduler.config
         self._blocks = scheduler.block_manager
         self._in_order = config.scheduling_policy == "fcfs"
-        self._tokens, self._rows = most_tokens, config.max_num_seqs
+        self._tokens, self._rows = config.max_num_batched_tokens, config.max_num_seqs
         self._to_come: set[bytes] = set()  # hashes of the blocks that the step fills
 
     @property

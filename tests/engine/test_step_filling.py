@@ -13,7 +13,7 @@ make_scheduler = partial(schedulers.make_scheduler, max_num_seqs=8, num_blocks=1
 
 def first_step(scheduler, prompts, *, early, **kwargs):
     """Its (request id, start, tokens), and how many requests were queued when it started."""
-    filling, queued = StepFilling(scheduler, scheduler.config.max_num_batched_tokens), 0
+    filling, queued = StepFilling(scheduler), 0
     for index, prompt in enumerate(prompts):
         request = Request(str(index), prompt, SamplingParams(), **kwargs)
         scheduler.add(request)
@@ -59,7 +59,7 @@ def test_what_an_earlier_step_or_the_same_one_computes_takes_no_room():
     prompts = [[*range(16), 100 + index] for index in range(40)]
     assert first_step(scheduler, prompts[:1], early=True)[1] == 1
     assert first_step(make_scheduler(max_num_seqs=16), prompts, early=True)[1] == 16
-    filling = StepFilling(scheduler, scheduler.config.max_num_batched_tokens)
+    filling = StepFilling(scheduler)
     filling.add(Request("cached", [*range(16), 99], SamplingParams()))
     filling.add(Request("other", [7] * 62, SamplingParams()))
     assert not filling.is_full
