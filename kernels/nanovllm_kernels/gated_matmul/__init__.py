@@ -14,6 +14,8 @@ from nanovllm_kernels.silu_mul import silu_mul
 
 _MOSAIC_CAPABILITY = 90  # wgmma, which later GPUs do not have
 _LEAST_ROWS = 2048
+# The longer the sums, the less the activation's own pass costs beside cuBLAS's product, which alone is the faster one.
+_MOST_INPUTS = 1024
 
 
 def gated_matmul(
@@ -26,8 +28,8 @@ def gated_matmul(
     """`silu(x @ gate + gate_bias) * (x @ up + up_bias)`, where `w[:, 0]` is gate and `w[:, 1]` up.
 
     From Shazeer 2020 (https://arxiv.org/abs/2002.05202). T tokens, E model dim, F MLP dim; sums are float32. With
-    `"triton"` many 16-bit rows are one kernel in Pallas Mosaic GPU on sm_90, which never writes gate and up; elsewhere
-    it is XLA's product, rounded to x's dtype, and `silu_mul`.
+    `"triton"` many short 16-bit rows are one kernel in Pallas Mosaic GPU on sm_90, which never writes gate and up;
+    elsewhere it is XLA's product, rounded to x's dtype, and `silu_mul`.
 
     Raises:
         ValueError: if shapes or dtypes do not fit together, or the backend is unknown.
@@ -55,4 +57,6 @@ def _has_kernel(x: Array, w: Array) -> bool:
         return False
     from nanovllm_kernels.gated_matmul.mosaic_device import fits
 
-    return x.shape[0] >= _LEAST_ROWS and fits(rows=x.shape[0], inputs=x.shape[1], outputs=w.shape[2])
+    rows, inputs = x.shape
+    worth_it = rows >= _LEAST_ROWS and inputs <= _MOST_INPUTS
+    return worth_it and fits(rows=rows, inputs=inputs, outputs=w.shape[2])

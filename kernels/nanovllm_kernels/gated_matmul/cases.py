@@ -1,4 +1,4 @@
-"""Shapes of `gated_matmul` that tests and the benchmark share."""
+"""Shapes of `gated_matmul` that tests share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ CASES = (
     GatedCase("float16", 2048, 256, 384, dtype="float16"),
     GatedCase("float32", 20, 96, 64, dtype="float32"),
 )
-BENCHMARKS = (GatedCase("16384 x 1024 x 3072", 16384, 1024, 3072),)
 
 
 def gated_inputs(case: GatedCase, seed: int = 0) -> dict[str, np.ndarray]:
