@@ -139,3 +139,11 @@ def test_pieces_cover_each_row_once_and_the_longest_come_first(contexts, window,
     assert np.count_nonzero(cuts[:, 2]) == sum(np.bincount(real[:, 0]) > 1)
     in_order = [length for _, length in sorted(lengths)]
     assert in_order == sorted(in_order, reverse=True)
+
+
+def test_a_cache_whose_rows_32_bits_do_not_count_is_refused():
+    cache = jax.ShapeDtypeStruct((2**24, 8, 16, 16), jnp.bfloat16)
+    index = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    args = (jax.ShapeDtypeStruct((1, 16, 16), jnp.bfloat16), cache, cache, index((1, 4)), index((1,)))
+    with pytest.raises(ValueError, match=r"k_cache has shape .*; N \* K \* block_size must be below 2\^31"):
+        jax.eval_shape(functools.partial(paged_decode, scale=1.0, backend="xla"), *args)
