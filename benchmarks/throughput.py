@@ -36,6 +36,7 @@ from workloads import CASES, SPEEDUP, SPEEDUP_CASES, Case, Figure, draw_for_repl
 from nanovllm_jax.cli.bench import Requests, Run
 
 RECORDED_MODEL = "qwen3-0.6b"  # figures' names are for this shape
+_NOT_TIMED = 500  # the repetition that each case begins with, far from those of any case
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,9 @@ def measure(
             progress(f"trace saved in {args.trace}")
         for case in cases:
             draw = case.smoke if args.smoke else case.draw
-            draws = [
-                draw_for_replicas(draw, case.first_seed, i, args.data_parallel_size) for i in range(args.repeats + 1)
-            ]
-            process.run(draws.pop())  # programs and graphs of these sizes get ready the first time they run
+            draws = [draw_for_replicas(draw, case.first_seed, i, args.data_parallel_size) for i in range(args.repeats)]
+            # Programs and graphs of these sizes get ready the first time they run.
+            process.run(draw_for_replicas(draw, case.first_seed, _NOT_TIMED, args.data_parallel_size))
             runs = []
             for requests in draws:
                 runs.append(process.run(requests))

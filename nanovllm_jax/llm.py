@@ -201,7 +201,7 @@ class LLM:
             RequestError: as `generate`, and if the model has no chat template or the messages do not fit it.
         """
         if chat_template_kwargs:
-            check_template_variables(self.get_tokenizer(), chat_template_kwargs)
+            check_template_variables(self.get_tokenizer(), chat_template_kwargs, {"tools", "continue_final_message"})
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts = [
             self.render_chat(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -134,11 +134,16 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
     return list(rendered["input_ids"])
 
 
-def check_template_variables(tokenizer: Any, given: Mapping[str, Any]) -> None:
+def check_template_variables(tokenizer: Any, given: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
     """Refuse what would reach the tokenizer instead of the template: `max_length` may ask for gigabytes of padding.
 
+    Args:
+        tokenizer: whose template is meant.
+        given: variables by name.
+        allowed: arguments that may be set all the same.
+
     Raises:
-        RequestError: if a variable has the name of an argument.
+        RequestError: if another variable has the name of an argument.
     """
     taken = {
         name
@@ -146,8 +151,7 @@ def check_template_variables(tokenizer: Any, given: Mapping[str, Any]) -> None:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is not parameter.VAR_KEYWORD
     }
-    taken.discard("documents")  # only handed on to the template
-    if wrong := given.keys() & taken:
+    if wrong := given.keys() & taken - {"documents", *allowed}:  # documents are only handed on to the template
         message = f"chat_template_kwargs: {min(wrong)} cannot be set here; give variables of the chat template."
         raise RequestError(message, param="chat_template_kwargs")
 

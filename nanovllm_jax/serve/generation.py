@@ -68,7 +68,7 @@ async def _chat(llm: AsyncLLM, config: ServeConfig, body: ChatBody, key: str | N
         params = body.sampling_params(llm.get_default_sampling_params(), max_tokens=getattr(body, name), logprobs=top)
         extra = body.chat_template_kwargs or {}
         if extra:
-            check_template_variables(llm.get_tokenizer(), extra)
+            _check_template_variables(llm, extra)
         messages = [message.plain() for message in body.messages]
         ids = await llm.render_chat(messages, add_generation_prompt=body.add_generation_prompt, **extra)
     except RequestError as error:
@@ -109,6 +109,13 @@ async def _open(
         reply.close()
         raise
     return reply
+
+
+def _check_template_variables(llm: AsyncLLM, given: Mapping[str, Any]) -> None:
+    try:
+        check_template_variables(llm.get_tokenizer(), given)
+    except RequestError as error:
+        raise APIError(400, str(error), param=error.param, code="unsupported_parameter") from error
 
 
 def _check_queue(llm: AsyncLLM, config: ServeConfig, num_samples: int) -> None:

@@ -69,7 +69,7 @@ def test_the_kernel_takes_whole_tiles(sizes, expected):
     [
         ((4, 8), (9, 2, 16), None, r"they must be \[T, E\] and \[E, 2, F\], alike"),
         ((4, 8), (8, 3, 16), None, r"they must be \[T, E\] and \[E, 2, F\], alike"),
-        ((4, 8), (8, 2, 16), (16,), r"bias has shape \(16,\); it must be \[2, F\], here \(2, 16\)"),
+        ((4, 8), (8, 2, 16), (16,), r"bias is float32\(16,\); it must be \[2, F\], here float32\(2, 16\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(x, w, bias, message):

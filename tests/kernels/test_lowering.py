@@ -279,11 +279,20 @@ def test_rope_paged_decode_is_one_kernel_where_rows_fill_the_chip_and_updates_ca
 
 
 @pytest.mark.parametrize("fill", [0.5, 2.5, 5, 10])
-@pytest.mark.parametrize(("architecture", "dtype", "head_dim"), [(90, "bfloat16", 128), (86, "float32", 256)])
-def test_decode_fits_in_shared_memory_with_few_and_with_many_rows(compiled, architecture, dtype, head_dim, fill):
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        (90, {}),
+        (86, {}),
+        (86, {"dtype": "float32", "head_dim": 256, "group": 16}),
+        (89, {"dtype": "float32", "head_dim": 64, "cache_dtype": "bfloat16"}),
+        (80, {"dtype": "float32", "head_dim": 256, "cache_dtype": "bfloat16"}),
+    ],
+)
+def test_decode_fits_in_shared_memory_with_few_and_with_many_rows(compiled, architecture, changes, fill):
     with lowering_for(architecture) as target:
         rows = round(fill * target.multiprocessors / 2)
-    shapes = QWEN3 | {"dtype": dtype, "head_dim": head_dim, "rows": rows, "table_width": 64}
+    shapes = QWEN3 | changes | {"rows": rows, "table_width": 64}
     for operation in (paged_decode, rope_paged_decode):
         _, limit = lower(operation, architecture, **shapes)
     assert all(shared <= limit for _, shared in compiled)

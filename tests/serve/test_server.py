@@ -68,7 +68,8 @@ def test_only_template_variables_reach_the_template(served, name):
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     url = f"{served.url}/v1/chat/completions"
     answer = httpx.post(url, json={**body, "chat_template_kwargs": {name: None}})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "chat_template_kwargs", "unsupported_parameter")
     assert name in answer.json()["error"]["message"]
     assert httpx.post(url, json={**body, "chat_template_kwargs": {"enable_thinking": False}}).status_code == 200
 

@@ -12,7 +12,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from nanovllm_kernels._compat import current_target
-from nanovllm_kernels._device import ceil_div
 from nanovllm_kernels.gated_matmul.mosaic_device import (
     CONSUMER_ROWS,
     CONSUMERS,
@@ -22,9 +21,10 @@ from nanovllm_kernels.gated_matmul.mosaic_device import (
     TILE_ROWS,
     ProductShape,
     Tiling,
+    activated,
     consume,
+    num_tiles,
     produce,
-    silu_mul,
 )
 
 # Three warpgroups start with 168 each, which is what they can shift between them.
@@ -57,7 +57,7 @@ def _gated(
         warpgroup = lax.axis_index("warpgroup")
 
         def finish(sums: list[Array], first_row: Any, col: Any) -> None:
-            result, staged = silu_mul(*sums).astype(shape.dtype), shared["out"].at[warpgroup]
+            result, staged = activated(*sums).astype(shape.dtype), shared["out"].at[warpgroup]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
             staged[...] = result
             plgpu.commit_smem()
@@ -94,14 +94,13 @@ def gated_matmul_mosaic(
 ) -> Float[Array, "M F"]:
     """As `gated_matmul` without bias, for what `fits` says; `interpret`: parameters of Mosaic's interpreter."""
     (num_rows, num_inputs), num_cols = x.shape, w.shape[2]
-    num_tiles = ceil_div(num_rows, TILE_ROWS) * (num_cols // TILE_COLS)
     shape = ProductShape(
         num_rows=num_rows,
         num_inputs=num_inputs,
         num_cols=num_cols,
         dtype=x.dtype,
         tiling=tiling,
-        programs=min(current_target().multiprocessors, num_tiles),
+        programs=min(current_target().multiprocessors, num_tiles(num_rows, num_cols)),
     )
     with jax.named_scope("product_mosaic"):  # a Mosaic kernel has no name of its own
         return _gated(x, w, shape=shape, interpret=interpret)

@@ -155,10 +155,15 @@ def consume(shape: ProductShape, shared: Any, consumer: Any, finish: Callable[[A
     for_each_tile(shape, visit)
 
 
-def silu_mul(gate: Float[Array, "R C"], up: Float[Array, "R C"]) -> Float[Array, "R C"]:
+def activated(gate: Float[Array, "R C"], up: Float[Array, "R C"]) -> Float[Array, "R C"]:
     """Two instructions of the special function unit for each element; a division would be ten others."""
     root = lax.rsqrt(1 + jnp.exp(-gate))
     return gate * (root * root) * up
+
+
+def num_tiles(rows: int, outputs: int) -> int:
+    """Of an output [rows, outputs]."""
+    return ceil_div(rows, TILE_ROWS) * (outputs // TILE_COLS)
 
 
 def fits(*, rows: int, inputs: int, outputs: int) -> bool:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nanovllm_kernels._compat import current_target, triton_call, update_in_place
-from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, next_power_of_2
+from nanovllm_kernels._compat import Target, current_target, triton_call, update_in_place
+from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, dot_itemsize, next_power_of_2
 from nanovllm_kernels.paged_decode.device import decode_kernel, merge_kernel
 
 # tl.dot maps to tensor cores with 16 rows or more; smaller query groups are padded up to that.
@@ -39,14 +39,18 @@ class Launch:
     programs_per_multiprocessor: int
 
 
-def launch_parameters(*, head_dim: int, itemsize: int, fill: float) -> Launch:
-    """`itemsize` is the cache's, `fill` the programs a multiprocessor if no row is cut.
+def launch_parameters(target: Target, *, head_dim: int, itemsize: int, dot_itemsize: int, fill: float) -> Launch:
+    """`itemsize` is the cache's, `dot_itemsize` of what is multiplied; `fill` programs a multiprocessor, none cut.
 
     Measured on an H200 at D=128, K=8, with 1 to 256 rows of equal and of mixed lengths. Few programs need much in
     flight each, so large tiles and, where rows just fill the chip, eight warps; many need room beside each other.
-    Float8 has two warps, whose conversion then needs no exchange between more.
+    Float8 has two warps, whose conversion then needs no exchange between more. What is multiplied as float32, and GPUs
+    with less shared memory, have two stages of 16 KB, which fit everywhere.
     """
-    if itemsize == 1:
+    roomy = target.shared_bytes >= 200 * 1024
+    if dot_itemsize == 4 or not roomy:
+        tile_bytes, num_warps, num_stages, programs = 16 * 1024, 2 if itemsize == 1 else 4, 2, 4
+    elif itemsize == 1:
         tile_bytes, num_warps, num_stages, programs = 8 * 1024, 2, 3, 4
     elif fill < FULL:
         tile_bytes, num_warps, num_stages, programs = 16 * 1024, 4, 3, 2
@@ -56,10 +60,8 @@ def launch_parameters(*, head_dim: int, itemsize: int, fill: float) -> Launch:
         tile_bytes, num_warps, num_stages, programs = 16 * 1024, 4, 3, 4
     else:
         tile_bytes, num_warps, num_stages, programs = 8 * 1024, 4, 4, 4
-    row_bytes = next_power_of_2(max(head_dim, MIN_DOT)) * itemsize
+    row_bytes = next_power_of_2(max(head_dim, MIN_DOT)) * (4 if dot_itemsize == 4 else itemsize)
     tile_tokens = max(MIN_DOT, min(128, tile_bytes // row_bytes))
-    if tile_tokens * row_bytes > tile_bytes:  # float32 at D=256
-        num_stages -= 1
     return Launch(tile_tokens, num_warps, num_stages, programs)
 
 
@@ -123,8 +125,14 @@ def paged_decode_triton(
     _, queries, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group, window = num_heads // num_kv_heads, sliding_window or 0
-    fill = len(q) * num_kv_heads / current_target().multiprocessors
-    launch = launch_parameters(head_dim=head_dim, itemsize=k_cache.dtype.itemsize, fill=fill)
+    target = current_target()
+    launch = launch_parameters(
+        target,
+        head_dim=head_dim,
+        itemsize=k_cache.dtype.itemsize,
+        dot_itemsize=dot_itemsize(q.dtype, k_cache.dtype),
+        fill=len(q) * num_kv_heads / target.multiprocessors,
+    )
     tile_dim = next_power_of_2(max(head_dim, MIN_DOT))
     seen = window + queries - 1 if window else 0
     plan, cuts = plan_for_chip(launch, context_lens, seen, num_kv_heads, block_tables.shape[1] * block_size)

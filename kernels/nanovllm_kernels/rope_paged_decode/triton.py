@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import current_target, triton_call, update_in_place
-from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, next_power_of_2
+from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, dot_itemsize, next_power_of_2
 from nanovllm_kernels.paged_decode.triton import (
     FULL,
     MIN_DOT,
@@ -58,7 +58,8 @@ def rope_paged_decode_triton(
 ) -> tuple[Float[Array, "B H D"], Float[Array, "N K block_size D"], Float[Array, "N K block_size D"]]:
     num_rows, num_kv_heads, heads, head_dim = qkv.shape
     block_size, group, window = k_cache.shape[2], heads - 2, sliding_window or 0
-    fill = num_rows * num_kv_heads / current_target().multiprocessors
+    target = current_target()
+    fill = num_rows * num_kv_heads / target.multiprocessors
     if k_cache.dtype == FP8 and fill > _MOST_OF_FLOAT8:
         slots = newest_slots(block_tables, context_lens, block_size)
         scales = {"k_scale": k_scale, "v_scale": v_scale}
@@ -68,7 +69,13 @@ def rope_paged_decode_triton(
         args = (q[:, None], k_cache, v_cache, block_tables, context_lens)
         out = paged_decode_triton(*args, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, **scales)
         return out[:, 0], k_cache, v_cache
-    launch = launch_parameters(head_dim=head_dim, itemsize=k_cache.dtype.itemsize, fill=fill)
+    launch = launch_parameters(
+        target,
+        head_dim=head_dim,
+        itemsize=k_cache.dtype.itemsize,
+        dot_itemsize=dot_itemsize(qkv.dtype, k_cache.dtype),
+        fill=fill,
+    )
     tile_dim, tile_group = next_power_of_2(max(head_dim, MIN_DOT)), next_power_of_2(group)
     tile_turned = next_power_of_2(group + 1)
     plan, cuts = plan_for_chip(launch, context_lens, window, num_kv_heads, block_tables.shape[1] * block_size)
