@@ -1,4 +1,4 @@
-"""Runs the Triton kernel of `rope_paged_decode` in Triton's interpreter.
+"""Runs the Triton kernels of `rope_paged_decode`, and of `paged_decode` with several queries, in Triton's interpreter.
 
     TRITON_INTERPRET=1 python tests/kernels/interpreted_rope_decode.py
 
@@ -14,7 +14,7 @@ from interpreted_sample import patch_interpreter
 from kernel_oracle import decode_oracle, relative_error
 
 from nanovllm_kernels import lowering_for, rope_cache_write
-from nanovllm_kernels._cases import AttentionCase
+from nanovllm_kernels._cases import AttentionCase, attention_inputs
 from nanovllm_kernels._compat import Target
 from nanovllm_kernels.paged_decode import attend
 from nanovllm_kernels.paged_decode import triton as attention
@@ -31,6 +31,10 @@ CASES = [
     AttentionCase("window", LENGTHS, 4, 2, 64, sliding_window=100, dtype="float32"),
     AttentionCase("window_of_1", LENGTHS, 2, 1, 32, sliding_window=1, dtype="float32"),
     AttentionCase("soft_cap", LENGTHS, 2, 1, 64, soft_cap=2.0, dtype="float32"),
+]
+QUERY_CASES = [
+    AttentionCase("queries", LENGTHS, 4, 2, 64, num_queries=4, dtype="float32"),
+    AttentionCase("their_window", LENGTHS, 3, 1, 64, num_queries=8, sliding_window=40, dtype="float32"),
 ]
 # The interpreter cuts float16 numbers off where a GPU rounds them.
 TOLERANCE = {"bfloat16": 5e-3, "float16": 4e-3, "float32": 1e-5}
@@ -62,12 +66,23 @@ def run(case, *, in_kernel_merge):
     return max(error, key_error) < TOLERANCE[case.dtype] and same and clean
 
 
+def run_queries(case):
+    inputs = attention_inputs(case)
+    options = {"k_scale": None, "v_scale": None, "soft_cap": None, "sliding_window": None} | case.options
+    with lowering_for(Target(90, 4, 227 * 1024)):
+        out = attention.paged_decode_triton(*inputs.args, **options)
+    error = relative_error(out, decode_oracle(*inputs.args, **case.options))
+    print(f"{case.name:12} {error:.1e}", flush=True)
+    return error < TOLERANCE[case.dtype]
+
+
 def main():
     patch_interpreter()
     attend.prefetch = lambda pointers: None  # the interpreter knows no instructions of the GPU
     for module in (attention, device):
         module.triton_call, module.update_in_place = interpreted.triton_call, update_in_place
     results = [run(case, in_kernel_merge=merge) for case in CASES for merge in (False, True)]
+    results += map(run_queries, QUERY_CASES)
     sys.exit(not all(results))
 
 

@@ -414,6 +414,24 @@ def test_no_two_threads_read_the_same_word_that_a_program_waits_for(layouts, hea
         assert all(size <= int(length) for size, length in zip(sizes, shape.split("x"), strict=True)), (shape, sizes)
 
 
+# What turns two neighbouring pairs of float8 keys into numbers at once, without moving bytes first.
+TWO_PAIRS = re.compile(
+    r"elementwise_inline_asm \"(?:(?!prmt)[^\"])*cvt\.rn\.f16x2\.e4m3x2.*?tensor<[\dx]+xi16, (#\w+)>"
+)
+NEIGHBOURS = r"#ttg\.(?:linear<\{register = \[\[0, 1\]|blocked<\{sizePerThread = \[1, (?:[2468]|16)\])"
+
+
+@pytest.mark.parametrize("architecture", [89, 90])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_thread_has_the_pairs_of_float8_keys_that_lie_beside_each_other(layouts, architecture, dtype):
+    # Triton hands inline assembly two elements of a thread; only a layout says which.
+    lower(paged_decode, architecture, **QWEN3 | {"dtype": dtype}, cache_dtype="float8_e4m3fn")
+    (ir,) = [ir for ir in layouts if "e4m3x2" in ir]
+    names = TWO_PAIRS.findall(ir)
+    assert names
+    assert all(re.search(rf"^{name} = {NEIGHBOURS}", ir, re.MULTILINE) for name in names)
+
+
 def test_unknown_architecture_is_refused_with_those_known():
     with (
         pytest.raises(ValueError, match=r"compute_capability is 75; known ones are \[80, 86, 89, 90"),
