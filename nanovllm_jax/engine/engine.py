@@ -93,10 +93,7 @@ class Engine:
         self._undelivered: list[RequestOutput] = []  # of steps that Ctrl-C ended
         self._failure: Exception | None = None
         self._closed = False
-        # Python would end under steps that are in flight, and JAX then aborts the process. JAX's own handlers came
-        # before, so they run after this one.
-        self._close_at_exit = partial(_close, weakref.ref(self))
-        atexit.register(self._close_at_exit)
+        self._stay_at_exit = close_at_exit(self)
 
     @property
     def has_unfinished(self) -> bool:
@@ -273,7 +270,7 @@ class Engine:
     def close(self) -> None:
         """End all requests and give the device memory back."""
         if not self._closed:
-            atexit.unregister(self._close_at_exit)
+            self._stay_at_exit()
             self.drain()
             self._closed = True
             if self._launchers:
@@ -404,10 +401,21 @@ class Engine:
                 )
 
 
-def _close(reference: weakref.ref[Engine]) -> None:
-    engine = reference()
-    if engine is not None:
-        engine.close()
+def close_at_exit(owner: Any) -> Callable[[], None]:
+    """Have `owner` closed when Python ends, if it still lives; call what is returned once that is not needed.
+
+    Python would end under steps that are in flight, or under a thread that is inside of JAX, which then aborts the
+    process. JAX's own handlers came before, so they run after this one.
+    """
+    handler = partial(_close, weakref.ref(owner))
+    atexit.register(handler)
+    return partial(atexit.unregister, handler)
+
+
+def _close(reference: weakref.ref[Any]) -> None:
+    owner = reference()
+    if owner is not None:
+        owner.close()
 
 
 @contextmanager

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from queue import Empty, SimpleQueue
 
-from nanovllm_jax.engine.engine import Engine, PreparedRequest
+from nanovllm_jax.engine.engine import Engine, PreparedRequest, close_at_exit
 from nanovllm_jax.errors import DeviceError, RequestError
 from nanovllm_jax.outputs import RequestOutput
 
@@ -38,10 +35,7 @@ class EngineThread:
         self._open: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
-        # Python would end under a thread that is inside of JAX, which then aborts the process. JAX's own handlers came
-        # before, so they run after this one.
-        self._close_at_exit = partial(_close, weakref.ref(self))
-        atexit.register(self._close_at_exit)
+        self._stay_at_exit = close_at_exit(self)  # before the engine's own handler, which came first
 
     @property
     def error(self) -> Exception | None:
@@ -111,7 +105,7 @@ class EngineThread:
             if self._error is None:
                 self._inbox.put(None)
         self._thread.join()
-        atexit.unregister(self._close_at_exit)
+        self._stay_at_exit()
 
     def _put(self, command: Callable[[], None]) -> None:
         with self._lock:
@@ -161,9 +155,3 @@ class EngineThread:
         if outputs:
             self._open.difference_update(output.request_id for output in outputs if output.finished)
             self._on_events([(output.request_id, output) for output in outputs])
-
-
-def _close(reference: weakref.ref[EngineThread]) -> None:
-    thread = reference()
-    if thread is not None:
-        thread.close()
