@@ -113,14 +113,14 @@ def scale_scores(scores, k_scale, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def softmax_weights(scores, maximum, total):
-    """Weights of a tile of scores, what the sums before it decay by, and the running maximum and total after it."""
+def softmax_weights(scores, maximum):
+    """Weights of a tile of scores, what the sums before it decay by, and the running maximum after it."""
     new_maximum = tl.maximum(maximum, tl.max(scores, 1))
     # A row that has seen no token keeps -inf, and -inf - -inf is NaN.
     shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     weights = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(maximum - shift)
-    return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
+    return weights, decay, new_maximum
 
 
 @triton.jit
@@ -131,96 +131,6 @@ def load_scale(ptr, kv_head, SCALED: tl.constexpr):
     if SCALED:
         scale = tl.load(ptr + kv_head).to(tl.float32)
     return scale
-
-
-@triton.jit
-@no_type_check
-def attend_piece(
-    q,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_ptr,
-    query_positions,
-    k_scale,
-    maximum,
-    total,
-    acc,
-    begin,
-    end,
-    first,
-    num_kv_heads,
-    kv_head,
-    dims,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Folds positions begin..end into the softmax; without MASKED every query sees all of them."""
-    for start in range(begin, end, TILE_TOKENS):
-        positions = start + tl.arange(0, TILE_TOKENS)
-        loaded = (positions >= first) & (positions < end)
-        offsets = slot_offsets(table_ptr, positions, loaded, num_kv_heads, kv_head, BLOCK_SIZE, HEAD_DIM, MASKED)
-        k = load_rows(k_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
-        v = load_rows(v_cache_ptr, offsets, dims, loaded, HEAD_DIM, MASKED).to(DOT_DTYPE)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = scale_scores(scores, k_scale, SCALE, SOFT_CAP)
-        if MASKED:
-            visible = loaded[None, :] & (positions[None, :] <= query_positions[:, None])
-            if WINDOW > 0:
-                visible = visible & (positions[None, :] > query_positions[:, None] - WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
-        weights, decay, maximum, total = softmax_weights(scores, maximum, total)
-        weights = weights.to(DOT_DTYPE)
-        acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
-    return maximum, total, acc
-
-
-@triton.jit
-@no_type_check
-def attend_range(
-    q,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_ptr,
-    query_positions,
-    k_scale,
-    maximum,
-    total,
-    acc,
-    begin,
-    end,
-    seen_by_all,  # positions up to here are visible to every query, but for a window
-    first,
-    num_kv_heads,
-    kv_head,
-    dims,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-):
-    """Folds positions begin..end into the softmax: whole tiles that every query sees without a mask, then the rest."""
-    masked_from = begin
-    if WINDOW == 0:
-        masked_from = begin + tl.maximum(seen_by_all - begin, 0) // TILE_TOKENS * TILE_TOKENS
-        maximum, total, acc = attend_piece(
-            q, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc,
-            begin, masked_from, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
-            TILE_TOKENS, DOT_DTYPE, False,
-        )  # fmt: skip
-    return attend_piece(
-        q, k_cache_ptr, v_cache_ptr, table_ptr, query_positions, k_scale, maximum, total, acc,
-        masked_from, end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
-        TILE_TOKENS, DOT_DTYPE, True,
-    )  # fmt: skip
 
 
 @triton.jit

@@ -157,7 +157,8 @@ def fold(q, k, v, start, first, end, maximum, total, acc, SCALE: tl.constexpr, T
     visible = (positions >= first) & (positions < end)
     scores = scale_scores(tl.dot(q, tl.trans(k)), 1.0, SCALE, 0.0)
     scores = tl.where(visible[None, :], scores, float("-inf"))
-    weights, decay, maximum, total = softmax_weights(scores, maximum, total)
+    weights, decay, maximum = softmax_weights(scores, maximum)
+    total = total * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
     return maximum, total, acc
 

@@ -9,86 +9,25 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from nanovllm_kernels._device import load_rows, offsets_in_blocks, scale_scores
+from nanovllm_kernels._device import load_rows, offsets_in_blocks, scale_scores, softmax_weights
+
+# Of two neighbouring 16-bit elements, $1, which hold two e4m3 numbers each, into `pair`: both low bytes, both high
+# bytes, the first element, or the second one.
+_LOW_BYTES = tl.constexpr("prmt.b32 bytes, $1, $1, 0x0020; mov.b32 {pair, rest}, bytes;")
+_HIGH_BYTES = tl.constexpr("prmt.b32 bytes, $1, $1, 0x0031; mov.b32 {pair, rest}, bytes;")
+_FIRST_ELEMENT = tl.constexpr("mov.b32 {pair, rest}, $1;")
+_SECOND_ELEMENT = tl.constexpr("mov.b32 {rest, pair}, $1;")
 
 
 @triton.jit
 @no_type_check
-def low_of_pairs(pairs):
-    """Of 16-bit elements that hold two e4m3 numbers, the one in the low byte as float16.
+def numbers_of_pairs(pairs, TAKE: tl.constexpr):
+    """Half of the numbers that 16-bit elements hold two of, as float16.
 
     Shared memory hands 16-bit elements transposed to the tensor cores, single bytes it does not.
     """
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 bytes;
-        .reg .b16 first, second;
-        prmt.b32 bytes, $1, $1, 0x0020;
-        mov.b32 {first, second}, bytes;
-        cvt.rn.f16x2.e4m3x2 $0, first;
-        }""",
-        "=r,r",
-        [pairs],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-@no_type_check
-def high_of_pairs(pairs):
-    """The one in the high byte."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 bytes;
-        .reg .b16 first, second;
-        prmt.b32 bytes, $1, $1, 0x0031;
-        mov.b32 {first, second}, bytes;
-        cvt.rn.f16x2.e4m3x2 $0, first;
-        }""",
-        "=r,r",
-        [pairs],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-@no_type_check
-def first_of_two_pairs(pairs):
-    """Of each two 16-bit elements that lie beside each other, the first one's two e4m3 numbers as float16."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 first, second;
-        mov.b32 {first, second}, $1;
-        cvt.rn.f16x2.e4m3x2 $0, first;
-        }""",
-        "=r,r",
-        [pairs],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-@no_type_check
-def second_of_two_pairs(pairs):
-    """The second one's."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 first, second;
-        mov.b32 {first, second}, $1;
-        cvt.rn.f16x2.e4m3x2 $0, second;
-        }""",
-        "=r,r",
-        [pairs],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=2,
-    )
+    ASM: tl.constexpr = "{ .reg .b32 bytes; .reg .b16 pair, rest; " + TAKE + " cvt.rn.f16x2.e4m3x2 $0, pair; }"
+    return tl.inline_asm_elementwise(ASM, "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -108,7 +47,8 @@ def load_keys(ptr, offsets, dims, loaded, HEAD_DIM: tl.constexpr, DOT_DTYPE: tl.
     """
     if PAIRS:
         pairs = load_pairs(ptr, offsets, dims, loaded, HEAD_DIM)
-        one, other = first_of_two_pairs(pairs).to(DOT_DTYPE), second_of_two_pairs(pairs).to(DOT_DTYPE)
+        one = numbers_of_pairs(pairs, _FIRST_ELEMENT).to(DOT_DTYPE)
+        other = numbers_of_pairs(pairs, _SECOND_ELEMENT).to(DOT_DTYPE)
     else:
         one, other = load_rows(ptr, offsets, dims, loaded, HEAD_DIM, True).to(DOT_DTYPE), 0.0
     return one, other
@@ -127,7 +67,8 @@ def load_values(ptr, offsets, dims, loaded, HEAD_DIM: tl.constexpr, DOT_DTYPE: t
     """Values as two tiles: with PAIRS even and odd dims, else all dims, and nothing."""
     if PAIRS:
         pairs = load_pairs(ptr, offsets, dims, loaded, HEAD_DIM)
-        even, odd = low_of_pairs(pairs).to(DOT_DTYPE), high_of_pairs(pairs).to(DOT_DTYPE)
+        even = numbers_of_pairs(pairs, _LOW_BYTES).to(DOT_DTYPE)
+        odd = numbers_of_pairs(pairs, _HIGH_BYTES).to(DOT_DTYPE)
     else:
         even, odd = load_rows(ptr, offsets, dims, loaded, HEAD_DIM, True).to(DOT_DTYPE), 0.0
     return even, odd
@@ -166,7 +107,7 @@ def prefetch_tile(
     TILE_TOKENS: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """Asks for the tile of keys and values that starts at `begin`: LINES lines of 128 bytes a token, one a thread.
+    """Asks for the tile of keys and values that starts at `begin`: LINES lines of 128 bytes a token.
 
     Positions that are not read stand for the newest that is. `end` > `begin`.
     """
@@ -234,12 +175,7 @@ def attend_context(
             if WINDOW > 0:
                 visible = visible & (positions[None, :] > query_positions[:, None] - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # A query that has seen no token keeps -inf, and -inf - -inf is NaN.
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(maximum - shift)
-        maximum = new_maximum
+        weights, decay, maximum = softmax_weights(scores, maximum)
         weights = weights.to(DOT_DTYPE)
         # Summed by the tensor cores: for a sum over tokens the warps, which share them, would wait for each other.
         total = tl.dot(weights, ones, total * decay[:, None], input_precision="ieee")
