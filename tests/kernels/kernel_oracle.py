@@ -100,11 +100,14 @@ def write_oracle(qkv, cos, sin, k_cache, v_cache, slots, *, eps, q_norm=None, k_
     return q.reshape(len(q), -1, q.shape[-1]), *caches
 
 
-def skinny_oracle(arrays, case):
+def skinny_oracle(arrays, case, *, normed_dtype=None):
+    """`normed_dtype` holds normalised rows, for implementations that round them before the product."""
     wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     x, w = wide["x"], wide["w"]
     if case.norm:
         x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-6) * wide["norm"]
+        if normed_dtype is not None:
+            x = x.astype(normed_dtype).astype(np.float64)
     y = np.tensordot(x, w, axes=(1, 1 if case.w_layout == "nk" else 0))
     y = y * wide.get("w_scale", 1.0) + wide.get("bias", 0.0)
     if case.gated:

@@ -46,9 +46,10 @@ def test_reference_matches_the_oracle(case, seed):
     arrays = skinny_inputs(case, seed)
     got = jitted(case)(arrays)
     assert got.dtype == jnp.dtype(case.out_dtype or case.dtype)
-    # Over all rows at once: rounding of the few elements of one small row scatters.
-    whole = np.asarray(got).reshape(1, -1)
-    assert relative_error(whole, skinny_oracle(arrays, case).reshape(1, -1)) < TOLERANCE[case.dtype]
+    # Over all rows at once, and with the norm rounded as documented: one large gate of a row of 33 carries the
+    # rounding of its inputs several times over, and no other output is there to average it.
+    expected = skinny_oracle(arrays, case, normed_dtype=arrays["x"].dtype)
+    assert relative_error(np.asarray(got).reshape(1, -1), expected.reshape(1, -1)) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
