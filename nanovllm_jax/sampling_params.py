@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -63,9 +63,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    bad_words: Sequence[str] | None = None
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
+    bad_words: Sequence[str] | None = ()
     logit_bias: Mapping[int, float] | None = None
     min_tokens: int = 0
     max_tokens: int | None = 16
@@ -78,10 +78,19 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        self._check_filters()
-        self._check_penalties()
-        self._check_lengths()
-        self._check_stops()
+        for name, (default, check) in _CHECKS.items():
+            value = getattr(self, name)
+            if value is not default:  # most are: a request's parameters cost 6 us instead of 25
+                object.__setattr__(self, name, check(name, value))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            message = f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; raise max_tokens."
+            raise RequestError(message, param="min_tokens")
+        if self.stop and not self.detokenize:
+            raise RequestError(
+                f"stop is {list(self.stop)!r} but detokenize is False; stop strings are found in text. "
+                "Set detokenize=True or use stop_token_ids.",
+                param="stop",
+            )
         if self.temperature < GREEDY_TEMPERATURE:
             if self.n > 1:
                 raise RequestError(
@@ -89,91 +98,75 @@ class SamplingParams:
                     "Set a temperature above 0 for several samples.",
                     param="n",
                 )
-            self._store(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+            for name, value in (("temperature", 0.0), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+                object.__setattr__(self, name, value)
 
-    def _store(self, **values: Any) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
-    def _check_filters(self) -> None:
-        temperature = _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE, "0 is greedy")
-        if GREEDY_TEMPERATURE <= temperature < MIN_TEMPERATURE:
-            logger.warning("temperature %s is raised to %s: smaller ones overflow.", temperature, MIN_TEMPERATURE)
-            temperature = MIN_TEMPERATURE
-        self._store(temperature=temperature)
-        top_p = _number("top_p", self.top_p, 0.0, 1.0, "1 keeps all tokens")
-        if top_p == 0.0:
-            message = "top_p is 0; it must be above 0 and at most 1. Use temperature=0 for greedy sampling."
-            raise RequestError(message, param="top_p")
-        self._store(top_p=top_p)
-        self._store(top_k=max(0, _integer("top_k", self.top_k, -1, None, "0 keeps all tokens")))
-        self._store(min_p=_number("min_p", self.min_p, 0.0, 1.0, "0 keeps all tokens"))
+def _temperature(name: str, value: Any) -> float:
+    temperature = _number(name, value, 0.0, MAX_TEMPERATURE, "0 is greedy")
+    if GREEDY_TEMPERATURE <= temperature < MIN_TEMPERATURE:
+        logger.warning("temperature %s is raised to %s: smaller ones overflow.", temperature, MIN_TEMPERATURE)
+        return MIN_TEMPERATURE
+    return temperature
 
-    def _check_penalties(self) -> None:
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._store(**{name: _number(name, getattr(self, name), -2.0, 2.0, "0 switches it off")})
-        penalty = _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "1 switches it off")
-        if penalty == 0.0:
-            message = "repetition_penalty is 0; it must be above 0. 1 switches it off."
-            raise RequestError(message, param="repetition_penalty")
-        self._store(repetition_penalty=penalty)
-        if self.logit_bias is not None:
-            self._store(logit_bias=_logit_bias(self.logit_bias))
 
-    def _check_lengths(self) -> None:
-        self._store(n=_integer("n", self.n, 1, MAX_SAMPLES, "send the prompt again for more samples"))
-        self._store(min_tokens=_integer("min_tokens", self.min_tokens, 0, None, "0 switches it off"))
-        if self.max_tokens is not None:
-            max_tokens = _integer("max_tokens", self.max_tokens, 1, None, "None means the model's limit")
-            self._store(max_tokens=max_tokens)
-            if self.min_tokens > max_tokens:
-                message = f"min_tokens is {self.min_tokens}, above max_tokens {max_tokens}; raise max_tokens."
-                raise RequestError(message, param="min_tokens")
-        if self.seed is not None:
-            seed = _integer("seed", self.seed, -(2**63), 2**64 - 1, "None takes one from the engine")
-            self._store(seed=None if seed == -1 else seed)
-        for name in ("logprobs", "prompt_logprobs"):
-            if (value := getattr(self, name)) is not None:
-                value = 1 if value is True else value
-                value = _integer(name, value, 0, None, "None means none")
-                self._store(**{name: value})
+def _top_p(name: str, value: Any) -> float:
+    top_p = _number(name, value, 0.0, 1.0, "1 keeps all tokens")
+    if top_p == 0.0:
+        message = "top_p is 0; it must be above 0 and at most 1. Use temperature=0 for greedy sampling."
+        raise RequestError(message, param="top_p")
+    return top_p
 
-    def _check_stops(self) -> None:
-        self._store(stop=_strings("stop", self.stop))
-        self._store(bad_words=_strings("bad_words", self.bad_words))
-        if isinstance(self.stop_token_ids, int | str):
-            message = f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids."
-            raise RequestError(message, param="stop_token_ids")
-        ids = (_integer("stop_token_ids", i, 0, None, "give token ids") for i in self.stop_token_ids or ())
-        self._store(stop_token_ids=tuple(dict.fromkeys(ids)))
-        if self.stop and not self.detokenize:
-            raise RequestError(
-                f"stop is {list(self.stop)!r} but detokenize is False; stop strings are found in text. "
-                "Set detokenize=True or use stop_token_ids.",
-                param="stop",
-            )
+
+def _repetition_penalty(name: str, value: Any) -> float:
+    penalty = _number(name, value, 0.0, math.inf, "1 switches it off")
+    if penalty == 0.0:
+        message = "repetition_penalty is 0; it must be above 0. 1 switches it off."
+        raise RequestError(message, param="repetition_penalty")
+    return penalty
+
+
+def _max_tokens(name: str, value: Any) -> int | None:
+    return None if value is None else _integer(name, value, 1, None, "None means the model's limit")
+
+
+def _seed(name: str, value: Any) -> int | None:
+    seed = _integer(name, value, -(2**63), 2**64 - 1, "None takes one from the engine")
+    return None if seed == -1 else seed
+
+
+def _num_logprobs(name: str, value: Any) -> int:
+    return _integer(name, 1 if value is True else value, 0, None, "None means none")
+
+
+def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, int | str):
+        message = f"stop_token_ids is {value!r}; it must be a list of token ids."
+        raise RequestError(message, param="stop_token_ids")
+    ids = (_integer(name, i, 0, None, "give token ids") for i in value or ())
+    return tuple(dict.fromkeys(ids))
 
 
 def _number(name: str, value: Any, low: float, high: float, hint: str) -> float:
     """`value` as a finite float within [low, high]."""
-    limit = f"between {low:g} and {high:g}" if high != math.inf else f"at least {low:g} and finite"
     try:
         number = math.nan if isinstance(value, bool | str) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and low <= number <= high):
+        limit = f"between {low:g} and {high:g}" if high != math.inf else f"at least {low:g} and finite"
         raise RequestError(f"{name} is {value!r}; it must be a number {limit} ({hint}).", param=name)
     return number
 
 
 def _integer(name: str, value: Any, low: int, high: int | None, hint: str) -> int:
     """`value` as an int within [low, high]; what behaves as an integer (numpy's) is one."""
-    limit = f"at least {low}" if high is None else f"between {low} and {high}"
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < low or (high is not None and number > high):
+        limit = f"at least {low}" if high is None else f"between {low} and {high}"
         raise RequestError(f"{name} is {value!r}; it must be an integer, {limit} ({hint}).", param=name)
     return number
 
@@ -190,10 +183,10 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(strings))
 
 
-def _logit_bias(value: Any) -> dict[int, float]:
+def _logit_bias(name: str, value: Any) -> dict[int, float]:
     """Token id -> bias, the ids as ints (JSON makes them strings) and the biases clamped."""
     biases = {}
-    refuse = partial(RequestError, param="logit_bias")
+    refuse = partial(RequestError, param=name)
     if not isinstance(value, Mapping):
         raise refuse(f"logit_bias is {value!r}; it must map token ids to numbers from -100 to 100.")
     for token, bias in value.items():
@@ -207,3 +200,43 @@ def _logit_bias(value: Any) -> dict[int, float]:
             raise refuse(f"logit_bias[{token_id}] is {bias!r}; it must be a number from -100 to 100.")
         biases[token_id] = float(min(MAX_LOGIT_BIAS, max(-MAX_LOGIT_BIAS, bias)))
     return biases
+
+
+_Check = Callable[[str, Any], Any]  # of a field's name and value: what is stored
+
+
+def _number_within(low: float, high: float, hint: str) -> _Check:
+    return lambda name, value: _number(name, value, low, high, hint)
+
+
+def _integer_from(low: int, hint: str, high: int | None = None) -> _Check:
+    return lambda name, value: _integer(name, value, low, high, hint)
+
+
+def _checks() -> dict[str, tuple[Any, _Check]]:
+    """Default and check of each field that has one, in the order in which they are checked."""
+    penalty = _number_within(-2.0, 2.0, "0 switches it off")
+    checks: dict[str, _Check] = {
+        "temperature": _temperature,
+        "top_p": _top_p,
+        "top_k": lambda name, value: max(0, _integer(name, value, -1, None, "0 keeps all tokens")),
+        "min_p": _number_within(0.0, 1.0, "0 keeps all tokens"),
+        "presence_penalty": penalty,
+        "frequency_penalty": penalty,
+        "repetition_penalty": _repetition_penalty,
+        "logit_bias": _logit_bias,
+        "n": _integer_from(1, "send the prompt again for more samples", MAX_SAMPLES),
+        "min_tokens": _integer_from(0, "0 switches it off"),
+        "max_tokens": _max_tokens,
+        "seed": _seed,
+        "logprobs": _num_logprobs,
+        "prompt_logprobs": _num_logprobs,
+        "stop": _strings,
+        "bad_words": _strings,
+        "stop_token_ids": _stop_token_ids,
+    }
+    defaults = {field.name: field.default for field in fields(SamplingParams)}
+    return {name: (defaults[name], check) for name, check in checks.items()}
+
+
+_CHECKS = _checks()
