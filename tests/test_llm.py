@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -353,6 +354,26 @@ def test_a_full_step_starts_before_the_last_prompt_is_checked(llm, monkeypatch):
     outputs = generate(llm, prompts, GREEDY)
     assert events[:7] == ["prepare"] * 2 + ["dispatch"] + ["prepare"] * 4
     assert outputs == [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
+
+
+def test_no_garbage_is_collected_before_the_first_step(llm, monkeypatch):
+    enabled, engine = [], llm._engine
+    prepare, dispatch = engine.prepare, engine.replicas[0].runner.dispatch
+    monkeypatch.setattr(engine, "prepare", lambda *args, **kw: enabled.append(gc.isenabled()) or prepare(*args, **kw))
+    monkeypatch.setattr(
+        engine.replicas[0].runner, "dispatch", lambda schedule: enabled.append(gc.isenabled()) or dispatch(schedule)
+    )
+    generate(llm, [[index] * 40 for index in range(101, 104)], GREEDY)  # none of them cached
+    assert enabled[:4] == [False, False, False, True]
+    with pytest.raises(RequestError):
+        generate(llm, [[10**6]], GREEDY)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        generate(llm, [[1]], GREEDY)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_prompt_that_is_refused_after_a_step_started_loses_nothing(llm):

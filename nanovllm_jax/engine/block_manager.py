@@ -2,7 +2,7 @@
 
 A block is free when no block table holds it. Free blocks keep their content and their hash until they are
 taken again, least recently freed first, so a finished request's prefix stays useful while there is room.
-A full block's hash is SHA-256 over its parent's hash and its token ids: equal hashes mean equal prefixes, and
+A full block's hash is SHA-256 over all token ids up to its end, after the salt: equal hashes mean equal prefixes, and
 nobody can craft a prompt that collides with another's.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import sha256
+from struct import Struct
 
 from nanovllm_jax.engine.request import Request
 
@@ -31,6 +32,7 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        self._bytes_of_blocks = Struct(f"{4 * block_size}s")  # splits int32 ids block by block
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to take is first
         self._reference_counts = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
@@ -77,8 +79,9 @@ class BlockManager:
 
     def can_allocate(self, hits: list[int], num_tokens: int, reserve: int = 0) -> bool:
         """Whether blocks for `num_tokens`, `hits` among them, leave at least `reserve` blocks free."""
-        num_held_hits = sum(self._reference_counts[block_id] > 0 for block_id in hits)
-        return self.num_blocks_for(num_tokens) - num_held_hits + reserve <= len(self._free)
+        lacking = self.num_blocks_for(num_tokens) + reserve - len(self._free)
+        # Hits that others hold are not taken from the free ones.
+        return lacking <= 0 or lacking <= sum(self._reference_counts[block_id] > 0 for block_id in hits)
 
     def allocate(self, request: Request, hits: list[int], num_tokens: int) -> None:
         """Gives the request a block table for `num_tokens` that starts with the blocks in `hits`."""
@@ -172,13 +175,12 @@ class BlockManager:
         hashes, block_size = request.block_hashes, self.block_size
         if len(hashes) >= count:
             return hashes
-        if hashes:
-            digest = hashes[-1]
-        else:
-            digest = b"" if request.cache_salt is None else sha256(request.cache_salt.encode()).digest()
+        if request.hasher is None:
+            salt = request.cache_salt
+            request.hasher = sha256(b"" if salt is None else sha256(salt.encode()).digest())
         known = request.token_ids[len(hashes) * block_size : count * block_size].tobytes()
-        size = block_size * request.token_ids.itemsize
-        for start in range(0, len(known), size):
-            digest = sha256(digest + known[start : start + size]).digest()
-            hashes.append(digest)
+        update, digest = request.hasher.update, request.hasher.digest
+        for (block,) in self._bytes_of_blocks.iter_unpack(known):
+            update(block)
+            hashes.append(digest())
         return hashes

@@ -48,11 +48,11 @@ class Group:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
     stream: bool
     samples: list[Sample]
     prompt_logprobs: list[dict[int, Logprob] | None]
     metrics: RequestMetrics
+    prompt_token_ids: list[int] | None = None  # made while the devices work on them
     next_report: float = 0.0  # when it streams again, in s of `time.time()`
 
     @property
@@ -90,22 +90,23 @@ class Collector:
         self._samples |= {sample.request: sample for sample in samples}
         first = requests[0]
         self._groups[first.request_id] = Group(
-            first.request_id, prompt, first.prompt_token_ids, stream, samples, [None], RequestMetrics(arrival_time)
+            first.request_id, prompt, stream, samples, [None], RequestMetrics(arrival_time)
         )
 
-    def on_scheduled(self, request: Request) -> None:
-        """Note when a request first ran."""
-        metrics = self._groups[request.request_id].metrics
-        if metrics.first_scheduled_time is None:
-            metrics.first_scheduled_time = time.time()
-            self._stats.queue_time.observe(metrics.first_scheduled_time - metrics.arrival_time)
+    def on_scheduled(self, request: Request, now: float) -> None:
+        """Note that a request first ran at `now`, and get ready what its output needs while the devices work."""
+        group = self._groups[request.request_id]
+        if group.metrics.first_scheduled_time is None:
+            group.metrics.first_scheduled_time = now
+            group.prompt_token_ids = request.prompt_token_ids
+            self._stats.queue_time.observe(now - group.metrics.arrival_time)
 
     def on_prompt_logprobs(self, request: Request, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
         """Keep the log-probabilities after the tokens at `start` and on; a recomputed prompt adds nothing."""
         group, wanted = self._groups[request.request_id], request.params.prompt_logprobs or 0
         for position, entry in enumerate(logprobs, start + 1):
             if position == len(group.prompt_logprobs) < request.num_prompt_tokens:
-                token = request.prompt_token_ids[position]
+                token = request.token_ids[position]
                 group.prompt_logprobs.append(self._logprob_dict(token, entry, wanted))
 
     def on_tokens(
@@ -219,7 +220,7 @@ class Collector:
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
-            prompt_token_ids=group.prompt_token_ids,
+            prompt_token_ids=group.prompt_token_ids or first.prompt_token_ids,
             outputs=[self._completion(sample) for sample in group.samples],
             finished=group.finished,
             prompt_logprobs=group.prompt_logprobs if first.params.prompt_logprobs is not None else None,

@@ -7,22 +7,19 @@ import gc
 import itertools
 import logging
 import operator
-import signal
-import threading
+import random
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import Any
-
-import numpy as np
 
 from nanovllm_jax.engine.collector import Collector
 from nanovllm_jax.engine.inputs import Prompt, bad_word_ids, parse_prompt
+from nanovllm_jax.engine.interrupts import deferred_interrupt
 from nanovllm_jax.engine.replica import Replica, choose_replica
 from nanovllm_jax.engine.request import Request, RequestStatus
 from nanovllm_jax.engine.sampling_plan import plan_sampling
@@ -82,7 +79,7 @@ class Engine:
     ) -> None:
         self.replicas, self.tokenizer = tuple(replicas), tokenizer
         self._eos, self._vocab_size, self._max_logprobs = eos_token_ids, vocab_size, max_logprobs
-        self._seeds = np.random.default_rng(seed)
+        self._seeds = random.Random(seed)
         self.stats = EngineStats()
         self._collector = Collector(tokenizer, eos_token_ids, self.stats)
         # Marks each step of the first replica in a profiler's trace; only set while one is taken.
@@ -137,7 +134,7 @@ class Engine:
         parsed = parse_prompt(prompt, self.tokenizer, self._vocab_size)
         self._check_logprobs(params)
         words = bad_word_ids(params.bad_words or (), self.tokenizer)
-        seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         requests = [
             Request(
                 request_id,
@@ -174,7 +171,7 @@ class Engine:
             message = f"The request id {prepared.request_id!r} is in use; give each request its own id."
             raise RequestError(message, param="request_id")
         replica = choose_replica(self.replicas, prepared.samples[0])
-        with _deferred_interrupt():  # what one of these has and the other has not, could never be ended
+        with deferred_interrupt():  # what one of these has and the other has not, could never be ended
             # Before the scheduler: the text of the prompt's end is the tokenizer's work, which may raise.
             self._collector.add(
                 prepared.samples, prepared.text, stream=prepared.stream, arrival_time=prepared.arrival_time
@@ -200,7 +197,7 @@ class Engine:
         """End requests without an output, and read what is in flight: nothing of them is left."""
         if self._closed:
             return  # perhaps at Python's end, when a generator that was left is closed
-        with _deferred_interrupt():
+        with deferred_interrupt():
             for request_id in request_ids:
                 self.abort(request_id)
             self.drain()
@@ -239,7 +236,7 @@ class Engine:
                 be lost in its middle. The next step returns this one's outputs too.
         """
         self._check_alive()
-        with _deferred_interrupt():
+        with deferred_interrupt():
             started = self._dispatch()
             working = [replica for replica in self.replicas if replica.in_flight]
             due = [replica for replica in working if len(replica.in_flight) > 1 or replica not in started]
@@ -262,7 +259,7 @@ class Engine:
     def drain(self) -> None:
         """Read what is in flight; nothing of aborted requests is left on the devices."""
         if self._failure is None and not self._closed:
-            with _deferred_interrupt():
+            with deferred_interrupt():
                 for replica in self.replicas:
                     while replica.in_flight:
                         self._read(replica)
@@ -282,13 +279,14 @@ class Engine:
     def _dispatch(self) -> set[Replica]:
         """Dispatch a step of each replica that may start one; returns those that did."""
         scheduled = {replica: schedule for replica in self.replicas if (schedule := replica.next_schedule())}
-        for schedule in scheduled.values():
-            if not schedule.is_decode:
-                self._note_admissions(schedule)
+        now = time.time()
         run = self._launchers.map if self._launchers and len(scheduled) > 1 else map
         for error in list(run(self._launch, scheduled, scheduled.values())):
             if error is not None:
                 raise self._fail(error) from error
+        for schedule in scheduled.values():
+            if not schedule.is_decode:
+                self._note_admissions(schedule, now)
         return set(scheduled)
 
     def _launch(self, replica: Replica, schedule: Schedule) -> Exception | None:
@@ -302,10 +300,10 @@ class Engine:
             return error
         return None
 
-    def _note_admissions(self, schedule: Schedule) -> None:
+    def _note_admissions(self, schedule: Schedule, now: float) -> None:
         for sequence in schedule.sequences:
             if sequence.is_admitted:
-                self._collector.on_scheduled(sequence.request)
+                self._collector.on_scheduled(sequence.request, now)
                 if sequence.request.num_preemptions == 0:
                     self.stats.num_prompt_tokens += sequence.request.num_prompt_tokens
 
@@ -416,19 +414,3 @@ def _close(reference: weakref.ref[Any]) -> None:
     owner = reference()
     if owner is not None:
         owner.close()
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends (where signals can be handled: in the main thread)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[tuple[int, FrameType | None]] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pending and callable(previous):
-        previous(*pending[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import struct
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,8 +95,7 @@ def _check_ids(prompt: Any, vocab_size: int) -> array[int]:
     ids = prompt
     try:
         ids = prompt if isinstance(prompt, list | tuple) else list(prompt)
-        # Takes whatever counts as an integer, 10 ns a token; NumPy needs 40.
-        token_ids = array("i", ids)
+        token_ids = _as_int32(ids)
     except OverflowError:
         raise _outside(min(ids), max(ids), vocab_size) from None
     except TypeError:
@@ -108,6 +108,20 @@ def _check_ids(prompt: Any, vocab_size: int) -> array[int]:
         raise RequestError("The prompt has no tokens; give at least 1 token id.", param="prompt")
     if np.frombuffer(token_ids, np.uint32).max() >= vocab_size:  # unsigned, negative ids are the largest of all
         raise _outside(min(token_ids), max(token_ids), vocab_size)
+    return token_ids
+
+
+def _as_int32(ids: Sequence[Any]) -> array[int]:
+    """Whatever counts as integers, 10 ns each; NumPy and `array` alone need 20.
+
+    Raises:
+        OverflowError, TypeError: for what is no int32.
+    """
+    token_ids = array("i")
+    try:
+        token_ids.frombytes(struct.pack(f"{len(ids)}i", *ids))
+    except struct.error:  # says the same of both
+        return array("i", ids)
     return token_ids
 
 

@@ -6,9 +6,13 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from nanovllm_jax.engine.sampling_plan import SamplingPlan
 from nanovllm_jax.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as HASH
 
 NO_ROW = -1
 
@@ -32,7 +36,7 @@ class Request:
         cache_salt: prompts share cached blocks only within one salt.
         skip_prefix_cache_read: compute every prompt token (prompt_logprobs needs all logits).
         plan: what the device needs of `params`.
-        prompt_token_ids: the prompt; at least one token.
+        num_prompt_tokens: length of the prompt; at least 1.
         token_ids: the prompt, then every output token that has been read back, as int32: steps and hashes take slices.
         output_token_ids: the output tokens that have been read back.
         max_tokens: output tokens after which it ends with "length"; set by `Scheduler.add`.
@@ -45,7 +49,8 @@ class Request:
         num_unread: tokens sampled (or being sampled) on the device and not yet read back.
         num_cached_tokens: prompt tokens found in the prefix cache when it was first admitted.
         num_preemptions: times it lost its row and blocks.
-        block_hashes: chained digests of its leading full blocks, computed as they are needed.
+        block_hashes: digests of its leading tokens up to each full block's end, computed as they are needed.
+        hasher: the running hash that gives the next of them; None before the first.
         num_registered_blocks: leading blocks that were offered to the prefix cache or came from it.
     """
 
@@ -58,7 +63,7 @@ class Request:
     skip_prefix_cache_read: bool = False
     plan: SamplingPlan = field(default_factory=SamplingPlan)
 
-    prompt_token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
     token_ids: array[int] = field(init=False)
     output_token_ids: list[int] = field(init=False, default_factory=list)
     max_tokens: int = field(init=False, default=0)
@@ -74,16 +79,17 @@ class Request:
     num_cached_tokens: int = field(init=False, default=0)
     num_preemptions: int = field(init=False, default=0)
     block_hashes: list[bytes] = field(init=False, default_factory=list)
+    hasher: HASH | None = field(init=False, default=None)
     num_registered_blocks: int = field(init=False, default=0)
 
     def __post_init__(self, prompt: Iterable[int]) -> None:
         self.token_ids = array("i", prompt)
-        self.prompt_token_ids = self.token_ids.tolist()
+        self.num_prompt_tokens = len(self.token_ids)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.prompt_token_ids)
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt as a new list, which costs 20 ns a token."""
+        return self.token_ids[: self.num_prompt_tokens].tolist()
 
     @property
     def num_tokens(self) -> int:

@@ -63,12 +63,21 @@ def test_a_salt_shares_only_with_itself(manager, other):
     assert manager.match_prefix(make_request(range(9), salt="a")) == first.block_ids[:2]
 
 
-def test_hashes_are_a_sha256_chain(manager):
+def test_hashes_are_sha256_of_all_tokens_to_each_blocks_end(manager):
     request = make_request(range(9))
     compute(manager, request)
-    head = sha256(b"".join(i.to_bytes(4, "little") for i in range(4))).digest()
-    tail = sha256(head + b"".join(i.to_bytes(4, "little") for i in range(4, 8))).digest()
-    assert request.block_hashes == [head, tail]
+    known = b"".join(i.to_bytes(4, "little") for i in range(8))
+    assert request.block_hashes == [sha256(known[:16]).digest(), sha256(known).digest()]
+
+
+def test_tokens_that_come_later_are_hashed_as_those_of_the_prompt(manager):
+    grown, whole = make_request(range(5)), make_request(range(8))
+    compute(manager, grown)
+    grown.token_ids.extend(range(5, 8))
+    grown.num_computed_tokens = 8
+    manager.register_full_blocks(grown)
+    compute(manager, whole)
+    assert grown.block_hashes == whole.block_hashes
 
 
 def test_freed_blocks_still_hit_until_they_are_taken(manager):

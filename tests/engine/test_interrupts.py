@@ -1,0 +1,89 @@
+import signal
+import threading
+from contextlib import nullcontext
+
+import pytest
+
+from nanovllm_jax.engine.interrupts import deferred_interrupt, watched_interrupt
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def handler_stays():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("around", [nullcontext, watched_interrupt])
+def test_ctrl_c_comes_at_the_end_of_the_outermost_block(around):
+    done = []
+
+    def work():
+        with deferred_interrupt():
+            with deferred_interrupt():
+                interrupt()
+                done.append("inner")
+            done.append("outer")
+        done.append("after")
+
+    with pytest.raises(KeyboardInterrupt), around():
+        work()
+    assert done == ["inner", "outer"]
+
+
+def test_ctrl_c_comes_at_once_between_blocks():
+    done = []
+
+    def work():
+        with deferred_interrupt():
+            done.append("block")
+        interrupt()
+        done.append("after")
+
+    with pytest.raises(KeyboardInterrupt), watched_interrupt():
+        work()
+    assert done == ["block"]
+
+
+def test_ctrl_c_in_a_block_that_fails_does_not_wait_for_the_next_one():
+    def fail():
+        interrupt()
+        raise ZeroDivisionError
+
+    with pytest.raises(KeyboardInterrupt) as raised, deferred_interrupt():
+        fail()
+    assert isinstance(raised.value.__context__, ZeroDivisionError)
+    with deferred_interrupt():
+        pass
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored():
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with watched_interrupt(), deferred_interrupt():
+            interrupt()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_other_threads_hold_nothing_back():
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with watched_interrupt(), deferred_interrupt():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(10)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    finally:
+        leave.set()
+        thread.join()
