@@ -1,11 +1,14 @@
-"""What the host does for each token of each row: the real engine over devices that are only a clock.
+"""What the host does for each token of each row, and before a first step: the engine over devices that are a clock.
 
     python benchmarks/host_work.py                                   # devices that need no time: all is the host's
     python benchmarks/host_work.py --data-parallel-size 8 --step-ms 24 --launch-ms 1.4
+    python benchmarks/host_work.py --case shared-prefix --step-ms 15 --launch-ms 4
 
 Scheduler, block manager, packing, reading and outputs are the engine's own; its programs return at once. With
 `--step-ms` a decode step is ready that long after the one before it (a prefill of 16,384 tokens after twice that), and
-`--launch-ms` is how long the runtime keeps the calling thread for each program without needing Python.
+`--launch-ms` is how long the runtime keeps the calling thread for each program without needing Python. `--case` times
+`LLM.generate` on a case of `throughput.py`, its sampling parameters included, and says when its first step was ready
+to be launched.
 Needs no GPU; the times are this machine's and say nothing of a device.
 """
 
@@ -14,6 +17,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +27,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from workloads import CASES, Case
 
+from nanovllm_jax import LLM
 from nanovllm_jax.cli.bench import print_table, random_requests
 from nanovllm_jax.config import EngineConfig, ModelConfig, RopeConfig
 from nanovllm_jax.engine.engine import Engine
@@ -54,9 +61,11 @@ class Clock:
 
     def __init__(self, launch_s: float) -> None:
         self.launch_s, self.free_at = launch_s, 0.0
+        self.launched: tuple[float, float] | None = None  # when it first was, wall and CPU time; to be reset
 
     def run(self, seconds: float) -> float:
         """Starts a program; when it will be done."""
+        self.launched = self.launched or (time.perf_counter(), time.process_time())
         if self.launch_s:
             _sleep_without_python(int(self.launch_s * 1e6))
         self.free_at = max(self.free_at, time.perf_counter()) + seconds
@@ -86,10 +95,10 @@ class StandInPrograms:
     """Programs with the real ones' arguments and results, and no computation."""
 
     def __init__(self, catalogue: Any, clock: Clock, step_s: float) -> None:
-        self.catalogue, self._clock, self._step_s = catalogue, clock, step_s
+        self.catalogue, self.clock, self._step_s = catalogue, clock, step_s
 
     def __getitem__(self, key: ProgramKey) -> Callable[..., Any]:
-        clock, size = self._clock, key.size
+        clock, size = self.clock, key.size
         match key.kind:
             case "decode" | "decode_filtered":
                 return lambda params, caches, rows, delta: (
@@ -152,6 +161,40 @@ def timed_run(engine: Engine, seed: int) -> Run:
     return Run(queued_s, time.process_time() - cpu, time.perf_counter() - started, num_tokens)
 
 
+class ClockLLM(LLM):
+    """`LLM` with an engine over clocks."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._ids, self._streaming = engine, itertools.count(), False
+
+
+def timed_case(llm: ClockLLM, clock: Clock, case: Case, repeat: int) -> list[float]:
+    """ms: the whole call and its CPU time; until the first step is launched, and the CPU time of that."""
+    prompts, lengths = case.draw(case.first_seed + repeat)
+    clock.launched = None
+    started, cpu = time.perf_counter(), time.process_time()
+    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n, detokenize=False) for n in lengths]
+    llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    ended, cpu_ended = time.perf_counter(), time.process_time()
+    assert clock.launched
+    times = ended - started, cpu_ended - cpu, clock.launched[0] - started, clock.launched[1] - cpu
+    return [1e3 * seconds for seconds in times]
+
+
+def print_cases(names: list[str], step_s: float, launch_s: float, repeats: int) -> None:
+    """Medians over the repeats, after one that is not timed."""
+    engine = make_engine(1, step_s, launch_s)
+    programs, llm, rows = engine.replicas[0].runner.programs, ClockLLM(engine), []
+    gc.collect()
+    gc.freeze()  # as after a start
+    for case in (case for case in CASES if case.name in names):
+        runs = [timed_case(llm, programs.clock, case, i) for i in range(repeats + 1)][1:]  # pyright: ignore
+        rows.append([case.name, *(f"{statistics.median(times):.2f}" for times in zip(*runs, strict=True))])
+    engine.close()
+    columns = ["case", "ms in all", "of CPU", "ms until the first launch", "of CPU"]
+    print_table(f"medians of {repeats}", columns, rows)
+
+
 def main() -> None:
     """Times `--repeats` runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,7 +202,10 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=0, help="of a decode step of 256 rows and 4 tokens")
     parser.add_argument("--launch-ms", type=float, default=0, help="that a program keeps its thread")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="repeatable")
     args = parser.parse_args()
+    if args.case:
+        return print_cases(args.case, args.step_ms / 1e3, args.launch_ms / 1e3, args.repeats)
     engine = make_engine(args.data_parallel_size, args.step_ms / 1e3, args.launch_ms / 1e3)
     rows = []
     for seed in range(args.repeats):
