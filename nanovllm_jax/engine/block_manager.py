@@ -95,12 +95,13 @@ class BlockManager:
 
     def append_blocks(self, request: Request, count: int) -> None:
         """Adds the least recently freed blocks to the request's table; their old content is forgotten."""
-        for _ in range(count):
-            block_id, _ = self._free.popitem(last=False)
-            if self._hash_of[block_id] is not None:
+        take, hash_of, counts = self._free.popitem, self._hash_of, self._reference_counts
+        taken = [take(False)[0] for _ in range(count)]
+        for block_id in taken:
+            if hash_of[block_id] is not None:
                 self._forget(block_id)
-            self._reference_counts[block_id] = 1
-            request.block_ids.append(block_id)
+            counts[block_id] = 1
+        request.block_ids += taken
 
     def register_full_blocks(self, request: Request) -> None:
         """Offers the blocks that the request has filled: all ids known, K and V computed or in flight.

@@ -13,9 +13,8 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanovllm_jax.engine.collector import Collector
 from nanovllm_jax.engine.inputs import Prompt, bad_word_ids, parse_prompt
@@ -36,8 +35,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 50e-6
 
 
-@dataclass(frozen=True)
-class PreparedRequest:
+class PreparedRequest(NamedTuple):
     """A request that was checked and tokenised; `Engine.enqueue` takes it."""
 
     request_id: str

@@ -6,8 +6,7 @@ import inspect
 import struct
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -33,8 +32,7 @@ Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 _DICT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 
 
-@dataclass(frozen=True)
-class ParsedPrompt:
+class ParsedPrompt(NamedTuple):
     """Token ids as int32, the text they came from if any, and the salt of their cached prefix."""
 
     token_ids: array[int]
@@ -59,10 +57,11 @@ def parse_prompt(prompt: Prompt, tokenizer: Any | None, vocab_size: int) -> Pars
                 param="prompt",
             )
         salt = prompt.get("cache_salt")
-        if salt is not None and (not isinstance(salt, str) or not salt):
-            message = f"cache_salt is {salt!r}; it must be a string of at least 1 character."
-            raise RequestError(message, param="cache_salt")
-        check_text(salt or "", "cache_salt")
+        if salt is not None:
+            if not isinstance(salt, str) or not salt:
+                message = f"cache_salt is {salt!r}; it must be a string of at least 1 character."
+                raise RequestError(message, param="cache_salt")
+            check_text(salt, "cache_salt")
         prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]  # pyright: ignore
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -106,7 +105,8 @@ def _check_ids(prompt: Any, vocab_size: int) -> array[int]:
         ) from None
     if not token_ids:
         raise RequestError("The prompt has no tokens; give at least 1 token id.", param="prompt")
-    if np.frombuffer(token_ids, np.uint32).max() >= vocab_size:  # unsigned, negative ids are the largest of all
+    # Unsigned, negative ids are the largest of all.
+    if np.maximum.reduce(np.frombuffer(token_ids, np.uint32)) >= vocab_size:
         raise _outside(min(token_ids), max(token_ids), vocab_size)
     return token_ids
 

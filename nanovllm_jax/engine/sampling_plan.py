@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nanovllm_jax.engine.seeding import make_key
 from nanovllm_jax.errors import RequestError
@@ -16,8 +15,7 @@ FOREVER = 2**31 - 1
 Adjustment = tuple[int, float, int]  # token id, added to its logit, while fewer tokens than this are generated
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingPlan:
+class SamplingPlan(NamedTuple):
     """One request's sampling, ready for the device. The default is greedy and never stops.
 
     `variant` is the cheapest sampler that can serve it. `bad_words` are the banned sequences of two or more tokens;
