@@ -12,7 +12,7 @@ from nanovllm_jax.engine.sampling_plan import SamplingPlan
 from nanovllm_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from hashlib import _Hash as HASH
+    from _hashlib import HASH
 
 NO_ROW = -1
 
