@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import sha256
-from struct import Struct
 
 from nanovllm_jax.engine.request import Request
 
@@ -32,7 +31,6 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
-        self._bytes_of_blocks = Struct(f"{4 * block_size}s")  # splits int32 ids block by block
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to take is first
         self._reference_counts = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
@@ -179,9 +177,8 @@ class BlockManager:
         if request.hasher is None:
             salt = request.cache_salt
             request.hasher = sha256(b"" if salt is None else sha256(salt.encode()).digest())
-        known = request.token_ids[len(hashes) * block_size : count * block_size].tobytes()
-        update, digest = request.hasher.update, request.hasher.digest
-        for (block,) in self._bytes_of_blocks.iter_unpack(known):
-            update(block)
-            hashes.append(digest())
+        hasher, token_ids = request.hasher, request.token_ids
+        for start in range(len(hashes) * block_size, count * block_size, block_size):
+            hasher.update(token_ids[start : start + block_size])
+            hashes.append(hasher.digest())
         return hashes
