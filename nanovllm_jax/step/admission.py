@@ -15,8 +15,8 @@ from jaxtyping import Array, Int
 
 from nanovllm_jax.step.state import RowFloat, RowInt, Rows
 
-ADMISSIONS = 64  # rows a call
-ENTRIES = 1024  # block table entries a call
+ADMISSIONS = 128  # rows a call
+ENTRIES = 4096  # block table entries a call: those of a step of 16,384 tokens that shares much of its blocks
 _ADMISSION_WIDTH = 1 + len(RowInt) + len(RowFloat)
 UPDATE_LENGTH = ADMISSIONS * _ADMISSION_WIDTH + ENTRIES * 3
 

@@ -149,7 +149,8 @@ def prefill_forward(
     context_lens = jnp.where(active, starts + q_lens, 0)
 
     flat = jnp.arange(layout.num_tokens, dtype=jnp.int32)
-    sequence = jnp.searchsorted(cu_q_lens, flat, side="right").astype(jnp.int32) - 1
+    # A binary search would be a loop that the host launches turn by turn, before all else.
+    sequence = jnp.searchsorted(cu_q_lens, flat, side="right", method="compare_all").astype(jnp.int32) - 1
     sequence = jnp.minimum(sequence, layout.num_sequences - 1)
     real = flat < cu_q_lens[-1]
     position = jnp.where(real, starts[sequence] + flat - cu_q_lens[sequence], 0)

@@ -4,7 +4,7 @@ import numpy as np
 from nanovllm_jax.step.admission import ADMISSIONS, ENTRIES, UPDATE_LENGTH, pack_updates, update_rows
 from nanovllm_jax.step.state import RowFloat, RowInt
 
-ROWS, COLUMNS = 2 * ADMISSIONS, 40
+ROWS, COLUMNS = 2 * ADMISSIONS, 80
 
 
 def apply(admissions, spans):
