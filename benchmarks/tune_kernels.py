@@ -24,18 +24,11 @@ import results_log
 from nanovllm_kernels import skinny_matmul, split_counters
 from nanovllm_kernels._compat import current_target, import_jax_triton
 from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel
 from nanovllm_kernels.skinny_matmul import launch as launches
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase
-from nanovllm_kernels.skinny_matmul.launch import (
-    CONSUMER_ROWS,
-    CONSUMERS,
-    ROW_ALIGNMENT,
-    TILE_ROWS,
-    Entry,
-    Launch,
-    Tiling,
-)
+from nanovllm_kernels.skinny_matmul.launch import TILE_ROWS, Entry, Launch, Tiling
 
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100

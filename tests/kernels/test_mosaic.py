@@ -14,7 +14,8 @@ from kernel_oracle import prefill_oracle, relative_error
 
 from nanovllm_kernels._cases import AttentionCase, attention_inputs
 from nanovllm_kernels._compat import Target
-from nanovllm_kernels.ragged_prefill.worklist import ROW_ALIGNMENT, work_list
+from nanovllm_kernels._mosaic import ROW_ALIGNMENT
+from nanovllm_kernels.ragged_prefill.worklist import work_list
 
 NUM_TOKENS, NUM_SEQS = 200, 4
 # A prompt longer than a tile, a chunk after a prefix, a decode row, an unused sequence; then padding. Sequences

@@ -20,8 +20,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from nanovllm_kernels._device import ceil_div
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT
 
-CONSUMERS, CONSUMER_ROWS = 2, 64  # warpgroups that multiply, and the M of wgmma
 TILE_ROWS = CONSUMERS * CONSUMER_ROWS
 PARTS, TILE_COLS = 2, 128  # gate and up, and columns of each in a tile
 
@@ -169,4 +169,4 @@ def num_tiles(rows: int, outputs: int) -> int:
 def fits(*, rows: int, inputs: int, outputs: int) -> bool:
     """Whether the kernel can compute such a product: whole tiles of columns and whole rounds of the ring."""
     tile = DEFAULT_TILING
-    return rows % 8 == 0 and inputs % (tile.tile_inputs * tile.num_stages) == 0 and outputs % TILE_COLS == 0
+    return rows % ROW_ALIGNMENT == 0 and inputs % (tile.tile_inputs * tile.num_stages) == 0 and outputs % TILE_COLS == 0

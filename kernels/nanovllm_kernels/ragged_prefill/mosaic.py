@@ -6,23 +6,24 @@ import functools
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import current_target
-from nanovllm_kernels.ragged_prefill.mosaic_consumer import consume
-from nanovllm_kernels.ragged_prefill.mosaic_device import (
+from nanovllm_kernels._mosaic import (
+    CONSUMER_ROWS,
     CONSUMERS,
-    ROWS,
-    KernelShape,
-    Launch,
-    Shared,
+    ROW_ALIGNMENT,
+    Registers,
+    Roles,
+    swizzled,
+    warpgroup_kernel,
 )
+from nanovllm_kernels.ragged_prefill.mosaic_consumer import consume
+from nanovllm_kernels.ragged_prefill.mosaic_device import KernelShape, Launch, Shared
 from nanovllm_kernels.ragged_prefill.mosaic_producer import produce
-from nanovllm_kernels.ragged_prefill.worklist import ROW_ALIGNMENT, WorkList, work_list
+from nanovllm_kernels.ragged_prefill.worklist import WorkList, work_list
 
 
 def launch_parameters(*, head_dim: int) -> Launch:
@@ -31,15 +32,14 @@ def launch_parameters(*, head_dim: int) -> Launch:
     At D=128, two stages of 128 tokens are what shared memory holds beside queries and outputs. With these registers
     ptxas spills nothing; 224 and 56, or 232 and 40, are within 0.5% on every case.
     """
-    return Launch(tile_tokens=128, stages=2 if head_dim > 64 else 4, consumer_registers=216, producer_registers=72)
+    return Launch(tile_tokens=128, stages=2 if head_dim > 64 else 4, registers=Registers(216, 72))
 
 
 def scratch_types_of(shape: KernelShape) -> dict[str, Any]:
     """The type of each field of `Shared`."""
     stages, tile_tokens, head_dim = shape.launch.stages, shape.launch.tile_tokens, shape.head_dim
-    # wgmma reads tiles of 8 rows by 128 bytes with 128-byte swizzle.
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-    rows = (CONSUMERS, ROWS, head_dim)
+    transforms = swizzled(shape.dtype, head_dim)
+    rows = (CONSUMERS, CONSUMER_ROWS, head_dim)
     ring = plgpu.SMEM((stages, tile_tokens, head_dim), shape.dtype, transforms=transforms)
     return {
         "q": plgpu.SMEM(rows, shape.dtype, transforms=transforms),
@@ -70,32 +70,20 @@ def _attention(
 ) -> Float[Array, "T H D"]:
     """The kernel; a jitted function of its own, so that the layers of a model lower it once."""
 
-    def kernel(work: Any, tables: Any, q: Any, k_pages: Any, v_pages: Any, out: Any, scratch: Any) -> None:
+    def program(work: Any, tables: Any, q: Any, k_pages: Any, v_pages: Any, out: Any, scratch: Any) -> Roles:
         out_tiles, out_rows = scratch.pop("outs")
         shared = Shared(out=out_tiles, out_rows=out_rows, **scratch)
-        warpgroup = lax.axis_index("warpgroup")
+        return (
+            lambda consumer: consume(work, out, shared, shape, consumer),
+            lambda: produce(work, tables, q, k_pages, v_pages, shared, shape),
+        )
 
-        @pl.when(warpgroup < CONSUMERS)
-        def _() -> None:
-            plgpu.set_max_registers(shape.launch.consumer_registers, action="increase")
-            consume(work, out, shared, shape, warpgroup)
-
-        @pl.when(warpgroup == CONSUMERS)
-        def _() -> None:
-            plgpu.set_max_registers(shape.launch.producer_registers, action="decrease")
-            produce(work, tables, q, k_pages, v_pages, shared, shape)
-
-    return plgpu.kernel(
-        kernel,
+    return warpgroup_kernel(
+        program,
+        registers=shape.launch.registers,
+        scratch_types=scratch_types_of(shape),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types=[scratch_types_of(shape)],
-        grid=(shape.programs,),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        # Each warpgroup touches shared memory between explicit barriers and commits only; a barrier before every
-        # copy would cost the producer 16 a tile.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        grid={"program": shape.programs},
         interpret=interpret,
     )(work, tables, q, k_pages, v_pages)
 
@@ -128,7 +116,7 @@ def ragged_prefill_mosaic(
         interpreted=interpret is not None,
     )
     # TMA moves whole groups of rows. The rows added are padding like any other.
-    num_rows = max(num_tokens + -num_tokens % ROW_ALIGNMENT, ROWS)
+    num_rows = max(num_tokens + -num_tokens % ROW_ALIGNMENT, CONSUMER_ROWS)
     padded_q = jnp.pad(q, ((0, num_rows - num_tokens), (0, 0), (0, 0)))
     work = work_list(
         context_lens,

@@ -11,8 +11,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, ROW_ALIGNMENT
 from nanovllm_kernels.ragged_prefill.mosaic_device import (
-    ROWS,
     KernelShape,
     Shared,
     Tile,
@@ -20,7 +20,6 @@ from nanovllm_kernels.ragged_prefill.mosaic_device import (
     head_and_row,
     kv_tiles,
 )
-from nanovllm_kernels.ragged_prefill.worklist import ROW_ALIGNMENT
 
 _LOG2_E = math.log2(math.e)
 
@@ -39,9 +38,9 @@ def consume(work: Any, out: Any, shared: Shared, shape: KernelShape, consumer: A
         pl.when(steps > 0)(lambda: plgpu.barrier_wait(shared.q_ready))
         pl.when((steps > 0) & (consumer == 1))(lambda: _take_turns(shared))
         state = (
-            plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA),
-            plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), rows_layout),
-            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), rows_layout),
+            plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA),
+            plgpu.layout_cast(jnp.full((CONSUMER_ROWS,), -jnp.inf, jnp.float32), rows_layout),
+            plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), rows_layout),
         )
         unmasked = jnp.minimum(lax.div(jnp.maximum(position + 1, 0), tile_tokens), steps)
 
@@ -91,7 +90,7 @@ def _attend(
         _take_turns(shared)
         return scores[...]
 
-    scores = pl.run_scoped(multiply_keys, plgpu.WGMMAAccumulatorRef((ROWS, tile_tokens), jnp.float32))
+    scores = pl.run_scoped(multiply_keys, plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, tile_tokens), jnp.float32))
     plgpu.barrier_arrive(shared.k_free.at[stage])
     pl.when(index == steps - 1)(lambda: plgpu.barrier_arrive(shared.q_free))
     if position is not None:
@@ -127,9 +126,9 @@ def _attend(
 def _store(result: Any, out: Any, tile: Tile, row: Any, head: Any, shared: Shared, consumer: Any) -> None:
     """Writes the rows of a consumer that belong to the tile's sequence, [64, D]."""
     first = jnp.maximum(tile.first - row, 0)
-    last = jnp.minimum(tile.last - row, ROWS)
+    last = jnp.minimum(tile.last - row, CONSUMER_ROWS)
     start = tile.row + row
-    whole = (first == 0) & (last == ROWS)
+    whole = (first == 0) & (last == CONSUMER_ROWS)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
 
     @pl.when(whole)
@@ -137,7 +136,7 @@ def _store(result: Any, out: Any, tile: Tile, row: Any, head: Any, shared: Share
         shared.out[consumer] = result
         plgpu.commit_smem()
         aligned = pl.multiple_of(start, ROW_ALIGNMENT)
-        plgpu.copy_smem_to_gmem(shared.out.at[consumer], out.at[pl.ds(aligned, ROWS), head])
+        plgpu.copy_smem_to_gmem(shared.out.at[consumer], out.at[pl.ds(aligned, CONSUMER_ROWS), head])
 
     @pl.when(jnp.logical_not(whole))
     def _() -> None:

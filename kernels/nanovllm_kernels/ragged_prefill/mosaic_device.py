@@ -19,33 +19,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-CONSUMERS = 2
-ROWS = 64  # of a consumer: the M of wgmma
-# A block of three warpgroups starts with 168 registers a thread and can only shift them between warpgroups.
-_REGISTERS = 3 * 168
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, Registers
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Launch parameters: tokens of a tile of K and V, tiles of each in flight, registers a thread.
-
-    Raises:
-        ValueError: if the warpgroups together want more registers than there are; the kernel would wait for
-            them for ever.
-    """
+    """Launch parameters: tokens of a tile of K and V, tiles of each in flight, registers a thread."""
 
     tile_tokens: int
     stages: int
-    consumer_registers: int
-    producer_registers: int
-
-    def __post_init__(self) -> None:
-        registers = CONSUMERS * self.consumer_registers + self.producer_registers
-        if registers > _REGISTERS:
-            raise ValueError(
-                f"{CONSUMERS} consumers of {self.consumer_registers} registers and a producer of "
-                f"{self.producer_registers} want {registers} of {_REGISTERS}; lower one of them."
-            )
+    registers: Registers
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ class KernelShape:
 
     @property
     def tile_queries(self) -> int:
-        return ROWS * CONSUMERS // self.heads_a_program
+        return CONSUMER_ROWS * CONSUMERS // self.heads_a_program
 
     @property
     def tile_blocks(self) -> int:
@@ -153,7 +136,7 @@ def head_and_row(tile: Tile, consumer: Any, shape: KernelShape) -> tuple[Any, An
     """Query head of a consumer, and its first row in the tile."""
     if shape.heads_a_program == CONSUMERS:
         return tile.unit * CONSUMERS + consumer, jnp.int32(0)
-    return tile.unit, consumer * ROWS
+    return tile.unit, consumer * CONSUMER_ROWS
 
 
 def kv_tiles(tile: Tile, shape: KernelShape) -> Any:

@@ -10,9 +10,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT
 from nanovllm_kernels.ragged_prefill.mosaic_device import (
-    CONSUMERS,
-    ROWS,
     KernelShape,
     Shared,
     Tile,
@@ -20,7 +19,6 @@ from nanovllm_kernels.ragged_prefill.mosaic_device import (
     head_and_row,
     kv_tiles,
 )
-from nanovllm_kernels.ragged_prefill.worklist import ROW_ALIGNMENT
 
 _WARPS = 4  # of a warpgroup
 
@@ -37,7 +35,7 @@ def produce(work: Any, tables: Any, q: Any, k_cache: Any, v_cache: Any, shared: 
     def fetch_queries(tile: Tile) -> None:
         for consumer in range(CONSUMERS):
             head, row = head_and_row(tile, consumer, shape)
-            source = q.at[pl.ds(pl.multiple_of(tile.row + row, ROW_ALIGNMENT), ROWS), head]
+            source = q.at[pl.ds(pl.multiple_of(tile.row + row, ROW_ALIGNMENT), CONSUMER_ROWS), head]
             plgpu.copy_gmem_to_smem(source, shared.q.at[consumer], shared.q_ready)
 
     def pages_of(tile: Tile, index: Any, first: Any, count: int) -> tuple[Any, ...]:
@@ -94,8 +92,10 @@ def produce(work: Any, tables: Any, q: Any, k_cache: Any, v_cache: Any, shared: 
         values, valid = shared.v.at[stage], tile.context - index * tile_tokens
         copy_pages(v_cache, pages, 0, values, shared.tail_ready)
         plgpu.barrier_wait(shared.tail_ready)
-        for start in range(0, tile_tokens, ROWS):
-            pl.when(start + ROWS > valid)(functools.partial(_clear_rows, values.at[pl.ds(start, ROWS)], valid - start))
+        for start in range(0, tile_tokens, CONSUMER_ROWS):
+            pl.when(start + CONSUMER_ROWS > valid)(
+                functools.partial(_clear_rows, values.at[pl.ds(start, CONSUMER_ROWS)], valid - start)
+            )
         plgpu.commit_smem()
         for _ in pages:
             plgpu.barrier_arrive(shared.v_ready.at[stage])

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-# Rows of a tile start at a multiple of this, the rows of a swizzled tile in shared memory: TMA moves whole ones.
-ROW_ALIGNMENT = 8
+from nanovllm_kernels._mosaic import ROW_ALIGNMENT
+
 # Of the range of costs: tiles of a sequence that are in the same one run together.
 _BANDS = 4
 

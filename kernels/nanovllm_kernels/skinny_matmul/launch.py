@@ -18,14 +18,14 @@ from typing import Any
 
 from nanovllm_kernels._compat import Target
 from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT
 
 TABLES = Path(__file__).parent / "tuning"
 FORMAT = 1
 _MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
 # A tuned entry serves a shape whose K and N together differ from its own by at most this factor.
 _NEAREST = 2.0
-# Of the Mosaic kernel: warpgroups that multiply, rows of each (the M of wgmma), and rows that TMA moves under swizzle.
-CONSUMERS, CONSUMER_ROWS, ROW_ALIGNMENT = 2, 64, 8
+# Of the Mosaic kernel.
 TILE_ROWS = (16, 32, CONSUMER_ROWS, CONSUMERS * CONSUMER_ROWS)
 # GPUs with the same chip share their tables, whatever their memory: each was tuned for some of the shapes.
 _SAME_CHIP, _ITS_MULTIPROCESSORS = {"h100": "h200", "h200": "h100"}, 132

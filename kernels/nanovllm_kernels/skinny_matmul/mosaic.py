@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from nanovllm_kernels._device import ceil_div
-from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, Tiling
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, Registers, Roles, swizzled, warpgroup_kernel
+from nanovllm_kernels.skinny_matmul.launch import Tiling
 from nanovllm_kernels.skinny_matmul.mosaic_device import ProductShape, consume, produce
 
-# Three warpgroups start with 168 each, which is what they can shift between them.
-_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 216, 40
+_REGISTERS = Registers(consumer=216, producer=40)
 
 
 def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
     """Shared memory and barriers by name."""
     tile = shape.tiling
-    in_columns = _swizzled(shape.dtype, tile.tile_cols)
+    in_columns = swizzled(shape.dtype, tile.tile_cols)
     # Wgmma wants both its sides alike, if both come from shared memory.
-    x_transforms = _swizzled(shape.dtype, tile.tile_inputs) if shape.norm else in_columns
+    x_transforms = swizzled(shape.dtype, tile.tile_inputs) if shape.norm else in_columns
     # A consumer reads 64 rows of any stage. Where a tile has fewer, those of the stages after it follow.
     whole_rows = max(tile.tile_rows, CONSUMER_ROWS)
     x_rows = (tile.num_stages - 1) * tile.tile_rows + whole_rows
@@ -44,7 +42,7 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
     if tile.splits_inputs:
         sums = (shape.parts, CONSUMER_ROWS, tile.tile_cols)
         types |= {
-            "sums": plgpu.SMEM(sums, jnp.float32, transforms=_swizzled(jnp.float32, tile.tile_cols)),
+            "sums": plgpu.SMEM(sums, jnp.float32, transforms=swizzled(jnp.float32, tile.tile_cols)),
             "squares": plgpu.SMEM((CONSUMER_ROWS,), jnp.float32),
             "sums_ready": plgpu.Barrier(),
         }
@@ -60,13 +58,6 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
     return types
 
 
-def _swizzled(dtype: Any, width: int) -> tuple[Any, ...]:
-    """Of tiles whose rows are `width` elements: the widest swizzle that divides them."""
-    itemsize = jnp.dtype(dtype).itemsize
-    num_bytes = math.gcd(width * itemsize, 128)
-    return (plgpu.TilingTransform((8, num_bytes // itemsize)), plgpu.SwizzleTransform(num_bytes))  # pyright: ignore[reportAbstractUsage]
-
-
 @functools.partial(jax.jit, static_argnames=("shape", "interpret"))
 def _product(
     x: Float[Array, "M K"], w: Array, others: dict[str, Array], *, shape: ProductShape, interpret: Any
@@ -74,31 +65,20 @@ def _product(
     """The kernel; a jitted function of its own, so that the layers of a model lower it once."""
     tile = shape.tiling
 
-    def kernel(x: Any, w: Any, others: Any, out: Any, scratch: Any) -> None:
+    def program(x: Any, w: Any, others: Any, out: Any, scratch: Any) -> Roles:
         first_col = lax.axis_index("col") * tile.tile_cols
         first_row = lax.axis_index("row") * tile.tile_rows
-        warpgroup = lax.axis_index("warpgroup")
+        return (
+            lambda consumer: consume(out, scratch, shape, consumer, first_row, first_col),
+            lambda: produce(x, w, others, scratch, shape, first_row, first_col),
+        )
 
-        @pl.when(warpgroup < CONSUMERS)
-        def _() -> None:
-            plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-            consume(out, scratch, shape, warpgroup, first_row, first_col)
-
-        @pl.when(warpgroup == CONSUMERS)
-        def _() -> None:
-            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-            produce(x, w, others, scratch, shape, first_row, first_col)
-
-    return plgpu.kernel(
-        kernel,
+    return warpgroup_kernel(
+        program,
+        registers=_REGISTERS,
+        scratch_types=scratch_types_of(shape),
         out_type=jax.ShapeDtypeStruct((shape.num_rows, shape.num_outputs), shape.dtype),
-        scratch_types=[scratch_types_of(shape)],
-        grid=(shape.num_outputs // tile.tile_cols, ceil_div(shape.num_rows, tile.tile_rows)),
-        grid_names=("col", "row"),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        # Warpgroups touch shared memory between explicit barriers and commits only.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        grid={"col": shape.num_outputs // tile.tile_cols, "row": ceil_div(shape.num_rows, tile.tile_rows)},
         interpret=interpret,
     )(x, w, others)
 

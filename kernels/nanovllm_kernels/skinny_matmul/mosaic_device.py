@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from nanovllm_kernels.skinny_matmul.launch import CONSUMER_ROWS, CONSUMERS, Tiling
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS
+from nanovllm_kernels.skinny_matmul.launch import Tiling
 
 _ROW_LAYOUT, _COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -73,7 +74,8 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, firs
         for part in range(shape.parts):
             source = w.at[inputs, part, cols] if shape.gated else w.at[inputs, cols]
             plgpu.copy_gmem_to_smem(source, scratch["w"].at[stage, part], ready)
-        plgpu.copy_gmem_to_smem(x.at[rows, inputs], scratch["x"].at[_rows_of(stage, shape)], ready)
+        place = scratch["x"].at[pl.ds(stage * tile.tile_rows, tile.tile_rows)]
+        plgpu.copy_gmem_to_smem(x.at[rows, inputs], place, ready)
         return jnp.where(stage + 1 == tile.num_stages, 0, stage + 1)
 
     lax.fori_loop(0, shape.steps, fetch, jnp.int32(0))
@@ -161,11 +163,6 @@ def _finish(
     target = out.at[pl.ds(first_row, stored), pl.ds(first_col, shape.tiling.tile_cols)]
     plgpu.copy_smem_to_gmem(scratch["out"].at[pl.ds(row, stored)], target)
     plgpu.wait_smem_to_gmem(0)
-
-
-def _rows_of(stage: Any, shape: ProductShape) -> pl.Slice:
-    """Where the ring has a stage's rows of x."""
-    return pl.ds(stage * shape.tiling.tile_rows, shape.tiling.tile_rows)
 
 
 def _x_tile(scratch: Any, shape: ProductShape, stage: Any, consumer: Any) -> Any:

@@ -1,0 +1,100 @@
+"""What the Pallas Mosaic GPU kernels share: programs of three warpgroups, of which two multiply and one fetches.
+
+Pallas is imported where it is needed: it takes over a second, and launch parameters are read without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+CONSUMERS, CONSUMER_ROWS = 2, 64  # warpgroups that multiply, and rows of each: the M of wgmma
+ROW_ALIGNMENT = 8  # rows that TMA moves together under swizzle
+# A program of three warpgroups starts with 168 registers a thread and can only shift them between warpgroups.
+_REGISTERS = (CONSUMERS + 1) * 168
+
+
+@dataclass(frozen=True)
+class Registers:
+    """Registers a thread of the two kinds of warpgroups.
+
+    Raises:
+        ValueError: if the warpgroups together want more registers than there are; the kernel would wait for
+            them for ever.
+    """
+
+    consumer: int
+    producer: int
+
+    def __post_init__(self) -> None:
+        wanted = CONSUMERS * self.consumer + self.producer
+        if wanted > _REGISTERS:
+            raise ValueError(
+                f"{CONSUMERS} consumers of {self.consumer} registers and a producer of {self.producer} want {wanted} "
+                f"of {_REGISTERS}; lower one of them."
+            )
+
+
+def swizzled(dtype: Any, width: int) -> tuple[Any, ...]:
+    """Transforms of a tile in shared memory whose rows are `width` elements: the widest swizzle that divides them.
+
+    wgmma reads tiles of 8 rows by the bytes of the swizzle, at most 128.
+    """
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    itemsize = jnp.dtype(dtype).itemsize
+    num_bytes = math.gcd(width * itemsize, 128)
+    return (plgpu.TilingTransform((8, num_bytes // itemsize)), plgpu.SwizzleTransform(num_bytes))  # pyright: ignore[reportAbstractUsage]
+
+
+Roles = tuple[Callable[[Any], None], Callable[[], None]]  # what each consumer does, by its index, and the producer
+
+
+def warpgroup_kernel(
+    program: Callable[..., Roles],
+    *,
+    registers: Registers,
+    scratch_types: dict[str, Any],
+    out_type: Any,
+    grid: dict[str, int],
+    interpret: Any,
+) -> Callable[..., Any]:
+    """A function of arrays that launches `program` over `grid`, whose axes are named.
+
+    `program` takes references to the arrays, the output and the scratch. Warpgroups touch shared memory between
+    explicit barriers and commits only: a barrier before every copy would cost `ragged_prefill`'s producer 16 a tile.
+    `interpret`: parameters of Mosaic's interpreter.
+    """
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    def kernel(*refs: Any) -> None:
+        consume, produce = program(*refs)
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < CONSUMERS)
+        def _() -> None:
+            plgpu.set_max_registers(registers.consumer, action="increase")
+            consume(warpgroup)
+
+        @pl.when(warpgroup == CONSUMERS)
+        def _() -> None:
+            plgpu.set_max_registers(registers.producer, action="decrease")
+            produce()
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=[scratch_types],
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )
