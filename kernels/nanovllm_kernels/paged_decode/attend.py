@@ -129,7 +129,7 @@ def attend_context(
     v_cache_ptr,
     table_ptr,
     blocks,  # `load_blocks` of the first tile
-    query_positions,
+    query_positions,  # None: those of one query, which sees all that is loaded
     k_scale,
     maximum,
     total,
@@ -149,7 +149,6 @@ def attend_context(
     TILE_TOKENS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PAIRS: tl.constexpr,
-    ONE_QUERY: tl.constexpr,
 ):
     """Folds positions begin..end, of which those from `first` on are seen, into the softmax; returns its parts.
 
@@ -169,8 +168,8 @@ def attend_context(
         if PAIRS:
             scores = tl.dot(q_other, tl.trans(k_other), scores, input_precision="ieee")
         scores = scale_scores(scores, k_scale, SCALE, SOFT_CAP)
-        visible = loaded[None, :]  # to one query; of several, the later ones see more
-        if not ONE_QUERY:
+        visible = loaded[None, :]
+        if query_positions is not None:  # of several the later ones see more
             visible = visible & (positions[None, :] <= query_positions[:, None])
             if WINDOW > 0:
                 visible = visible & (positions[None, :] > query_positions[:, None] - WINDOW)

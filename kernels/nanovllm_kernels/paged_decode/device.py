@@ -89,7 +89,7 @@ def decode_kernel(
     STEP: tl.constexpr = 2 if PAIRS else 1  # of float8 half the dims lie in one tile and half in another
     dims = tl.arange(0, TILE_DIM // STEP)
     present = members < QUERIES * GROUP
-    query_positions = context - QUERIES + members // GROUP
+    query_positions = context - QUERIES + members // GROUP if QUERIES > 1 else None
     heads = ((row * QUERIES + members // GROUP) * num_kv_heads + kv_head) * GROUP + members % GROUP
     q_dims = query_dims(dims) if PAIRS else dims
     q = load_rows(q_ptr, heads * HEAD_DIM, q_dims, present, HEAD_DIM, True).to(DOT_DTYPE)
@@ -104,7 +104,7 @@ def decode_kernel(
     maximum, total, acc, acc_odd = attend_context(
         q, q_other, k_cache_ptr, v_cache_ptr, table_ptr, blocks, query_positions, k_scale, maximum, total, acc, acc_odd,
         begin, end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
-        DOT_DTYPE, PAIRS, QUERIES == 1,
+        DOT_DTYPE, PAIRS,
     )  # fmt: skip
     out, dims = divided(acc, acc_odd, total, dims, v_scale_ptr, kv_head, TILE_DIM, PAIRS, SCALED)
     stored = present[:, None] & (dims[None, :] < HEAD_DIM)

@@ -215,11 +215,10 @@ def rope_decode_kernel(
         q, q_other = first_and_last_of_four(q)
         acc, acc_odd = even_and_odd(acc)
         dims = tl.arange(0, TILE_DIM // 2)
-    positions = tl.zeros([TILE_HEADS], tl.int32) + newest
     maximum, total, acc, acc_odd = attend_context(
-        q, q_other, k_cache_ptr, v_cache_ptr, table_ptr, blocks, positions, k_scale, maximum, total, acc, acc_odd,
+        q, q_other, k_cache_ptr, v_cache_ptr, table_ptr, blocks, None, k_scale, maximum, total, acc, acc_odd,
         begin, end, first, num_kv_heads, kv_head, dims, SCALE, SOFT_CAP, WINDOW, BLOCK_SIZE, HEAD_DIM, TILE_TOKENS,
-        DOT_DTYPE, PAIRS, True,
+        DOT_DTYPE, PAIRS,
     )  # fmt: skip
     out, dims = divided(acc, acc_odd, total, dims, v_scale_ptr, kv_head, TILE_DIM, PAIRS, SCALED)
     stored = present[:, None] & (dims[None, :] < HEAD_DIM)
