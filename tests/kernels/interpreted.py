@@ -21,9 +21,10 @@ from nanovllm_kernels.skinny_matmul.cases import SkinnyCase, skinny_inputs
 from nanovllm_kernels.skinny_matmul.launch import Launch
 
 import_jax_triton()
+import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
-from nanovllm_kernels.skinny_matmul import triton as device  # noqa: E402
+from nanovllm_kernels.skinny_matmul import triton as skinny  # noqa: E402
 
 # Triton 3.6's interpreter multiplies the bits of bfloat16 matrices instead of their values, casts to bfloat16 without
 # rounding, and e4m3 wrongly.
@@ -34,7 +35,7 @@ multiply, convert = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_
 def exact(handle):
     """The values of a handle of bfloat16 or e4m3 as float32; others as they are."""
     dtype = BITS.get(handle.dtype.scalar.name)
-    return handle if dtype is None else TensorHandle(handle.data.view(dtype).astype(np.float32), device.tl.float32)
+    return handle if dtype is None else TensorHandle(handle.data.view(dtype).astype(np.float32), tl.float32)
 
 
 def create_dot(self, a, b, *rest):
@@ -45,7 +46,7 @@ def create_fp_to_fp(self, source, to, rounding):
     wide = exact(source)
     if to.scalar == wide.dtype.scalar:
         return wide
-    if to.scalar == device.tl.bfloat16:
+    if to.scalar == tl.bfloat16:
         return TensorHandle(wide.data.astype(ml_dtypes.bfloat16).view(np.uint16), to.scalar)
     return convert(self, wide, to, rounding)
 
@@ -90,12 +91,12 @@ def triton_call(*args, kernel, out_type, grid, num_warps, num_stages, **constant
 
 
 def run(case, launch, *, in_kernel_merge):
-    device.triton_call = triton_call
+    skinny.triton_call = triton_call
     arrays = {name: np.array(array, order="C") for name, array in skinny_inputs(case).items()}
     counters = np.zeros(64, np.int32) if in_kernel_merge else None
     options = {"norm": None, "w_scale": None, "bias": None, "residual": None} | arrays | case.options
     with lowering_for(90):
-        got = device.skinny_matmul_triton(
+        got = skinny.skinny_matmul_triton(
             **options | {"out_dtype": np.dtype(case.out_dtype or arrays["x"].dtype)}, counters=counters, launch=launch
         )
     error = relative_error(got, skinny_oracle(arrays, case))

@@ -17,7 +17,7 @@ from sample_oracle import assert_draws
 from triton.runtime import interpreter
 
 from nanovllm_kernels import lowering_for
-from nanovllm_kernels.sample import device_search
+from nanovllm_kernels.sample import device_filtered, device_search
 from nanovllm_kernels.sample.cases import hard_inputs
 
 launch = importlib.import_module("nanovllm_kernels.sample.triton")
@@ -99,7 +99,7 @@ def main(stride, *vocab_sizes):
     device_search.narrow = counted
     # Fewer groups than on a GPU, so that a small vocabulary takes every path.
     small = {"HELD_GROUPS": tl.constexpr(2), "READ_GROUPS": tl.constexpr(2), "TALLY_GROUPS": tl.constexpr(1)}
-    for module in (launch, device_search):
+    for module in (launch, device_filtered, device_search):
         vars(module).update({name: value for name, value in small.items() if name in vars(module)})
     with lowering_for(90), np.errstate(all="ignore"):
         for vocab_size in vocab_sizes:
