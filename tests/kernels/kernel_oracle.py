@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+GPU_TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-5}  # relative error of what a GPU computes
+
 
 def attend(q, keys, values, *, scale, soft_cap):
     """One query [H, D] over the tokens it sees, keys and values [n, K, D]."""

@@ -1,0 +1,42 @@
+"""The sampling kernels compile for every supported architecture, on a machine that has no GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from lowering import ARCHITECTURES
+
+from nanovllm_kernels import lowering_for, sample
+
+
+def lower_sample(architecture, rows, vocab_size, filters):
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+    args = of(jnp.float32, vocab_size), of(jnp.float32), of(jnp.uint32, 2), of(jnp.int32)
+    asked = {"top_k": of(jnp.int32), "top_p": of(jnp.float32), "min_p": of(jnp.float32)} if filters else {}
+
+    def call(args, asked):
+        return sample(*args, **asked, backend="triton")
+
+    with lowering_for(architecture) as target:
+        lowered = jax.jit(call).trace(args, asked).lower(lowering_platforms=("cuda",))
+        return lowered.as_text(), target.shared_bytes
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("filters", [False, True], ids=["plain", "filtered"])
+def test_sampling_kernels_compile_and_fit_in_shared_memory(compiled, architecture, filters):
+    text, limit = lower_sample(architecture, 256, 151_936, filters)
+    names = ["scan_kernel", "select_kernel"] if filters else ["plain_kernel", "merge_kernel"]
+    assert text.count("custom_call @triton_kernel_call_ffi") == 2
+    assert [name for name, _ in compiled] == names
+    assert all(shared <= limit for _, shared in compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("rows", "vocab_size"), [(1, 1), (1, 151_936), (32, 49_152), (3, 128_256), (256, 32_001)])
+@pytest.mark.parametrize("filters", [False, True], ids=["plain", "filtered"])
+def test_sampling_kernels_compile_for_every_size(compiled, architecture, rows, vocab_size, filters):
+    _, limit = lower_sample(architecture, rows, vocab_size, filters)
+    assert all(shared <= limit for _, shared in compiled)
