@@ -46,8 +46,9 @@ def rope_cache_write_kernel(
     SCALED: tl.constexpr,
 ):
     dtype = qkv_ptr.dtype.element_ty
-    tokens = tl.program_id(0) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
-    kv_head = tl.program_id(1)
+    # Programs that share cos and sin are neighbours: all but one find them in L2.
+    kv_head = tl.program_id(0)
+    tokens = tl.program_id(1) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
     dims = tl.arange(0, TILE_HALF)
     present = tokens < num_tokens
     mask = present[:, None] & (dims[None, :] < HALF)
@@ -134,7 +135,7 @@ def rope_cache_write_triton(
                 num_kv_heads,
                 kernel=rope_cache_write_kernel,
                 out_type=jax.ShapeDtypeStruct((num_tokens, num_kv_heads * group, head_dim), qkv.dtype),
-                grid=(ceil_div(num_tokens, tile_tokens), num_kv_heads),
+                grid=(num_kv_heads, ceil_div(num_tokens, tile_tokens)),
                 num_warps=_NUM_WARPS,
                 num_stages=1,
                 EPS=eps,
