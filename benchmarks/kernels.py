@@ -3,17 +3,17 @@
 A figure is a share of the device copy's rate, or a ratio to a peer (XLA, cuDNN) that does the same, all of one run of
 this command. Times are those of the device, from a trace: from the start of a call's first kernel to the end of its
 last one, merges and the gaps between kernels included. Programs run as captured graphs, peers at XLA's default
-autotuning. `--quick` leaves out the products; `--plot` draws every case under the roofline, and writes the points
-beside the picture for `chart.py roofline`, since machines that measure need not have matplotlib.
+autotuning. `--quick` leaves out what waits for XLA to try kernels for every product; `--plot` draws every case under
+the roofline, and writes the points beside the picture for `chart.py roofline`, since machines that measure need not
+have matplotlib.
 """
 
 import argparse
+import itertools
 import json
 import os
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -21,15 +21,8 @@ import kernel_cases
 import kernel_timing  # before JAX starts its device
 import results_log
 from kernel_cases import Chain
+from kernel_figures import MEASURES, Measured
 from reporting import draw
-
-from nanovllm_kernels.add_rms_norm.cases import BENCHMARKS as NORMS
-from nanovllm_kernels.paged_decode.cases import BENCHMARKS as DECODES
-from nanovllm_kernels.ragged_prefill.cases import BENCHMARKS as PREFILLS
-from nanovllm_kernels.rope_cache_write.cases import BENCHMARKS as WRITES
-from nanovllm_kernels.sample.cases import BENCHMARKS as DRAWS
-from nanovllm_kernels.silu_mul.cases import BENCHMARKS as ACTIVATIONS
-from nanovllm_kernels.skinny_matmul.cases import PRODUCTS
 
 REACH = {
     "decode_bw_frac_uniform": 0.95,
@@ -50,25 +43,8 @@ REACH = {
     "skinny_vs_xla_geomean_8b": 1.2,
     "skinny_bw_frac_8b": 0.8,
 }
-PRODUCT_FIGURES = {
-    "skinny_vs_xla_geomean_06b": ("qwen3_0_6b", (1, 8, 32, 64)),
-    "skinny_vs_xla_256rows_06b": ("qwen3_0_6b", (128, 256)),
-    "skinny_vs_xla_geomean_8b": ("qwen3_8b", (1, 8, 32, 64)),
-}
 # Bytes a second of a device copy, by kind of GPU, below which the machine is not fit to be measured on.
 LEAST_COPY = {"NVIDIA H200": 4.1e12, "NVIDIA H100 80GB HBM3": 2.8e12}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Seconds a call in each run."""
-
-    chain: Chain
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
 
 
 class Bench:
@@ -78,19 +54,26 @@ class Bench:
         self.runs = runs
         self.measured: list[Measured] = []
         self.pool = ThreadPoolExecutor(os.cpu_count())
-        self.programs: dict[str, Future] = {}
+        self.compiled: dict[str, tuple[Future | None, Future]] = {}
 
     def prepare(self, *chains: Chain) -> None:
-        """Begins to compile what does not need the device to itself for that."""
+        """Begins to compile, but for programs that need the device to themselves for that; what makes arguments too."""
         for chain in chains:
-            if chain.name not in self.programs and not chain.times_itself:
-                self.programs[chain.name] = self.pool.submit(chain.lower().compile)
+            if chain.name not in self.compiled:
+                program = None if chain.times_itself else self.pool.submit(_compile, chain.lower)
+                self.compiled[chain.name] = program, self.pool.submit(_compile, jax.jit(chain.fill).lower)
 
     def time(self, *chains: Chain, runs: int | None = None) -> list[Measured]:
         """Chains that are compared, run in turn."""
         self.prepare(*chains)
-        programs = {chain.name: self.programs.pop(chain.name).result() for chain in chains if not chain.times_itself}
-        found = self.measure(chains, programs, runs or self.runs)
+        calls = [_call(chain, *self.compiled.pop(chain.name)) for chain in chains]
+        for call in calls * 2:  # the driver loads a kernel at its first launch, XLA captures a graph at its second
+            jax.block_until_ready(call())
+        spans = kernel_timing.spans(calls * (runs or self.runs))
+        found = [
+            Measured(chain, tuple(span / chain.calls for span in spans[i :: len(chains)]))
+            for i, chain in enumerate(chains)
+        ]
         for each in found:
             gigabytes, teraflops = each.chain.moved / each.median / 1e9, each.chain.flops / each.median / 1e12
             print(
@@ -100,86 +83,22 @@ class Bench:
         self.measured += found
         return found
 
-    def measure(self, chains: Sequence[Chain], programs: dict[str, Callable], runs: int) -> list[Measured]:
-        calls = [_call(chain, programs.get(chain.name) or chain.lower().compile()) for chain in chains]
-        for call in calls * 2:  # the driver loads a kernel at its first launch, XLA captures a graph at its second
-            jax.block_until_ready(call())
-        spans = kernel_timing.spans(calls * runs)
-        return [
-            Measured(chain, tuple(span / chain.calls for span in spans[i :: len(chains)]))
-            for i, chain in enumerate(chains)
-        ]
+
+def _compile(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+    return lower().compile()
 
 
-def _call(chain: Chain, program: Callable) -> Callable[[], object]:
-    args = chain.fill()
+def _call(chain: Chain, program: Future | None, fill: Future) -> Callable[[], object]:
+    compiled = _compile(chain.lower) if program is None else program.result()
+    args = fill.result()()
     donated = list(args[: chain.donated])
 
     def call():
-        results = program(*donated, *args[chain.donated :])
+        results = compiled(*donated, *args[chain.donated :])
         donated[:] = results[: chain.donated] if chain.donated else []
         return results
 
     return call
-
-
-Figure = tuple[str, Sequence[float], str]  # name, values, unit
-
-
-def attention(bench: Bench, copy_rate: float) -> Iterator[Figure]:
-    for case in DECODES:
-        (ours,) = bench.time(kernel_cases.decode(case))
-        name = "decode_fp8_bw_frac" if case.name == "fp8" else f"decode_bw_frac_{case.name}"
-        yield name, _rates(ours, ours.chain.moved / copy_rate), "of copy"
-    for case, name in zip(PREFILLS, ("16x1024", "4x4096", "prefix"), strict=True):
-        chains = [kernel_cases.prefill(case, backend) for backend in ("mosaic", "triton")]
-        ours, _, peer = bench.time(*chains, kernel_cases.prefill_cudnn(case))
-        peer_rate = peer.chain.flops / peer.median
-        yield f"prefill_vs_cudnn_{name}", _rates(ours, ours.chain.flops / peer_rate), "x cuDNN"
-
-
-def cache(bench: Bench, copy_rate: float) -> Iterator[Figure]:
-    ours, peer = bench.time(*(kernel_cases.cache_write(WRITES[-1], backend) for backend in ("triton", "xla")))
-    yield "cache_write_bw_frac", _rates(ours, ours.chain.moved / copy_rate), "of copy"
-    yield "cache_write_vs_xla", _rates(ours, peer.median), "x XLA"
-
-
-def elementwise(bench: Bench, copy_rate: float) -> Iterator[Figure]:
-    for name, make, case in (
-        ("add_rms_norm_bw_frac", kernel_cases.add_norm, NORMS[0]),
-        ("silu_mul_bw_frac", kernel_cases.activation, ACTIVATIONS[0]),
-    ):
-        ours, _ = bench.time(*(make(case, backend) for backend in ("triton", "xla")))
-        yield name, _rates(ours, ours.chain.moved / copy_rate), "of copy"
-
-
-def sample(bench: Bench, copy_rate: float) -> Iterator[Figure]:
-    del copy_rate
-    for case, name in zip(DRAWS, ("", "_top_p_alone", "_plain"), strict=False):
-        (ours,) = bench.time(kernel_cases.draw(case))
-        yield f"sample_us_256x151936{name}", [1e6 * each for each in ours.seconds], "µs"
-
-
-def skinny(bench: Bench, copy_rate: float) -> Iterator[Figure]:
-    for figure, (model, all_rows) in PRODUCT_FIGURES.items():
-        cases = [replace(product, rows=rows) for rows in all_rows for product in PRODUCTS[model]]
-        bench.prepare(*(kernel_cases.skinny(case, "triton") for case in cases))
-        pairs = [bench.time(*(kernel_cases.skinny(case, backend) for backend in ("triton", "xla"))) for case in cases]
-        ratios = [_rates(ours, peer.median) for ours, peer in pairs]
-        yield figure, [statistics.geometric_mean(run) for run in zip(*ratios, strict=True)], "x XLA"
-        if model == "qwen3_8b":
-            one_row = [ours for case, (ours, _) in zip(cases, pairs, strict=True) if case.rows == 1]
-            seconds = [sum(run) for run in zip(*(each.seconds for each in one_row), strict=True)]
-            moved = sum(each.chain.moved for each in one_row)
-            yield "skinny_bw_frac_8b", [moved / copy_rate / each for each in seconds], "of copy"
-
-
-MEASURES = {"attention": attention, "cache": cache, "elementwise": elementwise, "sample": sample, "skinny": skinny}
-
-
-def _rates(ours: Measured, at_one: float) -> list[float]:
-    """Each run relative to the seconds that count as 1."""
-    return [at_one / each for each in ours.seconds]
 
 
 def ceilings(bench: Bench, device_kind: str) -> tuple[float, float]:
@@ -217,7 +136,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="groups of kernels, all by default"
     )
-    parser.add_argument("--quick", action="store_true", help="under a minute: fewer runs, no products")
+    parser.add_argument("--quick", action="store_true", help="under a minute: fewer runs, no products beside XLA's")
     parser.add_argument("--record", nargs="?", const=str(results_log.DEFAULT_FOLDER), help="folder to append to")
     parser.add_argument("--commit", help="hash to record where there is no git")
     parser.add_argument("--plot", type=Path, help="PNG to draw; needs matplotlib")
@@ -226,6 +145,8 @@ def main() -> None:
     if device.platform != "gpu":
         raise SystemExit(f"needs an NVIDIA GPU, but the devices are {jax.devices()}")
     bench = Bench(3 if options.quick else 7)
+    comparisons = [each for group in options.only for each in MEASURES[group]() if each.quick or not options.quick]
+    bench.prepare(*(chain for each in comparisons for chain in each.chains))
     copy_rate, product_rate = ceilings(bench, device.device_kind)
     lines = []
 
@@ -238,10 +159,11 @@ def main() -> None:
 
     add("device_copy_tb_s", [copy_rate / 1e12], "TB/s")
     add("bf16_product_tflop_s", [product_rate / 1e12], "TFLOP/s")
-    for group in options.only:
-        if not (options.quick and group == "skinny"):
-            for figure in MEASURES[group](bench, copy_rate):
-                add(*figure)
+    for each in comparisons:
+        batches = itertools.batched(each.chains, each.in_turn or len(each.chains))
+        found = [one for batch in batches for one in bench.time(*batch)]
+        for figure in each.figures(found, copy_rate):
+            add(*figure)
     if options.plot:
         roofline = {
             "device": device.device_kind,
