@@ -39,6 +39,20 @@ def load_filters(top_k_ptr, top_p_ptr, min_p_ptr, row, VOCAB: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def draws_from_all(greedy, top_k, top_p, min_p):
+    """Whether nothing is filtered out, so that the scan has done the row's race."""
+    return greedy | ((top_k == 0) & (top_p >= 1) & (min_p <= 0))
+
+
+@triton.jit
+@no_type_check
+def nucleus_of_all(top_k, min_p):
+    """Whether top-p is of all tokens, whose mass the scan has added up."""
+    return (top_k == 0) & (min_p <= 0)
+
+
+@triton.jit
+@no_type_check
 def scan_kernel(
     logits_ptr,
     temperature_ptr,
@@ -63,7 +77,7 @@ def scan_kernel(
     begin = split * (split_groups * GROUP)
     end = tl.minimum(begin + split_groups * GROUP, VOCAB)
     row_ptr = logits_ptr + row * VOCAB
-    if greedy | ((top_k == 0) & (top_p >= 1) & (min_p <= 0)):
+    if draws_from_all(greedy, top_k, top_p, min_p):
         score, token = race(
             row_ptr, begin, end, greedy, inverse, key_ptr, position_ptr, row, VOCAB, SCAN_GROUPS * GROUP
         )
@@ -72,7 +86,7 @@ def scan_kernel(
         tl.store(id_ptr + part, token)
     else:
         NUM_GROUPS: tl.constexpr = (VOCAB + GROUP - 1) // GROUP
-        needs_mass = (top_k == 0) & (min_p <= 0)
+        needs_mass = nucleus_of_all(top_k, min_p)
         for start in range(begin, end, SCAN_GROUPS * GROUP):
             groups = start // GROUP + tl.arange(0, SCAN_GROUPS)
             ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -146,7 +160,7 @@ def select_kernel(
     row = tl.program_id(0).to(tl.int64)
     greedy, inverse = load_temperature(temperature_ptr, row)
     top_k, top_p, min_p = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, row, VOCAB)
-    if greedy | ((top_k == 0) & (top_p >= 1) & (min_p <= 0)):
+    if draws_from_all(greedy, top_k, top_p, min_p):
         score, token = merge_splits(score_ptr, id_ptr, row, num_splits, TILE_SPLITS)
         store_token(tokens_ptr, row, score, token)
     else:
@@ -165,7 +179,7 @@ def select_kernel(
                 kth = top_k_threshold(row_ptr, list_ptr, values_ptr, maxima, floor, largest, top_k, VOCAB, GROUP)
                 floor = tl.maximum(floor, kth)
             if top_p < 1:
-                if (top_k == 0) & (min_p <= 0):
+                if nucleus_of_all(top_k, min_p):
                     mass = tl.load(masses_ptr + row * NUM_GROUPS + groups, mask=groups < NUM_GROUPS, other=0.0)
                     total = tl.sum(mass * tl.exp2((maxima - largest) * slope), 0)
                 else:
