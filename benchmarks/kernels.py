@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -57,11 +57,15 @@ class Bench:
         self.compiled: dict[str, tuple[Future | None, Future]] = {}
 
     def prepare(self, *chains: Chain) -> None:
-        """Begins to compile, but for programs that need the device to themselves for that; what makes arguments too."""
+        """Compiles in threads: what makes arguments, and programs that do not need the device to themselves for that.
+
+        Returns when all is done: nothing else goes on while something is measured.
+        """
         for chain in chains:
             if chain.name not in self.compiled:
                 program = None if chain.times_itself else self.pool.submit(_compile, chain.lower)
                 self.compiled[chain.name] = program, self.pool.submit(_compile, jax.jit(chain.fill).lower)
+        wait([future for pair in self.compiled.values() for future in pair if future])
 
     def time(self, *chains: Chain, runs: int | None = None) -> list[Measured]:
         """Chains that are compared, run in turn."""
