@@ -12,7 +12,7 @@ from nanovllm_kernels.gated_matmul import gated_matmul
 from nanovllm_kernels.paged_decode import paged_decode
 from nanovllm_kernels.ragged_prefill import ragged_prefill
 from nanovllm_kernels.rope_cache_write import rope_cache_write
-from nanovllm_kernels.rope_paged_decode import rope_paged_decode
+from nanovllm_kernels.rope_paged_decode import plan_rope_paged_decode, rope_paged_decode
 from nanovllm_kernels.sample import sample
 from nanovllm_kernels.silu_mul import silu_mul
 from nanovllm_kernels.skinny_matmul import skinny_matmul, split_counters
@@ -25,6 +25,7 @@ __all__ = [
     "gated_matmul",
     "lowering_for",
     "paged_decode",
+    "plan_rope_paged_decode",
     "ragged_prefill",
     "rope_cache_write",
     "rope_paged_decode",

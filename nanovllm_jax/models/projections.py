@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.parallel.collectives import sum_shards
@@ -49,12 +49,12 @@ def fused_counters(backend: Backend, num_tokens: int, dtype: DTypeLike) -> Int[A
     return split_counters() if num_tokens <= most_fused_rows() else None
 
 
-def poison_unless_zero(x: Float[Array, "T E"], counters: Int[Array, " tiles"]) -> Float[Array, "T E"]:
-    """NaN instead of hidden states that a product may have added up too early.
+def are_zero(counters: Int[Array, " tiles"]) -> Bool[Array, ""]:
+    """Whether no product can have added up too early.
 
     Every product that splits K has a first tile, whose counter is back at zero if all went well.
     """
-    return jnp.where(counters[0] == 0, x, jnp.nan)
+    return counters[0] == 0
 
 
 @jax.named_scope("qkv")

@@ -21,9 +21,9 @@ from nanovllm_jax.models.projections import (
     Residual,
     add_attention,
     add_mlp,
+    are_zero,
     einsum,
     fused_counters,
-    poison_unless_zero,
     project_qkv,
     typed_as,
 )
@@ -61,8 +61,9 @@ def transformer(
     axis_name: str | None = None,
     backend: Backend = "xla",
     whole_layers: WholeLayers | None = None,
-) -> tuple[Float[Array, "T E"], list[LayerCache]]:
-    """Hidden states after the final norm, and the caches with K and V of all T tokens written.
+    counters: Int[Array, " tiles"] | None = None,
+) -> tuple[Float[Array, "T E"], list[LayerCache], Int[Array, " tiles"] | None]:
+    """Hidden states after the final norm, the caches with K and V of all T tokens written, and the counters.
 
     Args:
         params: see `models.params`; a model that is split may have `parallel.collectives.exchange_params` beside them.
@@ -76,6 +77,7 @@ def transformer(
         axis_name: mesh axis over which heads, MLP and vocabulary are split, inside `shard_map`; None if they are not.
         backend: of norms, activations and the products of few tokens; see `models.projections`.
         whole_layers: does all layers' work, `attend`'s too, where there is one kernel for all of it.
+        counters: `fused_counters` of T tokens; unless they come back as `are_zero` the hidden states are wrong.
     """
     if whole_layers is not None:
         x, rope = _embed(params["embed"], tokens, None, None), rope_tables(positions, config.head_dim, config.rope)
@@ -83,12 +85,10 @@ def transformer(
             x, new_caches = whole_layers(x, rope, caches)
         residual = Residual(x)
     else:
-        layers = _Layers(params, config, tokens, positions, [attend], axis_name, backend)
+        layers = _Layers(params, config, tokens, positions, [attend], axis_name, backend, counters)
         new_caches = [layers.whole(index, cache) for index, cache in enumerate(caches)]
-        (residual,) = layers.residuals
-        if layers.counters is not None:
-            residual = Residual(poison_unless_zero(residual.x, layers.counters))
-    return residual.normalised(params["final_norm"], config.rms_norm_eps, backend)[1], new_caches
+        (residual,), counters = layers.residuals, layers.counters
+    return residual.normalised(params["final_norm"], config.rms_norm_eps, backend)[1], new_caches, counters
 
 
 def transformer_until_last(
@@ -107,11 +107,12 @@ def transformer_until_last(
     parts as there are `attends`, one after the other in each layer: between shards, the sums of one part are then under
     way while the next one computes.
     """
-    layers = _Layers(params, config, tokens, positions, attends, axis_name, backend)
+    counters = fused_counters(backend, len(tokens), params["embed"].dtype)
+    layers = _Layers(params, config, tokens, positions, attends, axis_name, backend, counters)
     new_caches = [layers.whole(index, cache) for index, cache in enumerate(caches[:-1])]
     unfinished, cache = layers.attention_of_last(caches[-1])
     if layers.counters is not None:
-        unfinished = unfinished._replace(x=poison_unless_zero(unfinished.x, layers.counters))
+        unfinished = unfinished._replace(x=jnp.where(are_zero(layers.counters), unfinished.x, jnp.nan))
     return unfinished, [*new_caches, cache]
 
 
@@ -155,12 +156,13 @@ class _Layers:
         attends: Sequence[Attend],
         axis_name: str | None,
         backend: Backend,
+        counters: Int[Array, " tiles"] | None,
     ) -> None:
         self._table, count = table_of(params), len(attends)
         parts = [_embed(params["embed"], part, axis_name, self._table) for part in jnp.split(tokens, count)]
-        self.counters = fused_counters(backend, tokens.shape[0], parts[0].dtype)
+        self.counters = counters
         # Where additions wait for norms, zeros before the first layer make all layers the same function.
-        waits = self.counters is None and axis_name is not None
+        waits = counters is None and axis_name is not None
         self.residuals = [Residual(x, typed_as(x, jnp.zeros_like(x)) if waits else None) for x in parts]
         self._params = params["layers"]
         self._ropes = [rope_tables(each, config.head_dim, config.rope) for each in jnp.split(positions, count)]

@@ -56,11 +56,24 @@ def draw(
     Returns:
         rows and the tokens, -1 where the logits were not finite.
     """
-    row, logits, params = _gather(num_rows, backend, head, rows, hidden, sampled_rows)
+    row = _slots(rows, sampled_rows[:num_rows])
+    tokens = draw_tokens(variant, axis_name, backend, head, hidden[:num_rows], params_of(rows, row))
+    return _remember(rows, row, tokens), tokens
+
+
+def draw_tokens(
+    variant: Variant,
+    axis_name: str | None,
+    backend: Backend,
+    head: Params,
+    hidden: Float[Array, "B E"],
+    params: SamplerParams,
+) -> Int[Array, " B"]:
+    """A token for each hidden state, -1 where the logits were not finite."""
+    logits = compute_logits(head, hidden, backend)
     sampler = sample_plain if variant == "plain" else sample_filtered
     with jax.named_scope("sample"):
-        tokens = sampler(logits, params, axis_name=axis_name, backend=backend)
-    return _advance(rows, row, tokens), tokens
+        return sampler(logits, params, axis_name=axis_name, backend=backend)
 
 
 def draw_full(
@@ -75,7 +88,8 @@ def draw_full(
     sampled_rows: Int[Array, " R"],
 ) -> tuple[Rows, Extras, Sampled]:
     """`draw` with penalties, biases and bans, and log-probabilities of the raw logits."""
-    row, logits, params = _gather(num_rows, backend, head, rows, hidden, sampled_rows)
+    row = _slots(rows, sampled_rows[:num_rows])
+    logits, params = compute_logits(head, hidden[:num_rows], backend), params_of(rows, row)
     state = FullState(
         counts=extras["counts"],
         rows=jnp.where(sampled_rows[:num_rows] >= 0, row, -1),
@@ -87,7 +101,7 @@ def draw_full(
         sampled = sample_full(logits, params, state, num_logprobs=num_logprobs, axis_name=axis_name, backend=backend)
     offset = vocab_offset(extras["counts"].shape[1], axis_name)
     counts = count_sampled(extras["counts"], state.rows, sampled.tokens, vocab_offset=offset)
-    return _advance(rows, row, sampled.tokens), extras | {"counts": counts}, sampled
+    return _remember(rows, row, sampled.tokens), extras | {"counts": counts}, sampled
 
 
 def prompt_logprobs(
@@ -166,18 +180,10 @@ def update_extras(max_adjustments: int, axis_name: str | None, extras: Extras, p
     }
 
 
-def _gather(
-    num_rows: int,
-    backend: Backend,
-    head: Params,
-    rows: Rows,
-    hidden: Float[Array, "R E"],
-    sampled_rows: Int[Array, " R"],
-) -> tuple[Int[Array, " B"], Float[Array, "B V"], SamplerParams]:
-    dummy = rows["ints"].shape[0] - 1
-    row = jnp.where(sampled_rows[:num_rows] >= 0, sampled_rows[:num_rows], dummy)
-    ints, floats = rows["ints"][row], rows["floats"][row]
-    params = SamplerParams(
+def params_of(rows: Rows, slot: Int[Array, " B"]) -> SamplerParams:
+    """What the rows ask of the sampler, of the tokens after those that they have now."""
+    ints, floats = rows["ints"][slot], rows["floats"][slot]
+    return SamplerParams(
         temperature=floats[:, RowFloat.TEMPERATURE],
         top_k=ints[:, RowInt.TOP_K],
         top_p=floats[:, RowFloat.TOP_P],
@@ -189,10 +195,26 @@ def _gather(
         presence_penalty=floats[:, RowFloat.PRESENCE],
         frequency_penalty=floats[:, RowFloat.FREQUENCY],
     )
-    return row, compute_logits(head, hidden[:num_rows], backend), params
 
 
-def _advance(rows: Rows, row: Int[Array, " B"], tokens: Int[Array, " B"]) -> Rows:
-    """Remember the tokens; the dummy row takes what padding drew and is never read for its value."""
-    ints = rows["ints"].at[row, RowInt.LAST_TOKEN].set(tokens).at[row, RowInt.NUM_OUTPUT].add(1)
+def advance(rows: Rows, slot: Int[Array, " B"], count: Int[Array, " B"], tokens: Int[Array, "steps B"]) -> Rows:
+    """Remember the first `count` tokens of each row, whose keys and values are in the cache but for the last one's.
+
+    The dummy row takes what padding drew and is never read for its value.
+    """
+    last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[None], axis=0)[0]
+    ints = rows["ints"][slot]
+    ints = ints.at[:, RowInt.NUM_TOKENS].add(count).at[:, RowInt.NUM_OUTPUT].add(count)
+    ints = ints.at[:, RowInt.LAST_TOKEN].set(last)
+    return rows | {"ints": rows["ints"].at[slot].set(ints)}
+
+
+def _slots(rows: Rows, sampled_rows: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Of padding the dummy row."""
+    return jnp.where(sampled_rows >= 0, sampled_rows, rows["ints"].shape[0] - 1)
+
+
+def _remember(rows: Rows, slot: Int[Array, " B"], tokens: Int[Array, " B"]) -> Rows:
+    """Remember one token a row, whose row has counted what is in the cache."""
+    ints = rows["ints"].at[slot, RowInt.LAST_TOKEN].set(tokens).at[slot, RowInt.NUM_OUTPUT].add(1)
     return rows | {"ints": ints}

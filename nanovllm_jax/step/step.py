@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.params import Params
+from nanovllm_jax.models.projections import are_zero, fused_counters
 from nanovllm_jax.models.transformer import (
     Attend,
     LayerCache,
@@ -32,9 +33,17 @@ from nanovllm_jax.models.transformer import (
     transformer_until_last,
 )
 from nanovllm_jax.parallel.collectives import table_of
-from nanovllm_jax.step.draw import Variant, draw, head_of
+from nanovllm_jax.step.draw import Variant, advance, draw_tokens, head_of, params_of
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, StateShape
-from nanovllm_kernels import decode_layers, decode_layers_supports, ragged_prefill, rope_cache_write, rope_paged_decode
+from nanovllm_kernels import (
+    decode_layers,
+    decode_layers_supports,
+    plan_rope_paged_decode,
+    ragged_prefill,
+    rope_cache_write,
+    rope_paged_decode,
+)
+from nanovllm_kernels.rope_paged_decode import Plan
 
 MIN_MOSAIC_TOKENS = 1024  # of a prefill
 MIN_TOKENS_IN_PARTS = 4096  # of a prefill over shards; see `num_parts`
@@ -70,19 +79,36 @@ def decode(
     Returns:
         caches, rows, and the tokens; those past a row's number mean nothing.
     """
-    num_rows, head = delta.shape[1], head_of(params)
+    head, rows = head_of(params), _open_blocks(config, rows, delta)
+    row, _, count = delta
+    slot = jnp.where(row >= 0, row, config.shape.max_num_seqs)
+    table, first = rows["block_tables"][slot], rows["ints"][slot, RowInt.NUM_TOKENS]
+    sampler_params = params_of(rows, slot)
+    indices = jnp.arange(config.decode_steps, dtype=jnp.int32)[:, None]
 
-    def step(index: int | Array, carry: tuple[Caches, Rows, Array]) -> tuple[Caches, Rows, Array]:
-        caches, rows, tokens = carry
-        row = jnp.where(delta[2] > index, delta[0], -1)
-        hidden, caches, rows = _decode_once(config, params, caches, rows, row)
-        rows, drawn = draw(variant, num_rows, config.axis_name, config.backend, head, rows, hidden, row)
-        return caches, rows, tokens.at[index].set(drawn)
+    def lengths(index: int | Array) -> Int[Array, "*steps B"]:
+        return jnp.where(index < count, first + index + 1, 0)
 
-    carry = caches, _open_blocks(config, rows, delta), jnp.zeros((config.decode_steps, num_rows), jnp.int32)
-    if config.decode_steps == 1:
-        return step(0, carry)
-    return jax.lax.fori_loop(0, config.decode_steps, step, carry)
+    def step(
+        index: int | Array, carry: tuple[Caches, Array | None, Int[Array, " B"], Int[Array, "steps B"]]
+    ) -> tuple[Caches, Array | None, Int[Array, " B"], Int[Array, "steps B"]]:
+        caches, counters, token, tokens = carry
+        context_lens, plan = lengths(index), jax.tree.map(partial(_element, index), plans)
+        newest = table, context_lens, plan, token
+        hidden, caches, counters = _decode_once(config, params, caches, counters, *newest)
+        at_position = sampler_params._replace(position=context_lens)
+        token = draw_tokens(variant, config.axis_name, config.backend, head, hidden, at_position)
+        return caches, counters, token, jnp.where(indices == index, token, tokens)
+
+    # In as many kernels as the plan of one token.
+    plans = jax.vmap(partial(_plan, config, params, caches))(lengths(indices))
+    counters = fused_counters(config.backend, len(row), params["embed"].dtype)
+    last_token, tokens = rows["ints"][slot, RowInt.LAST_TOKEN], jnp.zeros((config.decode_steps, len(row)), jnp.int32)
+    carry = caches, counters, last_token, tokens
+    caches, counters, _, tokens = jax.lax.fori_loop(0, config.decode_steps, step, carry)
+    if counters is not None:
+        tokens = jnp.where(are_zero(counters), tokens, -1)
+    return caches, advance(rows, slot, count, tokens), tokens
 
 
 def decode_forward(
@@ -93,7 +119,17 @@ def decode_forward(
     Returns:
         caches, rows, hidden states padded to R rows, and the row of each hidden state (-1 padding).
     """
-    hidden, caches, rows = _decode_once(config, params, caches, _open_blocks(config, rows, delta), delta[0])
+    rows, active = _open_blocks(config, rows, delta), delta[0] >= 0
+    slot = jnp.where(active, delta[0], config.shape.max_num_seqs)
+    context_lens = jnp.where(active, rows["ints"][slot, RowInt.NUM_TOKENS] + 1, 0)
+    table, token = rows["block_tables"][slot], rows["ints"][slot, RowInt.LAST_TOKEN]
+    plan = _plan(config, params, caches, context_lens)
+    counters = fused_counters(config.backend, len(slot), params["embed"].dtype)
+    newest = table, context_lens, plan, token
+    hidden, caches, counters = _decode_once(config, params, caches, counters, *newest)
+    if counters is not None:
+        hidden = jnp.where(are_zero(counters), hidden, jnp.nan)
+    rows |= {"ints": rows["ints"].at[slot, RowInt.NUM_TOKENS].set(context_lens)}
     padding = config.shape.max_num_seqs - hidden.shape[0]
     return (
         caches,
@@ -111,25 +147,44 @@ def _open_blocks(config: StepConfig, rows: Rows, delta: Int[Array, "3 B"]) -> Ro
     return rows | {"block_tables": rows["block_tables"].at[row, column].set(delta[1], mode="drop")}
 
 
+def _element(index: int | Array, stacked: Shaped[Array, "steps ..."]) -> Shaped[Array, "..."]:
+    """`stacked[index]` as a sum, which is a kernel.
+
+    A slice that follows the loop's index XLA makes a copy outside of the graphs that it captures.
+    """
+    steps = jnp.arange(len(stacked), dtype=jnp.int32).reshape(-1, *[1] * (stacked.ndim - 1))
+    return jnp.sum(jnp.where(steps == index, stacked, 0), axis=0, dtype=stacked.dtype)
+
+
+def _plan(config: StepConfig, params: Params, caches: Caches, context_lens: Int[Array, " B"]) -> Plan | None:
+    """How attention cuts rows of these lengths, in all layers."""
+    options = {"dtype": params["embed"].dtype, "sliding_window": config.model.sliding_window}
+    with jax.named_scope("plan"):
+        k_cache, width = caches[0][0], config.shape.blocks_per_row
+        return plan_rope_paged_decode(context_lens, k_cache, width, **options, backend=config.backend)
+
+
 def _decode_once(
-    config: StepConfig, params: Params, caches: Caches, rows: Rows, row: Int[Array, " B"]
-) -> tuple[Float[Array, "B E"], Caches, Rows]:
+    config: StepConfig,
+    params: Params,
+    caches: Caches,
+    counters: Int[Array, " tiles"] | None,
+    table: Int[Array, "B P"],
+    context_lens: Int[Array, " B"],
+    plan: Plan | None,
+    token: Int[Array, " B"],
+) -> tuple[Float[Array, "B E"], Caches, Int[Array, " tiles"] | None]:
     """Hidden states of each row's last token, whose K and V are written and which attends over the row's blocks.
 
-    A negative row is padding: it writes nothing and attends to nothing.
+    `context_lens` counts that token. 0 is padding: it writes nothing and attends to nothing.
     """
-    active = row >= 0
-    slot = jnp.where(active, row, config.shape.max_num_seqs)
-    position, token = rows["ints"][slot, RowInt.NUM_TOKENS], rows["ints"][slot, RowInt.LAST_TOKEN]
-    table = rows["block_tables"][slot]
-    context_lens = jnp.where(active, position + 1, 0)
-    attend = _attend_newest(config, table, context_lens)
+    position = jnp.maximum(context_lens - 1, 0)
+    attend = _attend_newest(config, table, context_lens, plan)
     whole_layers = _whole_layers(config, params, caches, table, context_lens)
-    hidden, caches = transformer(
-        params, config.model, token, position, caches, attend, config.axis_name, config.backend, whole_layers
+    options = {"whole_layers": whole_layers, "counters": counters}
+    return transformer(
+        params, config.model, token, position, caches, attend, config.axis_name, config.backend, **options
     )
-    ints = rows["ints"].at[slot, RowInt.NUM_TOKENS].add(active.astype(jnp.int32))
-    return hidden, caches, rows | {"ints": ints}
 
 
 def prefill_forward(
@@ -201,7 +256,9 @@ def part_of_tokens(
     return clipped - first, seen
 
 
-def _attend_newest(config: StepConfig, tables: Int[Array, "B P"], context_lens: Int[Array, " B"]) -> Attend:
+def _attend_newest(
+    config: StepConfig, tables: Int[Array, "B P"], context_lens: Int[Array, " B"], plan: Plan | None
+) -> Attend:
     """What each layer of a decode step does between its projections: one new token a row, all in one kernel."""
     options = _attention_options(config)
 
@@ -220,6 +277,7 @@ def _attend_newest(config: StepConfig, tables: Int[Array, "B P"], context_lens: 
                 **arrays,
                 eps=config.model.rms_norm_eps,
                 counters=counters,
+                plan=plan,
                 backend=config.backend,
             )
         return out, (k_cache, v_cache)

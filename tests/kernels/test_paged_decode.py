@@ -134,6 +134,9 @@ def test_pieces_cover_each_row_once_and_the_longest_come_first(contexts, window,
         assert edges[-1] == context
         assert set(real[mine, 1]) == {context}
         assert set(real[mine, 4]) == {len(mine) == 1}
+        assert [*map(tuple, real[mine, 6:])] == [(mine[0], len(mine))] * len(mine)
+        if len(mine) > 1:
+            assert cuts[real[mine, 5]].tolist() == [[row, mine[0], len(mine)]] * len(mine)
         assert (len(mine) > 1) == ([row, mine[0], len(mine)] in cuts.tolist())
         lengths += [(mine[0], -(-(edges[1] - edges[0]) // TILE_TOKENS))]
     assert np.count_nonzero(cuts[:, 2]) == sum(np.bincount(real[:, 0]) > 1)

@@ -16,12 +16,12 @@ from nanovllm_kernels.paged_decode.attend import attend_context, load_blocks, qu
 @triton.jit
 @no_type_check
 def load_piece(pieces_ptr, piece):
-    """A line of `plan_pieces`: row, context, begin, end, and whether it is all of the row."""
-    row = tl.load(pieces_ptr + piece * 5).to(tl.int64)
-    context = tl.load(pieces_ptr + piece * 5 + 1)
-    begin = tl.load(pieces_ptr + piece * 5 + 2)
-    end = tl.load(pieces_ptr + piece * 5 + 3)
-    whole = tl.load(pieces_ptr + piece * 5 + 4)
+    """Of a line of `plan_pieces`: row, context, begin, end, and whether it is all of the row."""
+    row = tl.load(pieces_ptr + piece * 8).to(tl.int64)
+    context = tl.load(pieces_ptr + piece * 8 + 1)
+    begin = tl.load(pieces_ptr + piece * 8 + 2)
+    end = tl.load(pieces_ptr + piece * 8 + 3)
+    whole = tl.load(pieces_ptr + piece * 8 + 4)
     return row, context, begin, end, whole
 
 
@@ -52,7 +52,7 @@ def decode_kernel(
     k_cache_ptr,
     v_cache_ptr,
     block_tables_ptr,
-    pieces_ptr,  # int32 [pieces, 5], see `plan_pieces`
+    pieces_ptr,  # int32 [pieces, 8], see `plan_pieces`
     k_scale_ptr,
     v_scale_ptr,
     num_kv_heads,

@@ -26,6 +26,9 @@ FULL = 1.9
 _MERGE_PARTS = 64  # pieces of a row that the merge reads at a time
 
 
+Plan = tuple[Int[Array, "pieces 8"], Int[Array, "cuts 3"]]  # see `plan_pieces`
+
+
 @dataclass(frozen=True)
 class Launch:
     """Launch parameters of the attention kernel.
@@ -65,15 +68,14 @@ def launch_parameters(target: Target, *, head_dim: int, itemsize: int, dot_items
     return Launch(tile_tokens, num_warps, num_stages, programs)
 
 
-def plan_pieces(
-    context_lens: Int[Array, " B"], *, window: int, tile_tokens: int, most_pieces: int
-) -> tuple[Int[Array, "pieces 5"], Int[Array, "cuts 3"]]:
+def plan_pieces(context_lens: Int[Array, " B"], *, window: int, tile_tokens: int, most_pieces: int) -> Plan:
     """Cuts rows into pieces of whole tiles, at least one a row and at most `most_pieces` + B in all.
 
     Returns for each piece its row (-1 if there is no such piece), the context of the row, where the piece begins and
-    ends, and whether it is all of the row; and for each row that is cut the row, its first piece and their number (0
-    where there are fewer such rows). Longer pieces come first, since what starts last should be short. Plain XLA, the
-    same for every layer of a step, so it runs once.
+    ends, whether it is all of the row, how many of the rows before are cut, the row's first piece and their number; and
+    for each row that is cut the row, its first piece and their number (0 where there are fewer such rows). Longer
+    pieces come first, since what starts last should be short. Plain XLA, the same for every layer of a step, so it
+    runs once.
     """
     num_rows = len(context_lens)
     first_tile = jnp.maximum(context_lens - window, 0) // tile_tokens if window else jnp.zeros_like(context_lens)
@@ -90,18 +92,19 @@ def plan_pieces(
     own = (pieces >= starts) & (pieces < starts + counts)
     begins = (first_tile + (pieces - starts) * length) * tile_tokens
     ends = jnp.minimum(context_lens, begins + length * tile_tokens)
-    columns = [rows + 1, context_lens, begins, ends, whole]
+    cut_before = jnp.sum(~whole & (rows < rows[:, None]), axis=1, dtype=jnp.int32)
+    columns = [rows + 1, context_lens, begins, ends, whole, cut_before, starts, counts]
     values = [jnp.sum(jnp.where(own, column, 0), axis=1, dtype=jnp.int32) for column in columns]
     # A row that is cut holds more than one of `most_pieces` equal parts of all tiles, so there are fewer of them.
     cuts = jnp.arange(min(num_rows, most_pieces), dtype=jnp.int32)[:, None]
-    cut = ~whole & (cuts == jnp.sum(~whole & (rows < rows[:, None]), axis=1))
+    cut = ~whole & (cuts == cut_before)
     cut_rows = [jnp.sum(jnp.where(cut, column, 0), axis=1, dtype=jnp.int32) for column in (rows, starts, counts)]
     return jnp.stack([values[0] - 1, *values[1:]], axis=1), jnp.stack(cut_rows, axis=1)
 
 
 def plan_for_chip(
     launch: Launch, context_lens: Int[Array, " B"], window: int, num_kv_heads: int, most_tokens: int
-) -> tuple[Int[Array, "pieces 5"], Int[Array, "cuts 3"]]:
+) -> Plan:
     """`plan_pieces` for the GPU at hand; no more than `most_tokens` tokens a row have tiles to be cut into."""
     useful = len(context_lens) * ceil_div(most_tokens, launch.tile_tokens)
     wanted = ceil_div(current_target().multiprocessors * launch.programs_per_multiprocessor, num_kv_heads)
@@ -121,6 +124,7 @@ def paged_decode_triton(
     soft_cap: float | None,
     k_scale: Float[Array, " K"] | None,
     v_scale: Float[Array, " K"] | None,
+    plan: Plan | None = None,
 ) -> Float[Array, "B Q H D"]:
     _, queries, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -135,25 +139,25 @@ def paged_decode_triton(
     )
     tile_dim = next_power_of_2(max(head_dim, MIN_DOT))
     seen = window + queries - 1 if window else 0
-    plan, cuts = plan_for_chip(launch, context_lens, seen, num_kv_heads, block_tables.shape[1] * block_size)
-    pieces = len(plan)
+    most_tokens = block_tables.shape[1] * block_size
+    pieces, cuts = plan or plan_for_chip(launch, context_lens, seen, num_kv_heads, most_tokens)
     out, parts, lse = triton_call(
         q,
         k_cache,
         v_cache,
         block_tables,
-        plan,
-        plan if k_scale is None else k_scale,  # not read where there are no scales
-        plan if v_scale is None else v_scale,
+        pieces,
+        pieces if k_scale is None else k_scale,  # not read where there are no scales
+        pieces if v_scale is None else v_scale,
         num_kv_heads,
         block_tables.shape[1],
         kernel=decode_kernel,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((pieces, num_kv_heads, queries * group, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((pieces, num_kv_heads, queries * group), jnp.float32),
+            jax.ShapeDtypeStruct((len(pieces), num_kv_heads, queries * group, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((len(pieces), num_kv_heads, queries * group), jnp.float32),
         ),
-        grid=(num_kv_heads, pieces),
+        grid=(num_kv_heads, len(pieces)),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         SCALE=scale,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import (
@@ -18,6 +19,8 @@ from nanovllm_kernels._checks import (
 )
 from nanovllm_kernels._compat import import_jax_triton
 from nanovllm_kernels.rope_paged_decode.reference import rope_paged_decode_xla
+
+Plan = tuple[Int[Array, "pieces 8"], Int[Array, "cuts 3"]]  # how rows are cut, of `plan_rope_paged_decode`
 
 
 def rope_paged_decode(
@@ -38,6 +41,7 @@ def rope_paged_decode(
     k_scale: Float[Array, " K"] | None = None,
     v_scale: Float[Array, " K"] | None = None,
     counters: jax.Ref | None = None,
+    plan: Plan | None = None,
     backend: Literal["xla", "triton"],
 ) -> tuple[Float[Array, "B H D"], Float[Array, "N K block_size D"], Float[Array, "N K block_size D"]]:
     """`rope_cache_write` of each row's newest token, then `paged_decode` of it, in one kernel.
@@ -51,6 +55,8 @@ def rope_paged_decode(
 
     `counters`: a `jax.new_ref` of `split_counters()`, which a step's products may share. With them rows that are cut
     into pieces are merged by the last program to arrive; without them by a second kernel.
+
+    `plan`: `plan_rope_paged_decode` of `context_lens`, where that is the same for many calls and not made in each.
 
     Returns:
         (out [B, H, D] in qkv's dtype, k_cache, v_cache); the caches in place when donated to the enclosing jit.
@@ -95,4 +101,25 @@ def rope_paged_decode(
     import_jax_triton()
     from nanovllm_kernels.rope_paged_decode.triton import rope_paged_decode_triton
 
-    return rope_paged_decode_triton(*args, **options, counters=counters)
+    return rope_paged_decode_triton(*args, **options, counters=counters, plan=plan)
+
+
+def plan_rope_paged_decode(
+    context_lens: Int[Array, " B"],
+    k_cache: Float[Array, "N K block_size D"],
+    table_width: int,
+    *,
+    dtype: DTypeLike,
+    sliding_window: int | None = None,
+    backend: Literal["xla", "triton"],
+) -> Plan | None:
+    """How `rope_paged_decode` cuts rows of these lengths into pieces; the arguments are its, and `dtype` is qkv's.
+
+    None where it cuts none.
+    """
+    if backend == "xla":
+        return None
+    import_jax_triton()
+    from nanovllm_kernels.rope_paged_decode.triton import plan_triton
+
+    return plan_triton(context_lens, k_cache, table_width, dtype=dtype, window=sliding_window or 0)

@@ -116,8 +116,7 @@ def rope_decode_kernel(
     k_scale_ptr,
     v_scale_ptr,
     block_tables_ptr,
-    pieces_ptr,  # int32 [pieces, 5], see `plan_pieces`
-    merges_ptr,  # int32 [pieces, 3], see `plan_merges`
+    pieces_ptr,  # int32 [pieces, 8], see `plan_pieces`
     counters_ptr,  # int32, zero before and after; None: pieces are merged by another kernel
     k_cache_ptr,
     v_cache_ptr,
@@ -149,9 +148,9 @@ def rope_decode_kernel(
     piece = tl.program_id(1)
     row, context, begin, end, whole = load_piece(pieces_ptr, piece)
     if counters_ptr is not None:
-        cut = tl.load(merges_ptr + piece * 3)
-        first_piece = tl.load(merges_ptr + piece * 3 + 1)
-        num_pieces = tl.load(merges_ptr + piece * 3 + 2)
+        cut = tl.load(pieces_ptr + piece * 8 + 5)
+        first_piece = tl.load(pieces_ptr + piece * 8 + 6)
+        num_pieces = tl.load(pieces_ptr + piece * 8 + 7)
     if row < 0:
         return
     newest = context - 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import current_target, triton_call, update_in_place
@@ -16,6 +17,8 @@ from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, dot_itemsize, nex
 from nanovllm_kernels.paged_decode.triton import (
     FULL,
     MIN_DOT,
+    Launch,
+    Plan,
     launch_parameters,
     merge_cut_rows,
     paged_decode_triton,
@@ -30,11 +33,20 @@ _MERGE_ELEMENTS = 16  # of pieces, a thread, that a row's last program reads at 
 _MOST_OF_FLOAT8 = 4.0
 
 
-def plan_merges(pieces: Int[Array, "pieces 5"], cuts: Int[Array, "cuts 3"]) -> Int[Array, "pieces 3"]:
-    """Of each piece of a row that is cut: which of `cuts` that is, the row's first piece and their number."""
-    own = (pieces[:, :1] == cuts[:, 0]) & (cuts[:, 2] > 0)
-    columns = (jnp.arange(len(cuts), dtype=jnp.int32), cuts[:, 1], cuts[:, 2])
-    return jnp.stack([jnp.sum(jnp.where(own, column, 0), axis=1, dtype=jnp.int32) for column in columns], axis=1)
+def plan_triton(
+    context_lens: Int[Array, " B"], k_cache: Array, table_width: int, *, dtype: DTypeLike, window: int
+) -> Plan:
+    """Plain XLA, the same for all layers. `dtype` is qkv's."""
+    launch, _ = _launch(len(context_lens), k_cache, dtype)
+    return plan_for_chip(launch, context_lens, window, k_cache.shape[1], table_width * k_cache.shape[2])
+
+
+def _launch(num_rows: int, k_cache: Array, dtype: DTypeLike) -> tuple[Launch, float]:
+    """Launch parameters, and programs a multiprocessor if no row is cut."""
+    target = current_target()
+    fill = num_rows * k_cache.shape[1] / target.multiprocessors
+    itemsizes = {"itemsize": k_cache.dtype.itemsize, "dot_itemsize": dot_itemsize(jnp.dtype(dtype), k_cache.dtype)}
+    return launch_parameters(target, head_dim=k_cache.shape[3], **itemsizes, fill=fill), fill
 
 
 def rope_paged_decode_triton(
@@ -55,11 +67,13 @@ def rope_paged_decode_triton(
     k_scale: Float[Array, " K"] | None,
     v_scale: Float[Array, " K"] | None,
     counters: jax.Ref | None,
+    plan: Plan | None = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "N K block_size D"], Float[Array, "N K block_size D"]]:
     num_rows, num_kv_heads, heads, head_dim = qkv.shape
     block_size, group, window = k_cache.shape[2], heads - 2, sliding_window or 0
-    target = current_target()
-    fill = num_rows * num_kv_heads / target.multiprocessors
+    launch, fill = _launch(num_rows, k_cache, qkv.dtype)
+    plan = plan or plan_triton(context_lens, k_cache, block_tables.shape[1], dtype=qkv.dtype, window=window)
+    pieces, cuts = plan
     if k_cache.dtype == FP8 and fill > _MOST_OF_FLOAT8:
         slots = newest_slots(block_tables, context_lens, block_size)
         scales = {"k_scale": k_scale, "v_scale": v_scale}
@@ -67,19 +81,12 @@ def rope_paged_decode_triton(
             qkv, cos, sin, k_cache, v_cache, slots, q_norm=q_norm, k_norm=k_norm, eps=eps, **scales
         )
         args = (q[:, None], k_cache, v_cache, block_tables, context_lens)
-        out = paged_decode_triton(*args, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, **scales)
+        out = paged_decode_triton(
+            *args, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, **scales, plan=plan
+        )
         return out[:, 0], k_cache, v_cache
-    launch = launch_parameters(
-        target,
-        head_dim=head_dim,
-        itemsize=k_cache.dtype.itemsize,
-        dot_itemsize=dot_itemsize(qkv.dtype, k_cache.dtype),
-        fill=fill,
-    )
     tile_dim, tile_group = next_power_of_2(max(head_dim, MIN_DOT)), next_power_of_2(group)
     tile_turned = next_power_of_2(group + 1)
-    plan, cuts = plan_for_chip(launch, context_lens, window, num_kv_heads, block_tables.shape[1] * block_size)
-    pieces = len(plan)
     # Rows that fill the chip stay whole, and the few that are cut are merged by their last programs, which spares a
     # launch: 1.5 µs at 64 rows. Else most are cut, and the second kernel is the faster one: by 1.6 µs of 15 at 8 rows,
     # by 8 of 65 at one row of 32,768 (H100).
@@ -88,19 +95,18 @@ def rope_paged_decode_triton(
     results = []
 
     def attend(k_cache: jax.Ref, v_cache: jax.Ref) -> None:
-        # Where there are no norms or scales, `plan` stands in for pointers that are not read.
+        # Where there are no norms or scales, `pieces` stands in for pointers that are not read.
         results.extend(
             triton_call(
                 qkv,
                 cos,
                 sin,
-                plan if q_norm is None else q_norm,
-                plan if k_norm is None else k_norm,
-                plan if k_scale is None else k_scale,
-                plan if v_scale is None else v_scale,
+                pieces if q_norm is None else q_norm,
+                pieces if k_norm is None else k_norm,
+                pieces if k_scale is None else k_scale,
+                pieces if v_scale is None else v_scale,
                 block_tables,
-                plan,
-                plan if counters is None else plan_merges(plan, cuts),
+                pieces,
                 counters,
                 k_cache,
                 v_cache,
@@ -109,10 +115,10 @@ def rope_paged_decode_triton(
                 kernel=rope_decode_kernel,
                 out_type=(
                     jax.ShapeDtypeStruct((num_rows, num_kv_heads * group, head_dim), qkv.dtype),
-                    jax.ShapeDtypeStruct((pieces, num_kv_heads, group, head_dim), jnp.float32),
-                    jax.ShapeDtypeStruct((pieces, num_kv_heads, group), jnp.float32),
+                    jax.ShapeDtypeStruct((len(pieces), num_kv_heads, group, head_dim), jnp.float32),
+                    jax.ShapeDtypeStruct((len(pieces), num_kv_heads, group), jnp.float32),
                 ),
-                grid=(num_kv_heads, pieces),
+                grid=(num_kv_heads, len(pieces)),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
                 SCALE=scale,
