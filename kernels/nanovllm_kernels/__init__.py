@@ -14,6 +14,7 @@ from nanovllm_kernels.ragged_prefill import ragged_prefill
 from nanovllm_kernels.rope_cache_write import rope_cache_write
 from nanovllm_kernels.rope_paged_decode import plan_rope_paged_decode, rope_paged_decode
 from nanovllm_kernels.sample import sample
+from nanovllm_kernels.sample_head import sample_head
 from nanovllm_kernels.silu_mul import silu_mul
 from nanovllm_kernels.skinny_matmul import skinny_matmul, split_counters
 
@@ -30,6 +31,7 @@ __all__ = [
     "rope_cache_write",
     "rope_paged_decode",
     "sample",
+    "sample_head",
     "silu_mul",
     "skinny_matmul",
     "split_counters",

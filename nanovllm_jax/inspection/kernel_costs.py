@@ -251,6 +251,14 @@ def _sample(call: Call) -> Work:
     return Work(operations * math.prod(logits.shape), array_bytes(logits))
 
 
+def _sample_head(call: Call) -> Work:
+    """The product, and 40 operations of noise a logit; what follows it reads the best of each tile."""
+    if call.kernel != "head_race_kernel":
+        return Work(0, 0)
+    hidden, head = call.operands[:2]
+    return Work((2 * hidden.shape[1] + 40) * hidden.shape[0] * head.shape[0], array_bytes(hidden) + array_bytes(head))
+
+
 BY_LOAD: dict[str, Callable[[Site], Work]] = {
     "rope_cache_write": _rope_cache_write,
     "paged_decode": _paged_attention,
@@ -266,4 +274,5 @@ BY_OPERANDS: dict[str, Callable[[Call], Work]] = {
     "silu_mul_kernel": _silu_mul,
     "product_mosaic": _skinny_matmul,
     "sample": _sample,
+    "sample_head": _sample_head,
 }

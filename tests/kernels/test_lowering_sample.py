@@ -1,11 +1,13 @@
 """The sampling kernels compile for every supported architecture, on a machine that has no GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from lowering import ARCHITECTURES
 
-from nanovllm_kernels import lowering_for, sample
+from nanovllm_kernels import lowering_for, sample, sample_head
 
 
 def lower_sample(architecture, rows, vocab_size, filters):
@@ -31,6 +33,25 @@ def test_sampling_kernels_compile_and_fit_in_shared_memory(compiled, architectur
     assert text.count("custom_call @triton_kernel_call_ffi") == 2
     assert [name for name, _ in compiled] == names
     assert all(shared <= limit for _, shared in compiled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "width", "dtype"),
+    [(32, 151_936, 1024, "bfloat16"), (1, 151_936, 1024, "bfloat16"), (256, 32_001, 576, "float16")],
+)
+def test_the_output_head_with_the_sampler_compiles_and_fits_in_shared_memory(
+    compiled, architecture, rows, vocab_size, width, dtype
+):
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    args = of(dtype, rows, width), of(dtype, vocab_size, width), of("float32", rows), of("uint32", rows, 2)
+    with lowering_for(architecture) as target:
+        traced = jax.jit(functools.partial(sample_head, backend="triton")).trace(*args, of("int32", rows))
+        traced.lower(lowering_platforms=("cuda",))
+    assert [name for name, _ in compiled] == ["head_race_kernel", "merge_kernel"]
+    assert all(shared <= target.shared_bytes for _, shared in compiled)
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """The sampling kernels on a real GPU: `pytest -m gpu tests/kernels`."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sample_oracle import assert_draws, kept
 from scipy import stats
+from test_sample_head import head_inputs, logits_of
 
-from nanovllm_kernels import sample
+from nanovllm_kernels import sample, sample_head
 from nanovllm_kernels.sample.cases import BENCHMARKS as SAMPLE_CASES
 from nanovllm_kernels.sample.cases import hard_inputs, sample_inputs
 
@@ -30,6 +32,13 @@ def test_sample_of_hard_rows(vocab_size, seed):
 def test_sample_of_benchmark_rows(case):
     args, filters = sample_inputs(case, seed=7)
     assert_draws(draw(args, filters), *args, **filters)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 32, 64, 70])
+def test_sample_head(num_rows):
+    hidden, head, *rest = head_inputs(num_rows, 32_001, 576, jnp.bfloat16)
+    tokens = jax.jit(lambda *args: sample_head(*args, backend="triton"))(hidden, head, *rest)
+    assert_draws(tokens, logits_of(hidden, head), *rest)
 
 
 def test_sample_draws_the_same_in_any_batch():

@@ -1,0 +1,33 @@
+"""Runs the Triton kernels of `sample_head` in Triton's interpreter, on arrays of this machine.
+
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_sample_head.py
+
+Exits with an error if a token is wrong. The environment variable must be set before triton is imported, hence a process
+of its own.
+"""
+
+import importlib
+
+import numpy as np
+from interpreted_sample import device, exact_log2, interpret, patch_interpreter
+from sample_oracle import assert_draws
+from test_sample_head import head_inputs, logits_of
+
+from nanovllm_kernels import lowering_for
+
+launch = importlib.import_module("nanovllm_kernels.sample_head.triton")
+
+
+def main():
+    patch_interpreter()
+    launch.triton_call = interpret
+    device.approximate_log2 = exact_log2  # the interpreter knows no instructions of the GPU
+    with lowering_for(90), np.errstate(all="ignore"):
+        for num_rows, vocab_size, width in ((5, 300, 64), (33, 128, 72), (70, 130, 64)):
+            hidden, head, *rest = head_inputs(num_rows, vocab_size, width)
+            tokens = launch.sample_head_triton(hidden, head, *rest)
+            assert_draws(tokens, logits_of(hidden, head), *rest)
+
+
+if __name__ == "__main__":
+    main()

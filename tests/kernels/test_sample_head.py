@@ -1,0 +1,71 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from in_interpreter import run_interpreted
+from jaxtyping import config as jaxtyping_config
+from sample_oracle import assert_draws
+
+from nanovllm_kernels import sample_head
+
+
+def head_inputs(num_rows, vocab_size, width, dtype=np.float16):
+    """Arguments by position; a row in four is greedy, one has hidden states that are no numbers."""
+    rng = np.random.default_rng(num_rows)
+    hidden = rng.standard_normal((num_rows, width), np.float32).astype(dtype)
+    hidden[num_rows // 2] = np.nan
+    return (
+        hidden,
+        (rng.standard_normal((vocab_size, width), np.float32) * 0.3).astype(dtype),
+        np.array([0.0, 0.6, 1.0, 2.0], np.float32)[np.arange(num_rows) % 4],
+        rng.integers(2**32, size=(num_rows, 2), dtype=np.uint32),
+        rng.integers(1000, size=num_rows, dtype=np.int32),
+    )
+
+
+def logits_of(hidden, head):
+    return np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
+def test_draws_from_the_logits_of_hidden_states(dtype):
+    hidden, head, *rest = head_inputs(9, 300, 64, dtype)
+    tokens = sample_head(*map(jnp.asarray, (hidden, head, *rest)), backend="xla")
+    assert_draws(tokens, logits_of(hidden, head), *rest)
+
+
+def test_interpreted_triton_kernels_draw_the_same():
+    run_interpreted("interpreted_sample_head.py")
+
+
+def test_no_rows_draw_no_tokens():
+    hidden, head, *rest = head_inputs(2, 5, 16)
+    empty = [each[:0] for each in rest]
+    assert sample_head(*map(jnp.asarray, (hidden[:0], head, *empty)), backend="xla").shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "cuda"}, "backend is 'cuda'; it must be 'xla' or 'triton'"),
+        ({"head": jnp.ones((5, 8))}, r"hidden has shape \(2, 16\) and head \(5, 8\); they must be \[B, E\] and"),
+        ({"head": jnp.ones((5, 16), jnp.bfloat16)}, "head has dtype bfloat16; it must be hidden's, float32"),
+        ({"temperature": jnp.ones(3)}, r"temperature has shape \(3,\); it must be \[B\] = \(2,\)"),
+        ({"key": jnp.zeros((2, 3), jnp.uint32)}, r"key has shape \(2, 3\); it must be \[B, 2\]"),
+        ({"position": jnp.zeros(2)}, "position has dtype float32; it must be int32"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes, message):
+    given = {
+        "hidden": jnp.zeros((2, 16)),
+        "head": jnp.ones((5, 16)),
+        "temperature": jnp.ones(2),
+        "key": jnp.zeros((2, 2), jnp.uint32),
+        "position": jnp.zeros(2, jnp.int32),
+    }
+    # Off, the checks by annotation leave the errors to the function, as for a user.
+    jaxtyping_config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=message):
+            sample_head(**({"backend": "xla"} | given | changes))
+    finally:
+        jaxtyping_config.update("jaxtyping_disable", False)
