@@ -46,21 +46,22 @@ def launch_parameters(target: Target, *, head_dim: int, itemsize: int, dot_items
     """`itemsize` is the cache's, `dot_itemsize` of what is multiplied; `fill` programs a multiprocessor, none cut.
 
     Measured on an H200 at D=128, K=8, with 1 to 256 rows of equal and of mixed lengths. Few programs need much in
-    flight each, so large tiles and, where rows just fill the chip, eight warps; many need room beside each other.
-    Float8 has two warps, whose conversion then needs no exchange between more. What is multiplied as float32, and GPUs
-    with less shared memory, have two stages of 16 KB, which fit everywhere.
+    flight each, so large tiles; many need room beside each other. Four stages of 16 KB, or eight warps, let two
+    programs into a multiprocessor: with room for a third, some get three while others have one. Float8 of many rows
+    has two warps, whose conversion then needs no exchange between more. What is multiplied as float32, and GPUs with
+    less shared memory, have two stages of 16 KB, which fit everywhere.
     """
     roomy = target.shared_bytes >= 200 * 1024
     if dot_itemsize == 4 or not roomy:
         tile_bytes, num_warps, num_stages, programs = 16 * 1024, 2 if itemsize == 1 else 4, 2, 4
-    elif itemsize == 1:
+    elif itemsize == 1 and fill >= 4:
         tile_bytes, num_warps, num_stages, programs = 8 * 1024, 2, 3, 4
-    elif fill < FULL:
+    elif itemsize == 1 or fill < FULL:
         tile_bytes, num_warps, num_stages, programs = 16 * 1024, 4, 3, 2
-    elif fill < 3.8:
-        tile_bytes, num_warps, num_stages, programs = 32 * 1024, 8, 2, 2
+    elif fill < 3:
+        tile_bytes, num_warps, num_stages, programs = 16 * 1024, 4, 4, 2
     elif fill < 7:
-        tile_bytes, num_warps, num_stages, programs = 16 * 1024, 4, 3, 4
+        tile_bytes, num_warps, num_stages, programs = 32 * 1024, 8, 2, 2
     else:
         tile_bytes, num_warps, num_stages, programs = 8 * 1024, 4, 4, 4
     row_bytes = next_power_of_2(max(head_dim, MIN_DOT)) * (4 if dot_itemsize == 4 else itemsize)
