@@ -90,7 +90,7 @@ def tilings(case: SkinnyCase) -> list[Tiling]:
     # Rows past the end cost as much as others: few rows have the smallest tile that holds them all.
     large_enough = [rows for rows in TILE_ROWS if rows >= min(case.rows, CONSUMER_ROWS)]
     tile_rows = large_enough[: 1 + (case.rows > CONSUMER_ROWS)]
-    shapes = itertools.product(tile_rows, (16, 32, 48, 64, 128), (64, 128))
+    shapes = itertools.product(tile_rows, (16, 32, 48, 64, 96, 128), (64, 128))
     for rows, cols, inputs in shapes:
         one = Tiling(rows, cols, inputs, 2 * CONSUMERS)
         # Outputs and norm, float32 sums where the consumers divide the inputs, and x where 64 rows are read of fewer.

@@ -15,6 +15,7 @@ from nanovllm_kernels.skinny_matmul.mosaic import scratch_types_of, skinny_matmu
 from nanovllm_kernels.skinny_matmul.mosaic_device import ProductShape
 
 ENTRIES = table_of(Target(90, 132, 227 * 1024, "NVIDIA H200"))
+TUNED = [entry for entry in ENTRIES if isinstance(entry.launch, Tiling)]
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,8 @@ ENTRIES = table_of(Target(90, 132, 227 * 1024, "NVIDIA H200"))
         (SkinnyCase("tile_32", 24, 512, 64, norm=True, gated=True, residual=True), Tiling(32, 32, 64, 4)),
         (SkinnyCase("tile_32_twice", 40, 256, 32, residual=True, bias=True), Tiling(32, 32, 64, 4)),
         (SkinnyCase("tile_16", 16, 512, 32, norm=True), Tiling(16, 32, 64, 6)),
+        # Tiles of 96 columns, which are moved by 32.
+        (SkinnyCase("wide", 64, 256, 192, norm=True, gated=True), Tiling(64, 96, 32, 8)),
         # Of 128 rows each takes half; the last tile is partly past the end.
         (SkinnyCase("norm_bias", 200, 256, 128, norm=True, bias=True), Tiling(128, 64, 64, 3)),
         (SkinnyCase("gated_bias", 136, 256, 64, gated=True, bias=True), Tiling(128, 64, 64, 2)),
@@ -70,7 +73,7 @@ def test_whole_tiles_must_cover_inputs_and_outputs(sizes, fits):
     assert Tiling(64, 64, 64, 4).fits(**sizes) == fits
 
 
-@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if isinstance(entry.launch, Tiling)], ids=str)
+@pytest.mark.parametrize("entry", TUNED, ids=str)
 def test_tuned_tiles_fit_in_shared_memory_with_every_option(entry):
     shape = ProductShape(
         num_rows=entry.rows,
@@ -86,3 +89,16 @@ def test_tuned_tiles_fit_in_shared_memory_with_every_option(entry):
     )
     arrays = [each for each in scratch_types_of(shape).values() if hasattr(each, "transforms")]
     assert sum(math.prod(each.shape) * jnp.dtype(each.dtype).itemsize for each in arrays) < 226 * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("entry", TUNED, ids=str)
+def test_tuned_tiles_match_the_oracle_on_a_gpu(entry):
+    tiling = entry.launch
+    inputs, outputs = min(2 * tiling.num_stages * tiling.tile_inputs, entry.inputs), 2 * tiling.tile_cols
+    case = SkinnyCase("tuned", entry.rows, inputs, outputs, norm=True, residual=True, gated=entry.gated)
+    arrays = skinny_inputs(case)
+    call = jax.jit(lambda arrays: skinny_matmul_mosaic(**arrays, eps=1e-6, bias=None, tiling=tiling))
+    got = call(arrays)
+    assert relative_error(got, skinny_oracle(arrays, case)) < 5e-3
+    np.testing.assert_array_equal(np.asarray(call(arrays)), np.asarray(got))
