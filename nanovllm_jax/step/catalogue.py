@@ -20,6 +20,8 @@ from nanovllm_jax.models.transformer import Unfinished
 from nanovllm_jax.parallel.mesh import MODEL_AXIS
 from nanovllm_jax.step import draw
 from nanovllm_jax.step.admission import UPDATE_LENGTH, update_rows
+from nanovllm_jax.step.decode import decode, decode_forward
+from nanovllm_jax.step.prefill import prefill_forward
 from nanovllm_jax.step.state import (
     CACHE_SPEC,
     EXTRAS_SPECS,
@@ -28,7 +30,7 @@ from nanovllm_jax.step.state import (
     abstract_extras,
     abstract_rows,
 )
-from nanovllm_jax.step.step import StepConfig, decode, decode_forward, prefill_forward
+from nanovllm_jax.step.step import StepConfig
 
 EQUAL = PartitionSpec()  # the same on every device
 UNFINISHED_SPECS = Unfinished(x=EQUAL, heads=PartitionSpec(None, MODEL_AXIS))  # heads by KV head

@@ -6,7 +6,7 @@ from typing import Any
 
 from nanovllm_jax.models.projections import most_fused_rows
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
-from nanovllm_jax.step.step import num_parts
+from nanovllm_jax.step.prefill import num_parts
 
 _LEAST_TIMED_TOKENS = 2048  # of a prefill
 _RECORDED_BY_DEFAULT = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION"  # in jaxlib 0.11.2

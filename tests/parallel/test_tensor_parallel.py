@@ -12,7 +12,7 @@ from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.config import ModelConfig, RopeConfig
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.parallel.mesh import split_heads
-from nanovllm_jax.step import step
+from nanovllm_jax.step import prefill
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_shards_change_no_token(model, alone, shards, settings):
 
 @pytest.mark.parametrize("most_tokens", [64, 63], ids=["even", "odd"])
 def test_prompts_in_parts_change_no_token(model, alone, monkeypatch, most_tokens):
-    monkeypatch.setattr(step, "MIN_TOKENS_IN_PARTS", 16)
+    monkeypatch.setattr(prefill, "MIN_TOKENS_IN_PARTS", 16)
     assert generate(model, 2, max_num_batched_tokens=most_tokens)[0] == alone
 
 
@@ -53,7 +53,7 @@ def test_parts_of_a_step_see_what_comes_before_them(num_parts):
     cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(q_lens, dtype=jnp.int32)])
     seen = [[] for _ in starts]
     for part in range(num_parts):
-        its, context_lens = step.part_of_tokens(cu_q_lens, jnp.asarray(starts, jnp.int32), part * size, size)
+        its, context_lens = prefill.part_of_tokens(cu_q_lens, jnp.asarray(starts, jnp.int32), part * size, size)
         for sequence, (count, end) in enumerate(zip(np.diff(its), context_lens.tolist(), strict=True)):
             seen[sequence] += range(end - count, end)
     assert seen == [list(range(start, start + n)) for start, n in zip(starts, q_lens, strict=True)]
