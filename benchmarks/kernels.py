@@ -53,7 +53,7 @@ class Bench:
     def __init__(self, runs: int) -> None:
         self.runs = runs
         self.measured: list[Measured] = []
-        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.pool = ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0))))
         self.compiled: dict[str, tuple[Future | None, Future]] = {}
 
     def prepare(self, *chains: Chain) -> None:

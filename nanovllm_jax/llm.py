@@ -408,8 +408,8 @@ class LLM:
 def _paused_collections() -> Iterator[None]:
     """No garbage is collected inside: the first collection walks over all prompts, for 3 to 5 ms."""
     enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if enabled:

@@ -257,7 +257,7 @@ class Collector:
             return None
         return Detokenizer(
             self._tokenizer,
-            request.prompt_token_ids,
+            request.token_ids,
             stop=params.stop or (),
             include_stop_str_in_output=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,

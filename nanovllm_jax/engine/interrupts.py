@@ -13,26 +13,26 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
-_previous: Callable[[int, FrameType | None], Any] | None = None  # the handler that ours stands before, while it does
+_previous: Callable[[int, FrameType | None], Any] | None = None  # the handler that ours stands before, or last stood
 _depth = 0  # blocks that hold Ctrl-C back
 _pending: list[tuple[int, FrameType | None]] = []
 
 
 @contextmanager
 def watched_interrupt() -> Iterator[None]:
-    """Let Ctrl-C pass as ever, and make `deferred_interrupt` inside cost 1 us: its system calls take 5 to 20."""
+    """Let Ctrl-C pass as ever, and make `deferred_interrupt` inside cost about 2 us: its system calls take 5 to 20."""
     global _previous
-    handler = None if _previous or not _in_main_thread() else signal.getsignal(signal.SIGINT)
-    if not callable(handler):
+    handler = signal.getsignal(signal.SIGINT) if _in_main_thread() else None
+    if handler is _on_interrupt or not callable(handler):
         yield
         return
+    _previous = handler
     try:
-        _previous = handler
         signal.signal(signal.SIGINT, _on_interrupt)
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        _previous = None
+        if _is_installed():  # else another was set meanwhile, and stays
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def deferred_interrupt() -> Iterator[None]:
     if not _in_main_thread():
         yield
         return
-    with nullcontext() if _previous else watched_interrupt():
+    with nullcontext() if _is_installed() else watched_interrupt():
         _depth += 1
         try:
             yield
@@ -52,6 +52,11 @@ def deferred_interrupt() -> Iterator[None]:
                 first = _pending[0]
                 _pending.clear()
                 _on_interrupt(*first)
+
+
+def _is_installed() -> bool:
+    """Asked of the system and not remembered: others may set handlers, or put ours back after a call has ended."""
+    return signal.getsignal(signal.SIGINT) is _on_interrupt
 
 
 def _in_main_thread() -> bool:

@@ -52,8 +52,11 @@ def decode(
     ) -> tuple[Caches, Array | None, Int[Array, " B"], Int[Array, "steps B"]]:
         caches, counters, token, tokens = carry
         context_lens, plan = lengths(index), jax.tree.map(partial(_element, index), plans)
-        newest = table, context_lens, plan, token
-        hidden, caches, counters = _decode_once(config, params, caches, counters, *newest)
+        hidden, caches, counters = _decode_once(
+            config, params, caches, counters, table=table, context_lens=context_lens, plan=plan, token=token
+        )
+        if config.axis_name is not None:  # the sampler gathers shards, so all of them see that one is wrong
+            hidden = _poison_unless_zero(hidden, counters)
         at_position = sampler_params._replace(position=context_lens)
         token = draw_tokens(variant, config.axis_name, config.backend, head, hidden, at_position)
         return caches, counters, token, jnp.where(indices == index, token, tokens)
@@ -64,7 +67,7 @@ def decode(
     last_token, tokens = rows["ints"][slot, RowInt.LAST_TOKEN], jnp.zeros((config.decode_steps, len(row)), jnp.int32)
     carry = caches, counters, last_token, tokens
     caches, counters, _, tokens = jax.lax.fori_loop(0, config.decode_steps, step, carry)
-    if counters is not None:
+    if counters is not None and config.axis_name is None:
         tokens = jnp.where(are_zero(counters), tokens, -1)
     return caches, advance(rows, slot, count, tokens), tokens
 
@@ -83,10 +86,10 @@ def decode_forward(
     table, token = rows["block_tables"][slot], rows["ints"][slot, RowInt.LAST_TOKEN]
     plan = _plan(config, params, caches, context_lens)
     counters = fused_counters(config.backend, len(slot), params["embed"].dtype)
-    newest = table, context_lens, plan, token
-    hidden, caches, counters = _decode_once(config, params, caches, counters, *newest)
-    if counters is not None:
-        hidden = jnp.where(are_zero(counters), hidden, jnp.nan)
+    hidden, caches, counters = _decode_once(
+        config, params, caches, counters, table=table, context_lens=context_lens, plan=plan, token=token
+    )
+    hidden = _poison_unless_zero(hidden, counters)
     rows |= {"ints": rows["ints"].at[slot, RowInt.NUM_TOKENS].set(context_lens)}
     padding = config.shape.max_num_seqs - hidden.shape[0]
     return (
@@ -105,6 +108,11 @@ def _open_blocks(config: StepConfig, rows: Rows, delta: Int[Array, "3 B"]) -> Ro
     return rows | {"block_tables": rows["block_tables"].at[row, column].set(delta[1], mode="drop")}
 
 
+def _poison_unless_zero(hidden: Float[Array, "B E"], counters: Int[Array, " tiles"] | None) -> Float[Array, "B E"]:
+    """NaN instead of hidden states that a product may have added up too early."""
+    return hidden if counters is None else jnp.where(are_zero(counters), hidden, jnp.nan)
+
+
 def _element(index: int | Array, stacked: Shaped[Array, "steps ..."]) -> Shaped[Array, "..."]:
     """`stacked[index]` as a sum, which is a kernel.
 
@@ -116,10 +124,15 @@ def _element(index: int | Array, stacked: Shaped[Array, "steps ..."]) -> Shaped[
 
 def _plan(config: StepConfig, params: Params, caches: Caches, context_lens: Int[Array, " B"]) -> Plan | None:
     """How attention cuts rows of these lengths, in all layers."""
-    options = {"dtype": params["embed"].dtype, "sliding_window": config.model.sliding_window}
     with jax.named_scope("plan"):
-        k_cache, width = caches[0][0], config.shape.blocks_per_row
-        return plan_rope_paged_decode(context_lens, k_cache, width, **options, backend=config.backend)
+        return plan_rope_paged_decode(
+            context_lens,
+            caches[0][0],
+            config.shape.blocks_per_row,
+            dtype=params["embed"].dtype,
+            sliding_window=config.model.sliding_window,
+            backend=config.backend,
+        )
 
 
 def _decode_once(
@@ -127,6 +140,7 @@ def _decode_once(
     params: Params,
     caches: Caches,
     counters: Int[Array, " tiles"] | None,
+    *,
     table: Int[Array, "B P"],
     context_lens: Int[Array, " B"],
     plan: Plan | None,
@@ -139,9 +153,17 @@ def _decode_once(
     position = jnp.maximum(context_lens - 1, 0)
     attend = _attend_newest(config, table, context_lens, plan)
     whole_layers = _whole_layers(config, params, caches, table, context_lens)
-    options = {"whole_layers": whole_layers, "counters": counters}
     return transformer(
-        params, config.model, token, position, caches, attend, config.axis_name, config.backend, **options
+        params,
+        config.model,
+        token,
+        position,
+        caches,
+        attend,
+        config.axis_name,
+        config.backend,
+        whole_layers=whole_layers,
+        counters=counters,
     )
 
 

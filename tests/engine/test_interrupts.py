@@ -87,3 +87,36 @@ def test_other_threads_hold_nothing_back():
     finally:
         leave.set()
         thread.join()
+
+
+def test_a_handler_that_is_set_meanwhile_gets_the_interrupts_at_the_end_of_a_block_and_stays():
+    previous, got = signal.getsignal(signal.SIGINT), []
+
+    def handler(number, frame):
+        got.append(len(done))
+
+    done = []
+    try:
+        with watched_interrupt():
+            signal.signal(signal.SIGINT, handler)
+            with deferred_interrupt():
+                interrupt()
+                done.append("block")
+        assert got == [1]
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_ctrl_c_passes_where_the_watching_handler_was_put_back_after_its_end():
+    previous = signal.getsignal(signal.SIGINT)
+    with watched_interrupt():
+        ours = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, ours)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+        with pytest.raises(KeyboardInterrupt), watched_interrupt(), deferred_interrupt():
+            interrupt()
+    finally:
+        signal.signal(signal.SIGINT, previous)

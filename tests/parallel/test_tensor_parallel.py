@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.config import ModelConfig, RopeConfig
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.parallel.mesh import split_heads
-from nanovllm_jax.step import prefill
+from nanovllm_jax.step import decode, prefill
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,20 @@ def test_shards_change_no_token(model, alone, shards, settings):
     tokens, num_preemptions = generate(model, shards, **settings)
     assert tokens == alone
     assert bool(num_preemptions) == (TIGHT.items() <= settings.items())
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_sums_that_one_shard_took_too_early_end_the_request(model, monkeypatch, shard):
+    def counters(*_):  # of which the first is zero where all went well
+        return (jax.lax.axis_index("model") == shard).astype(jnp.int32)[None]
+
+    monkeypatch.setattr(decode, "fused_counters", counters)
+    with LLM(
+        str(model), skip_tokenizer_init=True, dtype="float32", max_model_len=64, max_num_seqs=2,
+        max_num_batched_tokens=64, enforce_eager=True, tensor_parallel_size=2,
+    ) as llm:  # fmt: skip
+        (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=6, ignore_eos=True), use_tqdm=False)
+    assert output.outputs[0].finish_reason == "error"
 
 
 @pytest.mark.parametrize("most_tokens", [64, 63], ids=["even", "odd"])
