@@ -22,12 +22,14 @@ from nanovllm_kernels import (
     ragged_prefill,
     rope_cache_write,
     sample,
+    sample_head,
     silu_mul,
     skinny_matmul,
 )
 from nanovllm_kernels._cases import AttentionCase, RowsCase
 from nanovllm_kernels.rope_cache_write.cases import RopeCacheWriteCase
 from nanovllm_kernels.sample.cases import SampleCase, sample_inputs
+from nanovllm_kernels.sample_head.cases import SampleHeadCase, sample_head_inputs
 from nanovllm_kernels.skinny_matmul.cases import SkinnyCase
 
 ROTATED_BYTES = 300e6  # six times the L2 of an H100 or H200
@@ -226,6 +228,24 @@ def draw(case: SampleCase) -> Chain:
         return logits, jax.device_put(tuple(args)), jax.device_put(filters)
 
     return Chain(f"sample {case.name}", function, jax.eval_shape(fill), fill, copies, case.read_bytes)
+
+
+def draw_from_head(case: SampleHeadCase) -> Chain:
+    """Hidden states of each call's own; one head, which alone is as much as all copies of other chains."""
+    calls = max(4, math.ceil(ROTATED_BYTES / case.read_bytes))
+
+    def function(hidden, head, args):
+        return [sample_head(hidden[call], head, *args, backend="triton") for call in range(calls)]
+
+    def fill():
+        _, _, *args = sample_head_inputs(replace(case, vocab_size=1))
+        hidden = _normal(0, (calls, case.num_rows, case.inputs))
+        head = _normal(1, (case.vocab_size, case.inputs)) * jnp.asarray(case.inputs**-0.5, jnp.bfloat16)
+        return hidden, head, jax.device_put(tuple(args))
+
+    flops = 2 * case.num_rows * case.inputs * case.vocab_size
+    shapes = jax.eval_shape(fill)
+    return Chain(f"sample_head {case.name}", function, shapes, fill, calls, case.read_bytes, flops)
 
 
 def _normal(seed: int, shape: tuple[int, ...]):

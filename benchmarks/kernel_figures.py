@@ -15,6 +15,7 @@ from nanovllm_kernels.paged_decode.cases import BENCHMARKS as DECODES
 from nanovllm_kernels.ragged_prefill.cases import BENCHMARKS as PREFILLS
 from nanovllm_kernels.rope_cache_write.cases import BENCHMARKS as WRITES
 from nanovllm_kernels.sample.cases import BENCHMARKS as DRAWS
+from nanovllm_kernels.sample_head.cases import BENCHMARKS as HEADS
 from nanovllm_kernels.silu_mul.cases import BENCHMARKS as ACTIVATIONS
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS
 
@@ -104,6 +105,9 @@ def sample() -> Iterator[Comparison]:
 
     for case, name in zip(DRAWS, ("", "_top_p_alone", "_plain"), strict=False):
         yield Comparison((kernel_cases.draw(case),), partial(microseconds, f"sample_us_256x151936{name}"))
+    for case in HEADS:
+        name = f"sample_head_us_{case.num_rows}x{case.vocab_size}"
+        yield Comparison((kernel_cases.draw_from_head(case),), partial(microseconds, name))
 
 
 def skinny() -> Iterator[Comparison]:

@@ -11,9 +11,10 @@ import importlib
 import numpy as np
 from interpreted_sample import device, exact_log2, interpret, patch_interpreter
 from sample_oracle import assert_draws
-from test_sample_head import head_inputs, logits_of
+from test_sample_head import logits_of
 
 from nanovllm_kernels import lowering_for
+from nanovllm_kernels.sample_head.cases import INTERPRETED, sample_head_inputs
 
 launch = importlib.import_module("nanovllm_kernels.sample_head.triton")
 
@@ -23,8 +24,8 @@ def main():
     launch.triton_call = interpret
     device.approximate_log2 = exact_log2  # the interpreter knows no instructions of the GPU
     with lowering_for(90), np.errstate(all="ignore"):
-        for num_rows, vocab_size, width in ((5, 300, 64), (33, 128, 72), (70, 130, 64)):
-            hidden, head, *rest = head_inputs(num_rows, vocab_size, width)
+        for case in INTERPRETED:
+            hidden, head, *rest = sample_head_inputs(case)
             tokens = launch.sample_head_triton(hidden, head, *rest)
             assert_draws(tokens, logits_of(hidden, head), *rest)
 

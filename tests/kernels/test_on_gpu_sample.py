@@ -1,16 +1,16 @@
 """The sampling kernels on a real GPU: `pytest -m gpu tests/kernels`."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from sample_oracle import assert_draws, kept
 from scipy import stats
-from test_sample_head import head_inputs, logits_of
+from test_sample_head import logits_of
 
 from nanovllm_kernels import sample, sample_head
 from nanovllm_kernels.sample.cases import BENCHMARKS as SAMPLE_CASES
 from nanovllm_kernels.sample.cases import hard_inputs, sample_inputs
+from nanovllm_kernels.sample_head.cases import ON_GPU, sample_head_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -34,9 +34,9 @@ def test_sample_of_benchmark_rows(case):
     assert_draws(draw(args, filters), *args, **filters)
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 32, 64, 70])
-def test_sample_head(num_rows):
-    hidden, head, *rest = head_inputs(num_rows, 32_001, 576, jnp.bfloat16)
+@pytest.mark.parametrize("case", ON_GPU, ids=lambda case: case.name)
+def test_sample_head(case):
+    hidden, head, *rest = sample_head_inputs(case)
     tokens = jax.jit(lambda *args: sample_head(*args, backend="triton"))(hidden, head, *rest)
     assert_draws(tokens, logits_of(hidden, head), *rest)
 

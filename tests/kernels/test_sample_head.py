@@ -6,29 +6,16 @@ from jaxtyping import config as jaxtyping_config
 from sample_oracle import assert_draws
 
 from nanovllm_kernels import sample_head
-
-
-def head_inputs(num_rows, vocab_size, width, dtype=np.float16):
-    """Arguments by position; a row in four is greedy, one has hidden states that are no numbers."""
-    rng = np.random.default_rng(num_rows)
-    hidden = rng.standard_normal((num_rows, width), np.float32).astype(dtype)
-    hidden[num_rows // 2] = np.nan
-    return (
-        hidden,
-        (rng.standard_normal((vocab_size, width), np.float32) * 0.3).astype(dtype),
-        np.array([0.0, 0.6, 1.0, 2.0], np.float32)[np.arange(num_rows) % 4],
-        rng.integers(2**32, size=(num_rows, 2), dtype=np.uint32),
-        rng.integers(1000, size=num_rows, dtype=np.int32),
-    )
+from nanovllm_kernels.sample_head.cases import CASES, SampleHeadCase, sample_head_inputs
 
 
 def logits_of(hidden, head):
     return np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
 
 
-@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
-def test_draws_from_the_logits_of_hidden_states(dtype):
-    hidden, head, *rest = head_inputs(9, 300, 64, dtype)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_draws_from_the_logits_of_hidden_states(case):
+    hidden, head, *rest = sample_head_inputs(case)
     tokens = sample_head(*map(jnp.asarray, (hidden, head, *rest)), backend="xla")
     assert_draws(tokens, logits_of(hidden, head), *rest)
 
@@ -38,7 +25,7 @@ def test_interpreted_triton_kernels_draw_the_same():
 
 
 def test_no_rows_draw_no_tokens():
-    hidden, head, *rest = head_inputs(2, 5, 16)
+    hidden, head, *rest = sample_head_inputs(SampleHeadCase("any", 2, 16, 5))
     empty = [each[:0] for each in rest]
     assert sample_head(*map(jnp.asarray, (hidden[:0], head, *empty)), backend="xla").shape == (0,)
 

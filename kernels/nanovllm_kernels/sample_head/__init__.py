@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from nanovllm_kernels._checks import check_backend, check_float, check_int32, check_shape
 from nanovllm_kernels._compat import import_jax_triton
-from nanovllm_kernels.sample.reference import sample_xla
+from nanovllm_kernels.sample_head.reference import sample_head_xla
 
 
 def sample_head(
@@ -63,10 +62,7 @@ def sample_head(
     if rows == (0,):
         return jnp.zeros(rows, jnp.int32)
     if backend == "xla" or hidden.dtype == jnp.float32:
-        logits = jnp.einsum(
-            "be,ve->bv", hidden, head, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
-        return sample_xla(logits, temperature, key, position, None, None)
+        return sample_head_xla(hidden, head, temperature, key, position)
     import_jax_triton()
     from nanovllm_kernels.sample_head.triton import sample_head_triton
 
