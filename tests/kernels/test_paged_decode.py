@@ -1,5 +1,4 @@
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from kernel_oracle import decode_oracle, relative_error
 from nanovllm_kernels import paged_decode
 from nanovllm_kernels._cases import AttentionCase, attention_inputs
 from nanovllm_kernels.paged_decode.cases import CASES
+from nanovllm_kernels.paged_decode.plan import plan_pieces
 
 # The reference takes any shape the same way, so a few stand for all; lengths and contents vary in each.
 NAMES = ("smollm2", "multi_query", "block_8", "block_256", "float16", "window", "float32_soft_cap")
@@ -104,11 +104,7 @@ def test_triton_without_a_gpu_says_what_to_do():
 
 @functools.cache
 def jitted_plan(num_rows, window, most_pieces):
-    # What is imported here would make the whole module need triton.
-    triton = importlib.import_module("nanovllm_kernels.paged_decode.triton")
-    return jax.jit(
-        functools.partial(triton.plan_pieces, window=window, tile_tokens=TILE_TOKENS, most_pieces=most_pieces)
-    )
+    return jax.jit(functools.partial(plan_pieces, window=window, tile_tokens=TILE_TOKENS, most_pieces=most_pieces))
 
 
 @settings(deadline=None, max_examples=60)
@@ -118,8 +114,6 @@ def jitted_plan(num_rows, window, most_pieces):
     most_pieces=st.sampled_from([1, 2, 9, 66]),
 )
 def test_pieces_cover_each_row_once_and_the_longest_come_first(contexts, window, most_pieces):
-    pytest.importorskip("triton")
-    pytest.importorskip("jax_triton")
     pieces, cuts = map(np.asarray, jitted_plan(9, window, most_pieces)(jnp.array(contexts, jnp.int32)))
     assert len(pieces) == 9 + most_pieces
     real = pieces[pieces[:, 0] >= 0]

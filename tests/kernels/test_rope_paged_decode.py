@@ -53,6 +53,7 @@ def test_wrong_arguments_are_refused_with_what_was_got_and_what_is_allowed():
     args, options = rope_paged_decode_inputs(case)
     names = ("qkv", "cos", "sin", "k_cache", "v_cache", "block_tables", "context_lens")
     arrays = dict(zip(names, map(jnp.asarray, args), strict=True))
+    pieces, cuts = jnp.zeros((9, 8), jnp.int32), jnp.zeros((2, 3), jnp.int32)
     jaxtyping_config.update("jaxtyping_disable", True)
     try:
         for wrong, words in (
@@ -63,6 +64,12 @@ def test_wrong_arguments_are_refused_with_what_was_got_and_what_is_allowed():
             ({"block_tables": arrays["block_tables"][:, :0]}, "P above 0"),
             ({"context_lens": arrays["context_lens"][:1]}, r"context_lens has shape \(1,\)"),
             ({"k_norm": None}, "q_norm and k_norm go together"),
+            (
+                {"plan": (jnp.zeros((9, 5), jnp.int32), cuts)},
+                r"pieces are int32\[9, 5\]; they must be int32 \[pi",
+            ),
+            ({"plan": (pieces, cuts[:, :2])}, r"plan's cuts are int32\[2, 2\]; they must be int32 \[cuts, 3\]"),
+            ({"plan": (pieces.astype(jnp.float32), cuts)}, r"plan's pieces are float32\[9, 8\]"),
             ({"sliding_window": 0}, "sliding_window is 0; it must be at least 1"),
         ):
             with pytest.raises(ValueError, match=words):

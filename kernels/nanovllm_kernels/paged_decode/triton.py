@@ -1,10 +1,11 @@
-"""Triton implementation: launch of the kernels in `device.py`, and how rows are cut into pieces.
+"""Triton implementation: launch of the kernels in `device.py`.
 
 A program attends a piece of one row's context for one KV head; a second kernel merges. The query heads of a KV head
 share every key and value that is read (Flash-Decoding,
-https://crfm.stanford.edu/2023/10/12/flashdecoding.html). How a row is cut into pieces is decided on the device from
-all rows' lengths: pieces are about as long as what one resident program would get if all keys were dealt out evenly,
-so one long row among many short ones, or one row alone, is spread over the whole chip, and equal rows are not cut.
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html). How a row is cut into pieces (`plan.py`) is decided on the
+device from all rows' lengths: pieces are about as long as what one resident program would get if all keys were dealt
+out evenly, so one long row among many short ones, or one row alone, is spread over the whole chip, and equal rows are
+not cut.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from jaxtyping import Array, Float, Int
 from nanovllm_kernels._compat import Target, current_target, triton_call, update_in_place
 from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, dot_itemsize, next_power_of_2
 from nanovllm_kernels.paged_decode.device import decode_kernel, merge_kernel
+from nanovllm_kernels.paged_decode.plan import Plan, plan_pieces
 
 # tl.dot maps to tensor cores with 16 rows or more; smaller query groups are padded up to that.
 MIN_DOT = 16
 # Programs a multiprocessor, if no row is cut, from which on whole rows fill the chip.
 FULL = 1.9
 _MERGE_PARTS = 64  # pieces of a row that the merge reads at a time
-
-
-Plan = tuple[Int[Array, "pieces 8"], Int[Array, "cuts 3"]]  # see `plan_pieces`
 
 
 @dataclass(frozen=True)
@@ -67,40 +66,6 @@ def launch_parameters(target: Target, *, head_dim: int, itemsize: int, dot_items
     row_bytes = next_power_of_2(max(head_dim, MIN_DOT)) * (4 if dot_itemsize == 4 else itemsize)
     tile_tokens = max(MIN_DOT, min(128, tile_bytes // row_bytes))
     return Launch(tile_tokens, num_warps, num_stages, programs)
-
-
-def plan_pieces(context_lens: Int[Array, " B"], *, window: int, tile_tokens: int, most_pieces: int) -> Plan:
-    """Cuts rows into pieces of whole tiles, at least one a row and at most `most_pieces` + B in all.
-
-    Returns for each piece its row (-1 if there is no such piece), the context of the row, where the piece begins and
-    ends, whether it is all of the row, how many of the rows before are cut, the row's first piece and their number; and
-    for each row that is cut the row, its first piece and their number (0 where there are fewer such rows). Longer
-    pieces come first, since what starts last should be short. Plain XLA, the same for every layer of a step, so it
-    runs once.
-    """
-    num_rows = len(context_lens)
-    first_tile = jnp.maximum(context_lens - window, 0) // tile_tokens if window else jnp.zeros_like(context_lens)
-    tiles = (context_lens + tile_tokens - 1) // tile_tokens - first_tile
-    longest = jnp.maximum((jnp.sum(tiles) + most_pieces - 1) // most_pieces, 1)
-    counts = jnp.maximum((tiles + longest - 1) // longest, 1)
-    # Sums over [B, B] and [pieces, B] are one small kernel each; sorts and cumulative sums would be several.
-    rows = jnp.arange(num_rows, dtype=jnp.int32)
-    whole = counts == 1
-    length = (tiles + counts - 1) // counts
-    earlier = (length > length[:, None]) | ((length == length[:, None]) & (rows < rows[:, None]))
-    starts = jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=jnp.int32)
-    pieces = jnp.arange(num_rows + most_pieces, dtype=jnp.int32)[:, None]
-    own = (pieces >= starts) & (pieces < starts + counts)
-    begins = (first_tile + (pieces - starts) * length) * tile_tokens
-    ends = jnp.minimum(context_lens, begins + length * tile_tokens)
-    cut_before = jnp.sum(~whole & (rows < rows[:, None]), axis=1, dtype=jnp.int32)
-    columns = [rows + 1, context_lens, begins, ends, whole, cut_before, starts, counts]
-    values = [jnp.sum(jnp.where(own, column, 0), axis=1, dtype=jnp.int32) for column in columns]
-    # A row that is cut holds more than one of `most_pieces` equal parts of all tiles, so there are fewer of them.
-    cuts = jnp.arange(min(num_rows, most_pieces), dtype=jnp.int32)[:, None]
-    cut = ~whole & (cuts == cut_before)
-    cut_rows = [jnp.sum(jnp.where(cut, column, 0), axis=1, dtype=jnp.int32) for column in (rows, starts, counts)]
-    return jnp.stack([values[0] - 1, *values[1:]], axis=1), jnp.stack(cut_rows, axis=1)
 
 
 def plan_for_chip(

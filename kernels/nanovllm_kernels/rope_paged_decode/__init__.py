@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -18,9 +19,10 @@ from nanovllm_kernels._checks import (
     check_shape,
 )
 from nanovllm_kernels._compat import import_jax_triton
+from nanovllm_kernels.paged_decode.plan import Plan
 from nanovllm_kernels.rope_paged_decode.reference import rope_paged_decode_xla
 
-Plan = tuple[Int[Array, "pieces 8"], Int[Array, "cuts 3"]]  # how rows are cut, of `plan_rope_paged_decode`
+__all__ = ["Plan", "plan_rope_paged_decode", "rope_paged_decode"]
 
 
 def rope_paged_decode(
@@ -56,7 +58,8 @@ def rope_paged_decode(
     `counters`: a `jax.new_ref` of `split_counters()`, which a step's products may share. With them rows that are cut
     into pieces are merged by the last program to arrive; without them by a second kernel.
 
-    `plan`: `plan_rope_paged_decode` of `context_lens`, where that is the same for many calls and not made in each.
+    `plan`: `plan_rope_paged_decode` of `context_lens`, where that is the same for many calls and not made in each;
+    int32 [pieces, 8] and [cuts, 3]. The XLA implementation cuts no rows, and ignores it.
 
     Returns:
         (out [B, H, D] in qkv's dtype, k_cache, v_cache); the caches in place when donated to the enclosing jit.
@@ -91,6 +94,8 @@ def rope_paged_decode(
     for name, array in (("q_norm", q_norm), ("k_norm", k_norm)):
         if array is not None:
             check_shape(name, array, (head_dim,), "D")
+    if plan is not None:
+        _check_plan(plan)
     if len(qkv) == 0:
         return qkv[:, :, :-2].reshape(0, -1, head_dim), k_cache, v_cache
     args = (qkv, cos, sin, k_cache, v_cache, block_tables, context_lens)
@@ -123,3 +128,13 @@ def plan_rope_paged_decode(
     from nanovllm_kernels.rope_paged_decode.triton import plan_triton
 
     return plan_triton(context_lens, k_cache, table_width, dtype=dtype, window=sliding_window or 0)
+
+
+def _check_plan(plan: Plan) -> None:
+    pieces, cuts = plan
+    for name, array, columns in (("pieces", pieces, 8), ("cuts", cuts, 3)):
+        if array.ndim != 2 or array.shape[1] != columns or array.dtype != jnp.int32:
+            raise ValueError(
+                f"plan's {name} are {array.dtype}{list(array.shape)}; they must be int32 [{name}, {columns}], as "
+                "plan_rope_paged_decode gives them."
+            )
