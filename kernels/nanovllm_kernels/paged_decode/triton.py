@@ -25,6 +25,8 @@ from nanovllm_kernels.paged_decode.plan import Plan, plan_pieces
 MIN_DOT = 16
 # Programs a multiprocessor, if no row is cut, from which on whole rows fill the chip.
 FULL = 1.9
+# And from which on a float8 cache has many rows: launches of their own here, the two operations in `rope_paged_decode`.
+MANY_FLOAT8 = 4.0
 _MERGE_PARTS = 64  # pieces of a row that the merge reads at a time
 
 
@@ -53,7 +55,7 @@ def launch_parameters(target: Target, *, head_dim: int, itemsize: int, dot_items
     roomy = target.shared_bytes >= 200 * 1024
     if dot_itemsize == 4 or not roomy:
         tile_bytes, num_warps, num_stages, programs = 16 * 1024, 2 if itemsize == 1 else 4, 2, 4
-    elif itemsize == 1 and fill >= 4:
+    elif itemsize == 1 and fill >= MANY_FLOAT8:
         tile_bytes, num_warps, num_stages, programs = 8 * 1024, 2, 3, 4
     elif itemsize == 1 or fill < FULL:
         tile_bytes, num_warps, num_stages, programs = 16 * 1024, 4, 3, 2

@@ -17,6 +17,7 @@ from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, dot_itemsize, nex
 from nanovllm_kernels.paged_decode.plan import Plan
 from nanovllm_kernels.paged_decode.triton import (
     FULL,
+    MANY_FLOAT8,
     MIN_DOT,
     Launch,
     launch_parameters,
@@ -29,8 +30,6 @@ from nanovllm_kernels.rope_paged_decode.device import rope_decode_kernel
 from nanovllm_kernels.rope_paged_decode.reference import newest_slots
 
 _MERGE_ELEMENTS = 16  # of pieces, a thread, that a row's last program reads at a time
-# Programs a multiprocessor, if no row is cut; a float8 cache with more of them is attended by the two operations.
-_MOST_OF_FLOAT8 = 4.0
 
 
 def plan_triton(
@@ -74,7 +73,7 @@ def rope_paged_decode_triton(
     launch, fill = _launch(num_rows, k_cache, qkv.dtype)
     plan = plan or plan_triton(context_lens, k_cache, block_tables.shape[1], dtype=qkv.dtype, window=window)
     pieces, cuts = plan
-    if k_cache.dtype == FP8 and fill > _MOST_OF_FLOAT8:
+    if k_cache.dtype == FP8 and fill >= MANY_FLOAT8:
         slots = newest_slots(block_tables, context_lens, block_size)
         scales = {"k_scale": k_scale, "v_scale": v_scale}
         q, k_cache, v_cache = rope_cache_write_triton(
