@@ -32,6 +32,11 @@ class ParamSpec:
     axes: tuple[str | None, ...]
 
 
+def head_weight(params: Params) -> Any:
+    """The leaf of the output head [V, E], which is the embedding where they are tied."""
+    return params["lm_head"] if "lm_head" in params else params["embed"]
+
+
 def abstract_params(config: ModelConfig) -> Params:
     """The pytree of `ParamSpec`s of a model. `lm_head` is absent when the embedding is tied to it."""
     E, F, V = config.hidden_size, config.intermediate_size, config.vocab_size

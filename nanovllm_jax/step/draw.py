@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.models.params import Params
+from nanovllm_jax.models.params import Params, head_weight
 from nanovllm_jax.models.transformer import Unfinished, finish
 from nanovllm_jax.models.transformer import logits as compute_logits
 from nanovllm_jax.step.logprobs import gather_logprobs
@@ -50,7 +50,7 @@ def draw(
         num_rows: B, static.
         axis_name: mesh axis over which the vocabulary is split, if it is; so in the other functions here.
         backend: of `nanovllm_kernels.sample`.
-        head: `{"lm_head": ...}` or `{"embed": ...}`.
+        head: see `head_of`.
         rows: donated.
         hidden: last hidden states, of which the first B are used.
         sampled_rows: the row of each, -1 for padding and for prompts that are not finished.
@@ -75,7 +75,7 @@ def draw_tokens(
     # Logits that nobody else needs are not written: 17 us of 1.16 ms for a token of 32 rows (H200).
     one_kernel = backend == "triton" and axis_name is None and hidden.dtype.itemsize == 2
     if variant == "plain" and one_kernel and len(hidden) <= MOST_ROWS_WITHOUT_LOGITS:
-        (weight,) = head.values()
+        weight = head_weight(head)
         with jax.named_scope("sample_head"):
             return sample_head(hidden, weight, params.temperature, params.key, params.position, backend=backend)
     logits = compute_logits(head, hidden, backend)
@@ -144,8 +144,7 @@ def prompt_logprobs(
 
 def head_of(params: Params) -> Params:
     """The part of the parameters that the logits need."""
-    name = "lm_head" if "lm_head" in params else "embed"
-    return {name: params[name]}
+    return {"lm_head": head_weight(params)}
 
 
 def tail_of(params: Params) -> Params:
