@@ -23,7 +23,8 @@ _FP8_CAPABILITY = 89  # the first GPUs that convert e4m3 in hardware
 def split_counters() -> Int[Array, " tiles"]:
     """Counters for `skinny_matmul`, all zero, to be made a `jax.new_ref`.
 
-    One set serves every call inside a jit, each of which leaves them at zero: a step pays for one fill.
+    One set serves every call inside a jit, loops too, and each leaves them at zero: a program pays for one fill each
+    time it is called, however many tokens it computes.
     """
     return jnp.zeros(NUM_COUNTERS, jnp.int32)
 
