@@ -168,8 +168,9 @@ def chain_of(call):
     def chain(arrays, weights):
         counters, results = split_counters(), []
         for w in weights * repeats(weights):
-            if results:  # else XLA would run the calls with equal weights once, where nothing else tells them apart
-                w, _ = jax.lax.optimization_barrier((w, results[-1]))
+            if results:  # else XLA would run calls with equal weights once, and the norm of equal x once for all
+                x, w, _ = jax.lax.optimization_barrier((arrays["x"], w, results[-1]))
+                arrays = arrays | {"x": x}
             result, counters = one(arrays, w, counters)
             results.append(result)
         return results
