@@ -12,7 +12,7 @@ from nanovllm_jax.models.params import Params
 from nanovllm_jax.models.projections import are_zero, fused_counters
 from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, WholeLayers, transformer
 from nanovllm_jax.step.draw import Variant, advance, draw_tokens, head_of, params_of
-from nanovllm_jax.step.state import Caches, RowInt, Rows
+from nanovllm_jax.step.state import Caches, RowInt, Rows, slots_of
 from nanovllm_jax.step.step import StepConfig, attention_options, norms_and_scales
 from nanovllm_kernels import decode_layers, decode_layers_supports, plan_rope_paged_decode, rope_paged_decode
 from nanovllm_kernels.rope_paged_decode import Plan
@@ -39,7 +39,7 @@ def decode(
     """
     head, rows = head_of(params), _open_blocks(config, rows, delta)
     row, _, count = delta
-    slot = jnp.where(row >= 0, row, config.shape.max_num_seqs)
+    slot = slots_of(rows, row)
     table, first = rows["block_tables"][slot], rows["ints"][slot, RowInt.NUM_TOKENS]
     sampler_params = params_of(rows, slot)
     indices = jnp.arange(config.decode_steps, dtype=jnp.int32)[:, None]
@@ -81,7 +81,7 @@ def decode_forward(
         caches, rows, hidden states padded to R rows, and the row of each hidden state (-1 padding).
     """
     rows, active = _open_blocks(config, rows, delta), delta[0] >= 0
-    slot = jnp.where(active, delta[0], config.shape.max_num_seqs)
+    slot = slots_of(rows, delta[0])
     context_lens = jnp.where(active, rows["ints"][slot, RowInt.NUM_TOKENS] + 1, 0)
     table, token = rows["block_tables"][slot], rows["ints"][slot, RowInt.LAST_TOKEN]
     plan = _plan(config, params, caches, context_lens)
@@ -102,7 +102,7 @@ def decode_forward(
 
 def _open_blocks(config: StepConfig, rows: Rows, delta: Int[Array, "3 B"]) -> Rows:
     """Append each row's new block to its table, behind those that its tokens fill or have begun."""
-    row = jnp.where(delta[0] >= 0, delta[0], config.shape.max_num_seqs)
+    row = slots_of(rows, delta[0])
     column = -(-rows["ints"][row, RowInt.NUM_TOKENS] // config.shape.block_size)
     column = jnp.where(delta[1] >= 0, column, config.shape.blocks_per_row)  # out of range: dropped
     return rows | {"block_tables": rows["block_tables"].at[row, column].set(delta[1], mode="drop")}

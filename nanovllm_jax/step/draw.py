@@ -22,7 +22,7 @@ from nanovllm_jax.step.sampler import (
     sample_full,
     sample_plain,
 )
-from nanovllm_jax.step.state import Extras, RowFloat, RowInt, Rows
+from nanovllm_jax.step.state import Extras, RowFloat, RowInt, Rows, slots_of
 from nanovllm_kernels import sample_head
 from nanovllm_kernels.sample.vocab import vocab_offset
 
@@ -58,7 +58,7 @@ def draw(
     Returns:
         rows and the tokens, -1 where the logits were not finite.
     """
-    row = _slots(rows, sampled_rows[:num_rows])
+    row = slots_of(rows, sampled_rows[:num_rows])
     tokens = draw_tokens(variant, axis_name, backend, head, hidden[:num_rows], params_of(rows, row))
     return _remember(rows, row, tokens), tokens
 
@@ -96,7 +96,7 @@ def draw_full(
     sampled_rows: Int[Array, " R"],
 ) -> tuple[Rows, Extras, Sampled]:
     """`draw` with penalties, biases and bans, and log-probabilities of the raw logits."""
-    row = _slots(rows, sampled_rows[:num_rows])
+    row = slots_of(rows, sampled_rows[:num_rows])
     logits, params = compute_logits(head, hidden[:num_rows], backend), params_of(rows, row)
     state = FullState(
         counts=extras["counts"],
@@ -214,11 +214,6 @@ def advance(rows: Rows, slot: Int[Array, " B"], count: Int[Array, " B"], tokens:
     ints = ints.at[:, RowInt.NUM_TOKENS].add(count).at[:, RowInt.NUM_OUTPUT].add(count)
     ints = ints.at[:, RowInt.LAST_TOKEN].set(last)
     return rows | {"ints": rows["ints"].at[slot].set(ints)}
-
-
-def _slots(rows: Rows, sampled_rows: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Of padding the dummy row."""
-    return jnp.where(sampled_rows >= 0, sampled_rows, rows["ints"].shape[0] - 1)
 
 
 def _remember(rows: Rows, slot: Int[Array, " B"], tokens: Int[Array, " B"]) -> Rows:

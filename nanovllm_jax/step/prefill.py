@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, Unfinished, finish, transformer_until_last
 from nanovllm_jax.parallel.collectives import table_of
-from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows
+from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, slots_of
 from nanovllm_jax.step.step import StepConfig, attention_options, norms_and_scales
 from nanovllm_kernels import ragged_prefill, rope_cache_write
 
@@ -29,10 +29,10 @@ def prefill_forward(
     hidden state of each sequence's last token, which alone passes all of the last layer; and all tokens as they are
     before that (for prompt log-probabilities).
     """
-    dummy, block_size = config.shape.max_num_seqs, config.shape.block_size
+    block_size = config.shape.block_size
     tokens, cu_q_lens, row, starts, samples = layout.unpack(delta)
     active = row >= 0
-    slot_row = jnp.where(active, row, dummy)
+    slot_row = slots_of(rows, row)
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
     context_lens = jnp.where(active, starts + q_lens, 0)
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+from jaxtyping import Array, Int
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.parallel.mesh import MODEL_AXIS
@@ -106,6 +107,11 @@ def abstract_rows(shape: StateShape, mesh: Mesh) -> dict[str, Abstract]:
         "ints": jax.ShapeDtypeStruct((slots, len(RowInt)), jnp.int32, sharding=sharding),
         "floats": jax.ShapeDtypeStruct((slots, len(RowFloat)), jnp.float32, sharding=sharding),
     }
+
+
+def slots_of(rows: Rows, row: Int[Array, " B"]) -> Int[Array, " B"]:
+    """The slots of rows; of padding, which is negative, the dummy's."""
+    return jnp.where(row >= 0, row, rows["ints"].shape[0] - 1)
 
 
 def abstract_extras(config: ModelConfig, shape: StateShape, mesh: Mesh) -> dict[str, Abstract]:

@@ -108,6 +108,20 @@ def test_a_handler_that_is_set_meanwhile_gets_the_interrupts_at_the_end_of_a_blo
         signal.signal(signal.SIGINT, previous)
 
 
+def test_a_handler_that_calls_the_one_it_found_passes_the_interrupt_on():
+    original = signal.getsignal(signal.SIGINT)
+    try:
+        with watched_interrupt():
+            found = signal.getsignal(signal.SIGINT)
+            signal.signal(signal.SIGINT, lambda number, frame: found(number, frame))
+            with pytest.raises(KeyboardInterrupt), deferred_interrupt():
+                interrupt()
+        with pytest.raises(KeyboardInterrupt), watched_interrupt(), deferred_interrupt():
+            interrupt()
+    finally:
+        signal.signal(signal.SIGINT, original)
+
+
 def test_ctrl_c_passes_where_the_watching_handler_was_put_back_after_its_end():
     previous = signal.getsignal(signal.SIGINT)
     with watched_interrupt():
