@@ -57,6 +57,11 @@ def are_zero(counters: Int[Array, " tiles"]) -> Bool[Array, ""]:
     return counters[0] == 0
 
 
+def poison_unless_zero(x: Float[Array, "T E"], counters: Int[Array, " tiles"] | None) -> Float[Array, "T E"]:
+    """NaN instead of hidden states that a product may have added up too early."""
+    return x if counters is None else jnp.where(are_zero(counters), x, jnp.nan)
+
+
 @jax.named_scope("qkv")
 def project_qkv(
     residual: Residual, params: Params, eps: float, counters: jax.Ref | None, backend: Backend

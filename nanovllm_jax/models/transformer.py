@@ -21,9 +21,9 @@ from nanovllm_jax.models.projections import (
     Residual,
     add_attention,
     add_mlp,
-    are_zero,
     einsum,
     fused_counters,
+    poison_unless_zero,
     project_qkv,
     typed_as,
 )
@@ -111,8 +111,7 @@ def transformer_until_last(
     layers = _Layers(params, config, tokens, positions, attends, axis_name, backend, counters)
     new_caches = [layers.whole(index, cache) for index, cache in enumerate(caches[:-1])]
     unfinished, cache = layers.attention_of_last(caches[-1])
-    if layers.counters is not None:
-        unfinished = unfinished._replace(x=jnp.where(are_zero(layers.counters), unfinished.x, jnp.nan))
+    unfinished = unfinished._replace(x=poison_unless_zero(unfinished.x, layers.counters))
     return unfinished, [*new_caches, cache]
 
 

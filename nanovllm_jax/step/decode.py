@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from nanovllm_jax.models.params import Params
-from nanovllm_jax.models.projections import are_zero, fused_counters
+from nanovllm_jax.models.projections import are_zero, fused_counters, poison_unless_zero
 from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, WholeLayers, transformer
 from nanovllm_jax.step.draw import Variant, advance, draw_tokens, head_of, params_of
 from nanovllm_jax.step.state import Caches, RowInt, Rows, slots_of
@@ -56,7 +56,7 @@ def decode(
             config, params, caches, counters, table=table, context_lens=context_lens, plan=plan, token=token
         )
         if config.axis_name is not None:  # the sampler gathers shards, so all of them see that one is wrong
-            hidden = _poison_unless_zero(hidden, counters)
+            hidden = poison_unless_zero(hidden, counters)
         at_position = sampler_params._replace(position=context_lens)
         token = draw_tokens(variant, config.axis_name, config.backend, head, hidden, at_position)
         return caches, counters, token, jnp.where(indices == index, token, tokens)
@@ -89,7 +89,7 @@ def decode_forward(
     hidden, caches, counters = _decode_once(
         config, params, caches, counters, table=table, context_lens=context_lens, plan=plan, token=token
     )
-    hidden = _poison_unless_zero(hidden, counters)
+    hidden = poison_unless_zero(hidden, counters)
     rows |= {"ints": rows["ints"].at[slot, RowInt.NUM_TOKENS].set(context_lens)}
     padding = config.shape.max_num_seqs - hidden.shape[0]
     return (
@@ -106,11 +106,6 @@ def _open_blocks(config: StepConfig, rows: Rows, delta: Int[Array, "3 B"]) -> Ro
     column = -(-rows["ints"][row, RowInt.NUM_TOKENS] // config.shape.block_size)
     column = jnp.where(delta[1] >= 0, column, config.shape.blocks_per_row)  # out of range: dropped
     return rows | {"block_tables": rows["block_tables"].at[row, column].set(delta[1], mode="drop")}
-
-
-def _poison_unless_zero(hidden: Float[Array, "B E"], counters: Int[Array, " tiles"] | None) -> Float[Array, "B E"]:
-    """NaN instead of hidden states that a product may have added up too early."""
-    return hidden if counters is None else jnp.where(are_zero(counters), hidden, jnp.nan)
 
 
 def _element(index: int | Array, stacked: Shaped[Array, "steps ..."]) -> Shaped[Array, "..."]:
@@ -200,14 +195,13 @@ def _whole_layers(
     config: StepConfig, params: Params, caches: Caches, block_tables: Int[Array, "B P"], context_lens: Int[Array, " B"]
 ) -> WholeLayers | None:
     """A decode step's layers as one kernel, where there is one: for one row, on one device."""
-    model = config.model
     if config.backend != "triton" or config.axis_name is not None or len(context_lens) != 1:
         return None
     # Scales are a float8 cache's, which that kernel does not take.
     layers = [{name: leaf for name, leaf in layer.items() if not name.endswith("_scale")} for layer in params["layers"]]
     if not decode_layers_supports(layers, caches):
         return None
-    options = {"eps": model.rms_norm_eps, "scale": model.head_dim**-0.5, "sliding_window": model.sliding_window}
+    options = {"eps": config.model.rms_norm_eps, **attention_options(config)}
 
     def whole_layers(
         x: Float[Array, "1 E"], rope: Rope, caches: list[LayerCache]

@@ -74,7 +74,11 @@ def interpret(*args, kernel, out_type, grid, num_warps, num_stages, **constants)
 
 
 def patch_interpreter():
-    """Scalars are arrays of one element to the interpreter, which NumPy 2.5 does not turn into an int."""
+    """What the interpreter lacks.
+
+    It knows no instructions of the GPU; and scalars are arrays of one element to it, which NumPy 2.5 turns into no int.
+    """
+    device.approximate_log2 = exact_log2
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor, scope):
@@ -87,7 +91,6 @@ def patch_interpreter():
 def main(stride, *vocab_sizes):
     patch_interpreter()
     launch.triton_call = interpret
-    device.approximate_log2 = exact_log2  # the interpreter knows no instructions of the GPU
     passes = 0
     narrow = device_search.narrow
 

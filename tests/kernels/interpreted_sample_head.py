@@ -9,7 +9,7 @@ of its own.
 import importlib
 
 import numpy as np
-from interpreted_sample import device, exact_log2, interpret, patch_interpreter
+from interpreted_sample import interpret, patch_interpreter
 from sample_oracle import assert_draws
 from test_sample_head import logits_of
 
@@ -22,7 +22,6 @@ launch = importlib.import_module("nanovllm_kernels.sample_head.triton")
 def main():
     patch_interpreter()
     launch.triton_call = interpret
-    device.approximate_log2 = exact_log2  # the interpreter knows no instructions of the GPU
     with lowering_for(90), np.errstate(all="ignore"):
         for case in INTERPRETED:
             hidden, head, *rest = sample_head_inputs(case)
