@@ -20,22 +20,12 @@ from nanovllm_kernels._compat import current_target, triton_call
 from nanovllm_kernels._device import ceil_div, next_power_of_2
 from nanovllm_kernels.sample.device import MINUS_INF, NO_ID, PLUS_INF, gumbel, noise_words, take_better
 from nanovllm_kernels.sample.device_plain import load_temperature, merge_kernel
+from nanovllm_kernels.skinny_matmul.device import load_tile
 
 _MIN_ROWS, _MOST_ROWS = 16, 64  # of a tile: what tl.dot needs; what registers hold
 _TILE_IDS, _TILE_INPUTS = 128, 64
 _MOST_STAGES = 9
 _RESERVED_BYTES = 8 * 1024  # of shared memory, for what is not the loop's
-
-
-@triton.jit
-@no_type_check
-def load_columns(pointers, columns, NUM: tl.constexpr, MASK: tl.constexpr):
-    """A tile that is zero past column NUM; whole tiles need no mask."""
-    if MASK:
-        tile = tl.load(pointers, mask=(columns < NUM)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
 
 
 @triton.jit
@@ -76,8 +66,9 @@ def head_race_kernel(
         ids = (program + turn // STEPS * num_programs) * TILE_IDS + tl.arange(0, TILE_IDS)
         columns = step * TILE_INPUTS + inputs
         head_rows = head_ptr + tl.minimum(ids, VOCAB - 1).to(tl.int64)[:, None] * NUM_INPUTS
-        head = load_columns(head_rows + columns[None, :], columns, NUM_INPUTS, MASK)
-        hidden = load_columns(hidden_tile + step * TILE_INPUTS, columns, NUM_INPUTS, MASK)
+        inside = columns < NUM_INPUTS
+        head = load_tile(head_rows + columns[None, :], None, inside, False, MASK)
+        hidden = load_tile(hidden_tile + step * TILE_INPUTS, None, inside, False, MASK)
         acc = tl.dot(head, tl.trans(hidden), acc)
         if step == STEPS - 1:
             noise = gumbel(ids[:, None], word0[None, :], word1[None, :])
