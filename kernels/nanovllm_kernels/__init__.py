@@ -16,9 +16,10 @@ from nanovllm_kernels.rope_paged_decode import plan_rope_paged_decode, rope_page
 from nanovllm_kernels.sample import sample
 from nanovllm_kernels.sample_head import sample_head
 from nanovllm_kernels.silu_mul import silu_mul
-from nanovllm_kernels.skinny_matmul import skinny_matmul, split_counters
+from nanovllm_kernels.skinny_matmul import Scaled, scaled, skinny_matmul, skinny_matmul_scaled, split_counters
 
 __all__ = [
+    "Scaled",
     "add_rms_norm",
     "add_shards",
     "decode_layers",
@@ -32,7 +33,9 @@ __all__ = [
     "rope_paged_decode",
     "sample",
     "sample_head",
+    "scaled",
     "silu_mul",
     "skinny_matmul",
+    "skinny_matmul_scaled",
     "split_counters",
 ]

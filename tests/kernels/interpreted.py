@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import jax
 import ml_dtypes
 import numpy as np
-from kernel_oracle import relative_error, skinny_oracle
+from kernel_oracle import passed_on_oracle, relative_error, skinny_oracle
 
 from nanovllm_kernels import lowering_for
 from nanovllm_kernels._compat import import_jax_triton
@@ -94,12 +94,17 @@ def run(case, launch, *, in_kernel_merge):
     skinny.triton_call = triton_call
     arrays = {name: np.array(array, order="C") for name, array in skinny_inputs(case).items()}
     counters = np.zeros(64, np.int32) if in_kernel_merge else None
-    options = {"norm": None, "w_scale": None, "bias": None, "residual": None} | arrays | case.options
+    unused = dict.fromkeys(("norm", "w_scale", "bias", "residual", "squares", "next_norm"))
+    options = unused | arrays | case.options
     with lowering_for(90):
-        got = skinny.skinny_matmul_triton(
+        got, *passed_on = skinny.skinny_matmul_triton(
             **options | {"out_dtype": np.dtype(case.out_dtype or arrays["x"].dtype)}, counters=counters, launch=launch
         )
     error = relative_error(got, skinny_oracle(arrays, case))
+    if case.next_norm:
+        scaled, squares = passed_on_oracle(got, arrays["next_norm"])
+        error = max(error, relative_error(passed_on[0], scaled))
+        error = max(error, relative_error(passed_on[1].sum(axis=0)[: case.rows], squares))
     clean = counters is None or not counters.any()
     print(f"{case.name:12} {launch} {in_kernel_merge=} {error:.1e} {clean=}", flush=True)
     return error < (5e-3 if case.dtype == "bfloat16" else 2e-3) and clean
@@ -116,6 +121,9 @@ PROBLEMS = [
     (SkinnyCase("head", 3, 160, 70, w_layout="nk", out_dtype="float32"), TILE),
     (SkinnyCase("fp8", 3, 128, 64, gated=True, scale="channel"), TILE),
     (SkinnyCase("fp8_tensor", 1, 128, 64, scale="tensor"), ONE_ROW),
+    (SkinnyCase("passed_on", 20, 300, 77, scaled=True, next_norm=True, bias=True, residual=True), TILE),
+    (SkinnyCase("gated_on", 20, 300, 77, scaled=True, gated=True), TILE),
+    (SkinnyCase("one_passed", 1, 300, 77, scaled=True, next_norm=True), ONE_ROW),
     (SkinnyCase("float16", 3, 128, 64, norm=True, dtype="float16"), TILE),
 ]
 

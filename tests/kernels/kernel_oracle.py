@@ -110,11 +110,19 @@ def skinny_oracle(arrays, case, *, normed_dtype=None):
         x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-6) * wide["norm"]
         if normed_dtype is not None:
             x = x.astype(normed_dtype).astype(np.float64)
+    if case.scaled:
+        x = x / np.sqrt(wide["squares"].sum(axis=0)[: len(x), None] / x.shape[1] + 1e-6)
     y = np.tensordot(x, w, axes=(1, 1 if case.w_layout == "nk" else 0))
     y = y * wide.get("w_scale", 1.0) + wide.get("bias", 0.0)
     if case.gated:
         y = y[:, 0] / (1 + np.exp(-y[:, 0])) * y[:, 1]
     return y + wide.get("residual", 0.0)
+
+
+def passed_on_oracle(y, next_norm):
+    """What is passed on of a result as its dtype holds it: times the norm that follows, and its sums of squares."""
+    held = np.asarray(y, np.float64)
+    return held * np.asarray(next_norm, np.float64), np.sum(held**2, axis=1)
 
 
 def relative_error(got, expected):

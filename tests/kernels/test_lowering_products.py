@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 from lowering import ARCHITECTURES
 
-from nanovllm_kernels import add_rms_norm, gated_matmul, lowering_for, silu_mul, skinny_matmul, split_counters
+from nanovllm_kernels import add_rms_norm, gated_matmul, lowering_for, silu_mul, split_counters
 from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
 from nanovllm_kernels.silu_mul.cases import CASES as SILU_CASES
 from nanovllm_kernels.skinny_matmul.cases import CASES as SKINNY_CASES
-from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, skinny_inputs
+from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, as_in_a_layer, product_of, skinny_inputs
 from nanovllm_kernels.skinny_matmul.launch import Launch, Tiling, launch_parameters
 
 
@@ -22,7 +22,7 @@ def lower_skinny(case, architecture, *, in_kernel_merge):
 
     def call(arrays):
         counters = jax.new_ref(split_counters()) if in_kernel_merge else None
-        return skinny_matmul(**arrays, **case.options, counters=counters, backend="triton")
+        return product_of(arrays, **case.options, counters=counters, backend="triton")
 
     with lowering_for(architecture) as target:
         text = jax.jit(call).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
@@ -40,10 +40,11 @@ def test_skinny_matmul_compiles_and_splits_are_merged_inside_with_counters(compi
     assert all(shared <= limit for _, shared in compiled)
 
 
+@pytest.mark.parametrize("in_a_layer", [False, True])
 @pytest.mark.parametrize("rows", [16, 32, 128, 192, 256])
 @pytest.mark.parametrize("case", PRODUCTS["qwen3_0_6b"], ids=lambda case: case.name)
-def test_skinny_matmul_lowers_to_the_kernel_that_the_table_names(compiled, case, rows):
-    case = dataclasses.replace(case, rows=rows)
+def test_skinny_matmul_lowers_to_the_kernel_that_the_table_names(compiled, case, rows, in_a_layer):
+    case = dataclasses.replace(as_in_a_layer(case) if in_a_layer else case, rows=rows)
     sizes = {"rows": rows, "inputs": case.inputs, "outputs": case.outputs, "gated": case.gated, "w_bytes": 2}
     with lowering_for(90) as target:
         chosen = launch_parameters(target, **sizes, mosaic=True)

@@ -12,6 +12,7 @@ from kernel_oracle import (
     add_rms_norm_oracle,
     gated_oracle,
     layers_oracle,
+    passed_on_oracle,
     relative_error,
     silu_mul_oracle,
     skinny_oracle,
@@ -23,7 +24,6 @@ from nanovllm_kernels import (
     decode_layers,
     gated_matmul,
     silu_mul,
-    skinny_matmul,
     split_counters,
 )
 from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
@@ -37,7 +37,7 @@ from nanovllm_kernels.gated_matmul.cases import gated_inputs
 from nanovllm_kernels.silu_mul.cases import CASES as SILU_CASES
 from nanovllm_kernels.silu_mul.cases import silu_mul_inputs
 from nanovllm_kernels.skinny_matmul.cases import CASES as SKINNY_CASES
-from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, skinny_inputs
+from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, as_in_a_layer, product_of, skinny_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -74,33 +74,45 @@ def test_gated_matmul(case):
 def test_skinny_matmul(case, in_kernel_merge):
     def call(arrays):
         counters = jax.new_ref(split_counters()) if in_kernel_merge else None
-        return skinny_matmul(**arrays, **case.options, counters=counters, backend="triton")
+        return product_of(arrays, **case.options, counters=counters, backend="triton")
 
     for seed in (0, 1):
         arrays = skinny_inputs(case, seed)
-        got = jax.jit(call)(arrays)
+        got, passed_on = jax.jit(call)(arrays)
         assert relative_error(got, skinny_oracle(arrays, case)) < GPU_TOLERANCE[case.dtype]
+        check_passed_on(got, passed_on, arrays)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 64, 100, 256])
+def check_passed_on(got, passed_on, arrays):
+    if passed_on is not None:
+        scaled, squares = passed_on_oracle(got, arrays["next_norm"])
+        assert relative_error(passed_on.x, scaled) < 5e-3
+        assert relative_error(np.asarray(passed_on.squares).sum(axis=0)[: len(squares)], squares) < 1e-5
+
+
+@pytest.mark.parametrize("in_a_layer", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 64, 100, 128, 256])
 @pytest.mark.parametrize(
     "case", [*PRODUCTS["qwen3_0_6b"], *PRODUCTS["qwen3_8b_tp4"]], ids=lambda case: f"{case.name}-{case.outputs}"
 )
-def test_skinny_matmul_with_the_launches_of_a_model(case, rows):
-    case = dataclasses.replace(case, rows=rows)
+def test_skinny_matmul_with_the_launches_of_a_model(case, rows, in_a_layer):
+    case = dataclasses.replace(as_in_a_layer(case) if in_a_layer else case, rows=rows)
     arrays = skinny_inputs(case)
 
     # The same counters for all calls: each must find them at zero. Sums in a fixed order repeat to the bit.
     def calls(arrays):
         counters = jax.new_ref(split_counters())
-        one = lambda: skinny_matmul(**arrays, **case.options, counters=counters, backend="triton")  # noqa: E731
+        one = lambda: product_of(arrays, **case.options, counters=counters, backend="triton")  # noqa: E731
         return [one() for _ in range(20)], counters[...]
 
     got, counters = jax.jit(calls)(arrays)
     assert not np.asarray(counters).any()
-    assert relative_error(got[0], skinny_oracle(arrays, case)) < 5e-3
-    for other in got[1:]:
-        np.testing.assert_array_equal(np.asarray(other), np.asarray(got[0]))
+    result, passed_on = got[0]
+    assert relative_error(result, skinny_oracle(arrays, case)) < 5e-3
+    check_passed_on(result, passed_on, arrays)
+    compared = jax.tree.leaves([[y, s and (s.x, s.squares[:, :rows])] for y, s in got])
+    for i, array in enumerate(compared):
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(compared[i % (len(compared) // len(got))]))
 
 
 @pytest.mark.parametrize("case", LAYER_CASES, ids=lambda case: case.name)

@@ -9,19 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_interpreter import run_interpreted
 from jaxtyping import config as jaxtyping_config
-from kernel_oracle import relative_error, skinny_oracle
+from kernel_oracle import passed_on_oracle, relative_error, skinny_oracle
 
-from nanovllm_kernels import lowering_for, skinny_matmul
+from nanovllm_kernels import Scaled, lowering_for, scaled, skinny_matmul, skinny_matmul_scaled
 from nanovllm_kernels._device import ceil_div
 from nanovllm_kernels.skinny_matmul import launch
-from nanovllm_kernels.skinny_matmul.cases import CASES, PRODUCTS, SkinnyCase, skinny_inputs
+from nanovllm_kernels.skinny_matmul.cases import CASES, PRODUCTS, SkinnyCase, product_of, skinny_inputs
 
 TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-5}
 
 
 @functools.cache
 def jitted(case: SkinnyCase):
-    return jax.jit(lambda arrays: skinny_matmul(**arrays, **case.options, backend="xla"))
+    return jax.jit(lambda arrays: product_of(arrays, **case.options, backend="xla"))
 
 
 @settings(deadline=None, max_examples=40)
@@ -44,7 +44,7 @@ def jitted(case: SkinnyCase):
 )
 def test_reference_matches_the_oracle(case, seed):
     arrays = skinny_inputs(case, seed)
-    got = jitted(case)(arrays)
+    got, _ = jitted(case)(arrays)
     assert got.dtype == jnp.dtype(case.out_dtype or case.dtype)
     # Over all rows at once, and with the norm rounded as documented: one large gate of a row of 33 carries the
     # rounding of its inputs several times over, and no other output is there to average it.
@@ -55,7 +55,26 @@ def test_reference_matches_the_oracle(case, seed):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_reference_takes_every_case(case):
     arrays = skinny_inputs(case)
-    assert relative_error(jitted(case)(arrays), skinny_oracle(arrays, case)) < TOLERANCE[case.dtype]
+    got, passed_on = jitted(case)(arrays)
+    assert relative_error(got, skinny_oracle(arrays, case)) < TOLERANCE[case.dtype]
+    if case.next_norm:
+        rows, squares = passed_on_oracle(got, arrays["next_norm"])
+        assert relative_error(passed_on.x, rows) < TOLERANCE[case.dtype]
+        assert relative_error(passed_on.squares.sum(axis=0)[: case.rows], squares) < 1e-6
+
+
+def test_a_product_of_scaled_rows_is_that_of_normed_ones():
+    x, w, norm = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(5, 64), (64, 32), (64,)]))
+    normed = skinny_matmul(x, w, norm=norm, backend="xla")
+    for parts in (1, 3):
+        got = skinny_matmul(scaled(x, norm, parts), w, backend="xla")
+        np.testing.assert_allclose(np.asarray(got), np.asarray(normed), rtol=1e-5, atol=1e-5)
+
+
+def test_float16_is_not_scaled():
+    x, w = jnp.ones((2, 8), jnp.float16), jnp.ones((8, 4), jnp.float16)
+    with pytest.raises(ValueError, match="a float16 x cannot be scaled"):
+        skinny_matmul_scaled(x, w, next_norm=jnp.ones(4), backend="xla")
 
 
 def test_no_rows_give_no_rows():
@@ -82,6 +101,11 @@ def test_wrong_arguments_are_refused_with_what_was_got_and_what_is_allowed():
             ({"w_scale": vector}, "only fp8 weights have a scale"),
             ({"w": fp8, "w_scale": vector[:2]}, r"w_scale has shape \(2,\); it must be \[N\] = \(4,\)"),
             ({"norm": vector}, r"norm has shape \(4,\); it must be \[K\] = \(8,\)"),
+            (
+                {"x": Scaled(x, jnp.ones((3, 2)))},
+                r"squares .* have shape \(3, 2\); it must be \[parts, 128\]",
+            ),
+            ({"x": scaled(x, x[0]), "norm": x[0]}, "x is scaled, and norm is given"),
             ({"bias": x}, r"bias has shape \(2, 8\); it must be \[N\] = \(4,\)"),
             ({"residual": x}, r"residual has shape \(2, 8\); it must be \[M, N\] = \(2, 4\)"),
         ):

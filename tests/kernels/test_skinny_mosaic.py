@@ -7,7 +7,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_oracle import relative_error, skinny_oracle
+from kernel_oracle import passed_on_oracle, relative_error, skinny_oracle
 
 from nanovllm_kernels.skinny_matmul.cases import SkinnyCase, skinny_inputs
 from nanovllm_kernels.skinny_matmul.launch import Target, Tiling, table_of
@@ -35,23 +35,31 @@ TUNED = [entry for entry in ENTRIES if isinstance(entry.launch, Tiling)]
         # Of 128 rows each takes half; the last tile is partly past the end.
         (SkinnyCase("norm_bias", 200, 256, 128, norm=True, bias=True), Tiling(128, 64, 64, 3)),
         (SkinnyCase("gated_bias", 136, 256, 64, gated=True, bias=True), Tiling(128, 64, 64, 2)),
+        # What a product before a norm passes on, and one after it takes.
+        (SkinnyCase("passed_on", 72, 256, 128, scaled=True, residual=True, next_norm=True), Tiling(64, 64, 64, 4)),
+        (SkinnyCase("passed_on_few", 40, 256, 64, bias=True, next_norm=True), Tiling(32, 32, 64, 4)),
+        (SkinnyCase("passed_on_many", 200, 256, 64, scaled=True, gated=True, next_norm=True), Tiling(128, 32, 64, 3)),
         (SkinnyCase("float16", 136, 384, 64, residual=True, dtype="float16"), Tiling(128, 32, 128, 2)),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_interpreted_kernel_matches_the_oracle(case, tiling):
     arrays = skinny_inputs(case)
-    options = {"norm": None, "bias": None, "residual": None} | {name: arrays[name] for name in arrays if name != "x"}
+    options = dict.fromkeys(("norm", "bias", "residual")) | {name: arrays[name] for name in arrays if name != "x"}
     assert tiling.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)
     call = jax.jit(
         lambda x, options: skinny_matmul_mosaic(
             x, **options, eps=1e-6, tiling=tiling, interpret=plgpu.InterpretGPUParams()
         )
     )
-    got = call(arrays["x"], options)
+    got, *passed_on = call(arrays["x"], options)
     assert got.dtype == arrays["x"].dtype
     assert relative_error(got, skinny_oracle(arrays, case)) < 5e-3
-    np.testing.assert_array_equal(np.asarray(call(arrays["x"], options)), np.asarray(got))
+    np.testing.assert_array_equal(np.asarray(call(arrays["x"], options)[0]), np.asarray(got))
+    if case.next_norm:
+        scaled, squares = passed_on_oracle(got, arrays["next_norm"])
+        assert relative_error(passed_on[0], scaled) < 5e-3
+        assert relative_error(np.asarray(passed_on[1]).sum(axis=0)[: case.rows], squares) < 1e-5
 
 
 @pytest.mark.parametrize(("rows", "stages"), [(8, 4), (256, 4), (32, 2), (64, 5), (128, 1)])
@@ -86,6 +94,7 @@ def test_tuned_tiles_fit_in_shared_memory_with_every_option(entry):
         eps=1e-6,
         dtype=jnp.dtype("bfloat16"),
         tiling=entry.launch,
+        next_norm=entry.outputs < entry.inputs,
     )
     arrays = [each for each in scratch_types_of(shape).values() if hasattr(each, "transforms")]
     assert sum(math.prod(each.shape) * jnp.dtype(each.dtype).itemsize for each in arrays) < 226 * 1024
@@ -98,7 +107,7 @@ def test_tuned_tiles_match_the_oracle_on_a_gpu(entry):
     inputs, outputs = min(2 * tiling.num_stages * tiling.tile_inputs, entry.inputs), 2 * tiling.tile_cols
     case = SkinnyCase("tuned", entry.rows, inputs, outputs, norm=True, residual=True, gated=entry.gated)
     arrays = skinny_inputs(case)
-    call = jax.jit(lambda arrays: skinny_matmul_mosaic(**arrays, eps=1e-6, bias=None, tiling=tiling))
+    call = jax.jit(lambda arrays: skinny_matmul_mosaic(**arrays, eps=1e-6, bias=None, tiling=tiling)[0])
     got = call(arrays)
     assert relative_error(got, skinny_oracle(arrays, case)) < 5e-3
     np.testing.assert_array_equal(np.asarray(call(arrays)), np.asarray(got))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,32 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_backend, check_float, check_shape
 from nanovllm_kernels._compat import current_target, import_jax_triton
-from nanovllm_kernels.skinny_matmul.reference import rms_norm_xla, skinny_matmul_xla
+from nanovllm_kernels.skinny_matmul import launch as launches
+from nanovllm_kernels.skinny_matmul.launch import Tiling, padded_rows
+from nanovllm_kernels.skinny_matmul.reference import rms_norm_xla, scaled_xla, skinny_matmul_xla
 
 # One counter for each output tile of the largest launch that splits K; see `split_counters`.
 NUM_COUNTERS = 4096
 _FP8 = jnp.dtype("float8_e4m3fn")
 _MOSAIC_CAPABILITY = 90  # wgmma, which later GPUs do not have
+_MOST_NORMED, _WIDEST_PASSED_ON = 64, 1024  # rows and columns, see `passes_on`
 _FP8_CAPABILITY = 89  # the first GPUs that convert e4m3 in hardware
+
+
+class Scaled(NamedTuple):
+    """Rows before a root-mean-square norm whose weight they are already multiplied with, and what else it takes.
+
+    So a product that follows a norm is a plain one, whose result is multiplied by each row's 1 / rms.
+    """
+
+    x: Float[Array, "M K"]  # rows times the norm's weight, rounded to their dtype
+    squares: Float[Array, "parts rows"]  # float32: parts of the rows' sums of squares; more than M rows
+
+
+def scaled(x: Float[Array, "M K"], norm: Float[Array, " K"], parts: int = 1) -> Scaled:
+    """What `skinny_matmul_scaled` passes on, of rows that come from elsewhere; all parts but the first are zero."""
+    rows, squares = scaled_xla(x, norm)
+    return Scaled(rows, jnp.pad(squares, ((0, parts - 1), (0, 0))))
 
 
 def split_counters() -> Int[Array, " tiles"]:
@@ -30,7 +49,7 @@ def split_counters() -> Int[Array, " tiles"]:
 
 
 def skinny_matmul(
-    x: Float[Array, "M K"],
+    x: Float[Array, "M K"] | Scaled,
     w: Array,
     *,
     norm: Float[Array, " K"] | None = None,
@@ -49,7 +68,7 @@ def skinny_matmul(
     there XLA's product is the faster one.
 
     Args:
-        x: float32, bfloat16 or float16.
+        x: float32, bfloat16 or float16. A `Scaled` is normed: `norm` stays None.
         w: [K, N]; [N, K] with `w_layout="nk"`; or [K, 2, N], gate and up projections of a gated MLP, for which
             the result is silu(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202). x's dtype, or
             float8_e4m3fn.
@@ -73,26 +92,68 @@ def skinny_matmul(
         ImportError: if the Triton implementation is asked for where triton or jax-triton is missing.
         RuntimeError: if it is asked for where no GPU is, outside `lowering_for`.
     """
+    parts = {"norm": norm, "w_scale": w_scale, "bias": bias, "residual": residual, "next_norm": None}
+    (y,) = _results(x, w, parts, eps, w_layout, out_dtype, counters, backend)
+    return y
+
+
+def skinny_matmul_scaled(
+    x: Float[Array, "M K"] | Scaled,
+    w: Array,
+    *,
+    next_norm: Float[Array, " N"],
+    norm: Float[Array, " K"] | None = None,
+    eps: float = 1e-6,
+    bias: Array | None = None,
+    residual: Float[Array, "M N"] | None = None,
+    counters: jax.Ref | None = None,
+    backend: Literal["xla", "triton"],
+) -> tuple[Float[Array, "M N"], Scaled]:
+    """`skinny_matmul`, and its result for the norm that follows, with weight `next_norm`; not for float16.
+
+    That norm then costs the product after it nothing. In it, the same norm takes 2 of 8 us at 128 rows, for each of
+    its programs multiplies and squares the rows again.
+    """
+    rows = x.x if isinstance(x, Scaled) else x
+    if rows.dtype == jnp.float16:
+        raise ValueError("a float16 x cannot be scaled: before it is divided by its rms it may be past 65,504.")
+    parts = {"norm": norm, "w_scale": None, "bias": bias, "residual": residual, "next_norm": next_norm}
+    y, *passed_on = _results(x, w, parts, eps, "kn", None, counters, backend)
+    return y, Scaled(*passed_on)
+
+
+def _results(
+    x: Array | Scaled,
+    w: Array,
+    parts: dict[str, Array | None],
+    eps: float,
+    w_layout: str,
+    out_dtype: DTypeLike | None,
+    counters: jax.Ref | None,
+    backend: str,
+) -> list[Array]:
+    """The result, and what is passed on where `parts` has a next norm."""
+    squares = None
+    if isinstance(x, Scaled):
+        x, squares = x
     check_backend(backend)
-    num_outputs = _check(x, w, norm=norm, w_scale=w_scale, bias=bias, residual=residual, w_layout=w_layout)
+    num_outputs = _check(x, w, parts, squares, w_layout)
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if x.shape[0] == 0:
-        return jnp.zeros((0, num_outputs), dtype)
-    parts = {"norm": norm, "eps": eps, "w_scale": w_scale, "bias": bias, "residual": residual}
-    options = {**parts, "w_layout": w_layout, "out_dtype": dtype}
+        y = jnp.zeros((0, num_outputs), dtype)
+        return [y] if parts["next_norm"] is None else [y, y, jnp.zeros((1, 0), jnp.float32)]
+    options = {**parts, "eps": eps, "squares": squares, "w_layout": w_layout, "out_dtype": dtype}
     if backend == "xla":
         return skinny_matmul_xla(x, w, **options)
     import_jax_triton()
     too_old = w.dtype == _FP8 and current_target().compute_capability < _FP8_CAPABILITY
     if x.dtype == jnp.float32 or too_old:
         return skinny_matmul_xla(x, w, **options)
-    from nanovllm_kernels.skinny_matmul.launch import Tiling, launch_parameters
-
-    if norm is not None and x.dtype == jnp.float16:
+    if options["norm"] is not None and x.dtype == jnp.float16:
         # x * norm, which is not yet divided by the row's rms, may be past float16's largest number.
-        options |= {"norm": None}
-        x = rms_norm_xla(x, norm, eps)
-    launch = launch_parameters(
+        x = rms_norm_xla(x, options.pop("norm"), eps)
+        options["norm"] = None
+    launch = launches.launch_parameters(
         current_target(),
         rows=x.shape[0],
         inputs=x.shape[1],
@@ -104,11 +165,23 @@ def skinny_matmul(
     if isinstance(launch, Tiling):
         from nanovllm_kernels.skinny_matmul.mosaic import skinny_matmul_mosaic
 
-        parts = {name: options[name] for name in ("norm", "eps", "bias", "residual")}
-        return skinny_matmul_mosaic(x, w, **parts, tiling=launch)
+        names = ("norm", "eps", "bias", "residual", "squares", "next_norm")
+        return skinny_matmul_mosaic(x, w, **{name: options[name] for name in names}, tiling=launch)
     from nanovllm_kernels.skinny_matmul.triton import skinny_matmul_triton
 
     return skinny_matmul_triton(x, w, **options, counters=counters, launch=launch)
+
+
+def passes_on(x: jax.ShapeDtypeStruct | Array) -> bool:
+    """Whether the products before a norm of x [M, E] should pass on what those after it take.
+
+    Up to 64 rows a layer is the faster one without: Mosaic's tiles of 32 columns want x in pieces as narrow as w's, if
+    both come from shared memory. Of wider models that has not been measured.
+    """
+    (rows, width), dtype = x.shape, x.dtype
+    return (
+        rows > _MOST_NORMED and width <= _WIDEST_PASSED_ON and jnp.dtype(dtype) == jnp.bfloat16 and has_mosaic_kernel()
+    )
 
 
 def has_mosaic_kernel() -> bool:
@@ -116,16 +189,7 @@ def has_mosaic_kernel() -> bool:
     return current_target().compute_capability == _MOSAIC_CAPABILITY
 
 
-def _check(
-    x: Array,
-    w: Array,
-    *,
-    norm: Array | None,
-    w_scale: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-    w_layout: str,
-) -> int:
+def _check(x: Array, w: Array, parts: dict[str, Array | None], squares: Array | None, w_layout: str) -> int:
     """N, if everything fits together."""
     check_float(x=x)
     if w_layout not in ("kn", "nk"):
@@ -142,6 +206,7 @@ def _check(
         raise ValueError(f"w has shape {w.shape}; it must be {expected} with K = {x.shape[1]} as in x, and N above 0.")
     if w.dtype not in (x.dtype, _FP8):
         raise ValueError(f"w has dtype {w.dtype}; it must be x's, {x.dtype}, or {_FP8}.")
+    w_scale = parts["w_scale"]
     if w.dtype == _FP8 and w_scale is None:
         raise ValueError("w is fp8 without w_scale; pass the scale it was quantised with (1.0 if with none).")
     if w.dtype != _FP8 and w_scale is not None:
@@ -149,17 +214,27 @@ def _check(
     num_outputs = w.shape[0] if w_layout == "nk" else w.shape[-1]
     channels = (2, num_outputs) if gated else (num_outputs,)
     letters = "2, N" if gated else "N"
+    norm, residual, next_norm = (parts[name] for name in ("norm", "residual", "next_norm"))
     if norm is not None:
         check_float(norm=norm)
         check_shape("norm", norm, (x.shape[1],), "K")
+    if squares is not None:
+        if norm is not None:
+            raise ValueError("x is scaled, and norm is given: a scaled x has been multiplied with the norm it is for.")
+        if squares.ndim != 2 or squares.shape[1] != padded_rows(x.shape[0]):
+            expected = f"[parts, {padded_rows(x.shape[0])}] for {x.shape[0]} rows"
+            raise ValueError(f"squares of a scaled x have shape {squares.shape}; it must be {expected}.")
     if w_scale is not None:
         check_float(w_scale=w_scale)
         if w_scale.ndim:
             check_shape("w_scale", w_scale, channels, letters)
-    if bias is not None:
-        check_float(bias=bias)
-        check_shape("bias", bias, channels, letters)
+    if parts["bias"] is not None:
+        check_float(bias=parts["bias"])
+        check_shape("bias", parts["bias"], channels, letters)
     if residual is not None:
         check_float(residual=residual)
         check_shape("residual", residual, (x.shape[0], num_outputs), "M, N")
+    if next_norm is not None:
+        check_float(next_norm=next_norm)
+        check_shape("next_norm", next_norm, (num_outputs,), "N")
     return num_outputs

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from nanovllm_kernels._cases import DTYPES
+from nanovllm_kernels.skinny_matmul.launch import padded_rows
 
 
 @dataclass(frozen=True)
 class SkinnyCase:
-    """One product. `gated` means w is [K, 2, N]; `scale` "tensor" or "channel" means fp8 weights."""
+    """One product. `gated` means w is [K, 2, N]; `scale` "tensor" or "channel" means fp8 weights.
+
+    `scaled` means x is a `Scaled`, `next_norm` that the result is made one for the norm that follows.
+    """
 
     name: str
     rows: int
@@ -23,6 +27,8 @@ class SkinnyCase:
     bias: bool = False
     residual: bool = False
     gated: bool = False
+    scaled: bool = False
+    next_norm: bool = False
     scale: str | None = None
     w_layout: str = "kn"
     dtype: str = "bfloat16"
@@ -68,8 +74,18 @@ CASES = (
     SkinnyCase("fp8_gated", 65, 512, 256, gated=True, scale="channel"),
     SkinnyCase("float16", 17, 1024, 512, norm=True, dtype="float16"),
     SkinnyCase("float16_split", 40, 2048, 128, residual=True, dtype="float16"),
+    SkinnyCase("passed_on", 64, 1024, 512, scaled=True, residual=True, next_norm=True),
+    SkinnyCase("passed_on_gated", 20, 3072, 256, scaled=True, gated=True),
+    SkinnyCase("passed_on_split", 3, 3072, 128, bias=True, next_norm=True),
+    SkinnyCase("passed_on_one_row", 1, 300, 77, scaled=True, residual=True, next_norm=True),
     SkinnyCase("float32", 4, 256, 128, norm=True, residual=True, dtype="float32"),
 )
+
+
+def as_in_a_layer(case: SkinnyCase) -> SkinnyCase:
+    """The product of a model in which one before a norm passes on what the one after it takes."""
+    return replace(case, norm=False, scaled=case.norm, next_norm=case.residual)
+
 
 # The four products of a layer, by model: what the tuner and the benchmark time.
 PRODUCTS = {
@@ -105,6 +121,7 @@ PRODUCTS = {
         SkinnyCase("down", 1, 6400, 5120),
     ),
 }
+WHOLE_MODELS = ("qwen3_0_6b", "qwen3_8b")  # without the shards
 
 
 def skinny_inputs(case: SkinnyCase, seed: int = 0) -> dict[str, np.ndarray]:
@@ -112,7 +129,7 @@ def skinny_inputs(case: SkinnyCase, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     dtype = DTYPES[case.dtype]
     # Large rows of x when a norm follows: their size must not matter.
-    size = 10.0 ** rng.uniform(-1, 2, (case.rows, 1)) if case.norm else 1.0
+    size = 10.0 ** rng.uniform(-1, 2, (case.rows, 1)) if case.norm or case.scaled else 1.0
     w = rng.standard_normal(case.w_shape, np.float32) * case.inputs**-0.5
     arrays = {"x": (size * rng.standard_normal((case.rows, case.inputs))).astype(dtype)}
     if case.scale is None:
@@ -124,8 +141,29 @@ def skinny_inputs(case: SkinnyCase, seed: int = 0) -> dict[str, np.ndarray]:
         arrays |= {"w": (w / scale).astype(ml_dtypes.float8_e4m3fn), "w_scale": scale}
     if case.norm:
         arrays["norm"] = rng.uniform(0.5, 2.0, case.inputs).astype(dtype)
+    if case.scaled:
+        halves = np.array_split(arrays["x"].astype(np.float32) ** 2, 2, axis=1)
+        squares = np.stack([half.sum(axis=1) for half in halves])
+        arrays["squares"] = np.pad(squares, ((0, 0), (0, padded_rows(case.rows) - case.rows)), constant_values=np.nan)
+        arrays["x"] = (arrays["x"] * rng.uniform(0.5, 2.0, case.inputs)).astype(dtype)
+    if case.next_norm:
+        arrays["next_norm"] = rng.uniform(0.5, 2.0, case.outputs).astype(dtype)
     if case.bias:
         arrays["bias"] = rng.standard_normal(case.channels).astype(dtype)
     if case.residual:
         arrays["residual"] = rng.standard_normal((case.rows, case.outputs)).astype(dtype)
     return arrays
+
+
+def product_of(arrays: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+    """The operation on a case's arrays: the result, and what is passed on, a `Scaled` or None."""
+    from nanovllm_kernels.skinny_matmul import Scaled, skinny_matmul, skinny_matmul_scaled
+
+    arrays = dict(arrays)
+    if "squares" in arrays:
+        arrays["x"] = Scaled(arrays["x"], arrays.pop("squares"))
+    if "next_norm" not in arrays:
+        return skinny_matmul(**arrays, **options), None
+    # It is for 16-bit weights and results of x's dtype alone.
+    options = {name: option for name, option in options.items() if name not in ("w_layout", "out_dtype")}
+    return skinny_matmul_scaled(**arrays, **options)

@@ -13,7 +13,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from nanovllm_kernels.skinny_matmul.device_finish import store_outputs, sum_splits
+from nanovllm_kernels.skinny_matmul.device_finish import given_squares, store_outputs, sum_splits
 
 
 @triton.jit
@@ -74,9 +74,13 @@ def product_kernel(
     w_scale_ptr,
     bias_ptr,
     residual_ptr,
+    given_ptr,  # float32 [parts, rows]: sums of squares of what x was before it was multiplied with a norm
+    next_norm_ptr,
     counters_ptr,  # int32, zero before and after; None: parts are merged by another kernel
     num_rows,
     out_ptr,
+    scaled_ptr,  # outputs times next_norm
+    out_squares_ptr,  # float32 [tiles of columns, rows]: sums of the outputs' squares
     parts_ptr,  # float32 [splits, M, N], or [splits, M, 2, N] for gate and up
     squares_ptr,  # float32 [splits, M]: sums of squares of x; every tile of columns writes the same
     NUM_INPUTS: tl.constexpr,
@@ -86,6 +90,9 @@ def product_kernel(
     EPS: tl.constexpr,
     GATED: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
+    NORMED: tl.constexpr,  # with a norm or with the squares of a scaled x
+    GIVEN_PARTS: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_INPUTS: tl.constexpr,
@@ -103,7 +110,8 @@ def product_kernel(
     split = tl.program_id(1)
     num_row_tiles = tl.cdiv(num_rows, TILE_ROWS)
     first_row = tile % num_row_tiles * TILE_ROWS
-    first_col = tile // num_row_tiles * TILE_COLS
+    col_tile = tile // num_row_tiles
+    first_col = col_tile * TILE_COLS
     first_input = split * SPLIT_INPUTS
     rows = first_row + tl.arange(0, TILE_ROWS)
     cols = first_col + tl.arange(0, TILE_COLS)
@@ -124,6 +132,8 @@ def product_kernel(
         acc = tl.zeros([TILE_ROWS, TILE_COLS], tl.float32)
         squares = tl.zeros([TILE_ROWS], tl.float32)
     up = acc
+    if given_ptr is not None:
+        given = given_squares(given_ptr, rows, num_rows, GIVEN_PARTS, ROW_STRIDE)
     for step in tl.range(0, SPLIT_INPUTS, TILE_INPUTS, num_stages=STAGES):
         inputs = first_input + step + steps
         in_mask = inputs < NUM_INPUTS
@@ -156,10 +166,14 @@ def product_kernel(
         if GATED:
             up = tl.trans(up)
 
+    if given_ptr is not None:
+        squares = given
+
     if SPLITS == 1:
         store_outputs(
-            acc, up, squares, rows, cols, num_rows, norm_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-            NUM_INPUTS, NUM_OUTPUTS, EPS, GATED, SCALE_STRIDE,
+            acc, up, squares, rows, cols, num_rows, w_scale_ptr, bias_ptr, residual_ptr, next_norm_ptr,
+            out_ptr, scaled_ptr, out_squares_ptr, col_tile,
+            NUM_INPUTS, NUM_OUTPUTS, EPS, GATED, SCALE_STRIDE, NORMED, ROW_STRIDE,
         )  # fmt: skip
     else:
         WIDTH: tl.constexpr = NUM_OUTPUTS * (2 if GATED else 1)
@@ -181,9 +195,12 @@ def product_kernel(
                     parts_ptr, squares_ptr, rows, cols, num_rows, norm_ptr,
                     NUM_OUTPUTS, GATED, SPLITS, TILE_ROWS, TILE_COLS,
                 )  # fmt: skip
+                if given_ptr is not None:
+                    total_squares = given
                 store_outputs(
                     total, total_up, total_squares, rows, cols, num_rows,
-                    norm_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-                    NUM_INPUTS, NUM_OUTPUTS, EPS, GATED, SCALE_STRIDE,
+                    w_scale_ptr, bias_ptr, residual_ptr, next_norm_ptr,
+                    out_ptr, scaled_ptr, out_squares_ptr, col_tile,
+                    NUM_INPUTS, NUM_OUTPUTS, EPS, GATED, SCALE_STRIDE, NORMED, ROW_STRIDE,
                 )  # fmt: skip
                 tl.store(counters_ptr + tile, 0)

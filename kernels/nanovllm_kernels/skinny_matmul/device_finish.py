@@ -23,6 +23,16 @@ def channel_epilogue(acc, cols, col_mask, w_scale_ptr, bias_ptr, SCALE_STRIDE: t
 
 @triton.jit
 @no_type_check
+def given_squares(squares_ptr, rows, num_rows, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+    """Sums of squares of rows, of the parts that come with a scaled x."""
+    total = tl.zeros(rows.shape, tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(squares_ptr + part * STRIDE + rows, mask=rows < num_rows, other=0.0)
+    return total
+
+
+@triton.jit
+@no_type_check
 def store_outputs(
     acc,
     up,
@@ -30,22 +40,27 @@ def store_outputs(
     rows,
     cols,
     num_rows,
-    norm_ptr,
     w_scale_ptr,
     bias_ptr,
     residual_ptr,
+    next_norm_ptr,
     out_ptr,
+    scaled_ptr,
+    out_squares_ptr,
+    part,
     NUM_INPUTS: tl.constexpr,
     NUM_OUTPUTS: tl.constexpr,
     EPS: tl.constexpr,
     GATED: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
+    NORMED: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
 ):
-    """Everything after the product, and the store."""
+    """Everything after the product, and the stores; `part` is the tile's number among those of the same rows."""
     row_mask = rows < num_rows
     col_mask = cols < NUM_OUTPUTS
     mask = row_mask[:, None] & col_mask[None, :]
-    if norm_ptr is not None:
+    if NORMED:
         row_scale = tl.rsqrt(squares / NUM_INPUTS + EPS)[:, None]
         acc *= row_scale
         if GATED:
@@ -57,7 +72,13 @@ def store_outputs(
     offsets = rows[:, None] * NUM_OUTPUTS + cols[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    rounded = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, rounded, mask=mask)
+    if next_norm_ptr is not None:
+        wide = rounded.to(tl.float32)
+        next_norm = tl.load(next_norm_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+        tl.store(scaled_ptr + offsets, (wide * next_norm[None, :]).to(scaled_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_squares_ptr + part * ROW_STRIDE + rows, tl.sum(wide * wide, 1), mask=row_mask)
 
 
 @triton.jit
@@ -102,13 +123,20 @@ def merge_splits_kernel(
     w_scale_ptr,
     bias_ptr,
     residual_ptr,
+    given_ptr,
+    next_norm_ptr,
     num_rows,
     out_ptr,
+    scaled_ptr,
+    out_squares_ptr,
     NUM_INPUTS: tl.constexpr,
     NUM_OUTPUTS: tl.constexpr,
     EPS: tl.constexpr,
     GATED: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
+    NORMED: tl.constexpr,
+    GIVEN_PARTS: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     TILE_COLS: tl.constexpr,
 ):
@@ -117,7 +145,10 @@ def merge_splits_kernel(
     acc, up, squares = sum_splits(
         parts_ptr, squares_ptr, rows, cols, num_rows, norm_ptr, NUM_OUTPUTS, GATED, SPLITS, 1, TILE_COLS
     )
+    if given_ptr is not None:
+        squares = given_squares(given_ptr, rows, num_rows, GIVEN_PARTS, ROW_STRIDE)
     store_outputs(
-        acc, up, squares, rows, cols, num_rows, norm_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-        NUM_INPUTS, NUM_OUTPUTS, EPS, GATED, SCALE_STRIDE,
+        acc, up, squares, rows, cols, num_rows, w_scale_ptr, bias_ptr, residual_ptr, next_norm_ptr,
+        out_ptr, scaled_ptr, out_squares_ptr, tl.program_id(1),
+        NUM_INPUTS, NUM_OUTPUTS, EPS, GATED, SCALE_STRIDE, NORMED, ROW_STRIDE,
     )  # fmt: skip

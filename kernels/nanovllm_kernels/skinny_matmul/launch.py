@@ -166,6 +166,11 @@ def default_launch(target: Target, *, rows: int, inputs: int, outputs: int, gate
     return Launch(tile_rows, tile_cols, tile_inputs, splits, num_warps, stages)
 
 
+def padded_rows(rows: int) -> int:
+    """Rows of the sums of squares that products pass on: with those that a tile of any kernel has past the end."""
+    return ceil_div(rows, TILE_ROWS[-1]) * TILE_ROWS[-1]
+
+
 def table_path(kind: str) -> Path | None:
     """The file for a GPU whose device kind is, for example, "NVIDIA H200"; None for a name without a model."""
     match = re.search(r"\b[A-Z]+\d+\w*", kind)

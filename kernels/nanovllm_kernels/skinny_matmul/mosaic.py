@@ -6,79 +6,45 @@ import functools
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from nanovllm_kernels._device import ceil_div
-from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, Registers, Roles, swizzled, warpgroup_kernel
-from nanovllm_kernels.skinny_matmul.launch import Tiling
-from nanovllm_kernels.skinny_matmul.mosaic_device import ProductShape, consume, produce
+from nanovllm_kernels._mosaic import Registers, Roles, warpgroup_kernel
+from nanovllm_kernels.skinny_matmul.launch import Tiling, padded_rows
+from nanovllm_kernels.skinny_matmul.mosaic_device import consume, produce
+from nanovllm_kernels.skinny_matmul.mosaic_shape import ProductShape, scratch_types_of
 
 _REGISTERS = Registers(consumer=216, producer=40)
-
-
-def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
-    """Shared memory and barriers by name."""
-    tile = shape.tiling
-    in_columns = swizzled(shape.dtype, tile.tile_cols)
-    # Wgmma wants both its sides alike, if both come from shared memory.
-    x_transforms = swizzled(shape.dtype, tile.tile_inputs) if shape.norm else in_columns
-    # A consumer reads 64 rows of any stage. Where a tile has fewer, those of the stages after it follow.
-    whole_rows = max(tile.tile_rows, CONSUMER_ROWS)
-    x_rows = (tile.num_stages - 1) * tile.tile_rows + whole_rows
-    types = {
-        "x": plgpu.SMEM((x_rows, tile.tile_inputs), shape.dtype, transforms=x_transforms),
-        "w": plgpu.SMEM(
-            (tile.num_stages, shape.parts, tile.tile_inputs, tile.tile_cols),
-            shape.dtype,
-            transforms=in_columns,
-        ),
-        "out": plgpu.SMEM((whole_rows, tile.tile_cols), shape.dtype, transforms=in_columns),
-        "ready": plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=tile.num_stages),
-        "free": plgpu.Barrier(num_arrivals=1 if tile.splits_inputs else CONSUMERS, num_barriers=tile.num_stages),
-    }
-    if tile.splits_inputs:
-        sums = (shape.parts, CONSUMER_ROWS, tile.tile_cols)
-        types |= {
-            "sums": plgpu.SMEM(sums, jnp.float32, transforms=swizzled(jnp.float32, tile.tile_cols)),
-            "squares": plgpu.SMEM((CONSUMER_ROWS,), jnp.float32),
-            "sums_ready": plgpu.Barrier(),
-        }
-    if shape.norm:
-        types |= {"norm": plgpu.SMEM((shape.steps, tile.tile_inputs), shape.dtype), "norm_ready": plgpu.Barrier()}
-    if shape.bias:
-        types |= {
-            "bias": plgpu.SMEM((shape.parts, tile.tile_cols), shape.dtype),
-            "bias_ready": plgpu.Barrier(num_arrivals=shape.parts),
-        }
-    if shape.residual:
-        types["residual_ready"] = plgpu.Barrier()
-    return types
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "interpret"))
 def _product(
     x: Float[Array, "M K"], w: Array, others: dict[str, Array], *, shape: ProductShape, interpret: Any
-) -> Float[Array, "M N"]:
+) -> list[Array]:
     """The kernel; a jitted function of its own, so that the layers of a model lower it once."""
     tile = shape.tiling
+    col_tiles = shape.num_outputs // tile.tile_cols
+    out_types = [jax.ShapeDtypeStruct((shape.num_rows, shape.num_outputs), shape.dtype)]
+    if shape.next_norm:
+        squares = jax.ShapeDtypeStruct((col_tiles, padded_rows(shape.num_rows)), jnp.float32)
+        out_types += [out_types[0], squares]
 
-    def program(x: Any, w: Any, others: Any, out: Any, scratch: Any) -> Roles:
-        first_col = lax.axis_index("col") * tile.tile_cols
-        first_row = lax.axis_index("row") * tile.tile_rows
+    def program(x: Any, w: Any, others: Any, *refs: Any) -> Roles:
+        *outs, scratch = refs
+        col, first_row = lax.axis_index("col"), lax.axis_index("row") * tile.tile_rows
         return (
-            lambda consumer: consume(out, scratch, shape, consumer, first_row, first_col),
-            lambda: produce(x, w, others, scratch, shape, first_row, first_col),
+            lambda consumer: consume(outs, others, scratch, shape, consumer, first_row, col),
+            lambda: produce(x, w, others, scratch, shape, first_row, col * tile.tile_cols),
         )
 
     return warpgroup_kernel(
         program,
         registers=_REGISTERS,
         scratch_types=scratch_types_of(shape),
-        out_type=jax.ShapeDtypeStruct((shape.num_rows, shape.num_outputs), shape.dtype),
-        grid={"col": shape.num_outputs // tile.tile_cols, "row": ceil_div(shape.num_rows, tile.tile_rows)},
+        out_type=out_types,
+        grid={"col": col_tiles, "row": ceil_div(shape.num_rows, tile.tile_rows)},
         interpret=interpret,
     )(x, w, others)
 
@@ -92,11 +58,13 @@ def skinny_matmul_mosaic(
     bias: Array | None,
     residual: Float[Array, "M N"] | None,
     tiling: Tiling,
+    squares: Float[Array, "parts rows"] | None = None,
+    next_norm: Float[Array, " N"] | None = None,
     interpret: Any = None,
-) -> Float[Array, "M N"]:
-    """As `skinny_matmul`, for 16-bit weights [K, N] or [K, 2, N] that `tiling` fits.
+) -> list[Array]:
+    """As `skinny_matmul`, for 16-bit weights [K, N] or [K, 2, N] that `tiling` fits; a list of all results.
 
-    Norm, bias and residual are cast to x's dtype. `interpret`: parameters of Mosaic's interpreter.
+    Norms, bias and residual are cast to x's dtype. `interpret`: parameters of Mosaic's interpreter.
     """
     (num_rows, num_inputs), gated = x.shape, w.ndim == 3
     shape = ProductShape(
@@ -110,6 +78,8 @@ def skinny_matmul_mosaic(
         eps=eps,
         dtype=x.dtype,
         tiling=tiling,
+        square_parts=0 if squares is None else len(squares),
+        next_norm=next_norm is not None,
         interpreted=interpret is not None,
     )
     others = {}
@@ -119,5 +89,9 @@ def skinny_matmul_mosaic(
         others["bias"] = bias.astype(x.dtype).reshape(shape.parts, shape.num_outputs)
     if residual is not None:
         others["residual"] = residual.astype(x.dtype)
+    if squares is not None:
+        others["squares"] = squares
+    if next_norm is not None:
+        others["next_norm"] = next_norm.astype(x.dtype)
     with jax.named_scope("product_mosaic"):  # a Mosaic kernel has no name of its own
         return _product(x, w, others, shape=shape, interpret=interpret)

@@ -7,14 +7,13 @@ Wgmma takes 64 rows. Of a tile that has fewer, the rest is what lies behind it i
 stored: rows of the product do not touch each other, and to fetch zeros instead costs as much as to fetch x.
 
 As in the Triton kernel, (x * norm) @ w is scaled by the row's 1 / rms at the end. x * norm is formed in registers, from
-where wgmma takes its left side.
+where wgmma takes its left side, unless x comes as this product: then wgmma takes it from shared memory as it is.
 
 Refs and scalars of a kernel have no Python type that says more than Any.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -24,41 +23,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS
-from nanovllm_kernels.skinny_matmul.launch import Tiling
-
-_ROW_LAYOUT, _COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-
-
-@dataclass(frozen=True)
-class ProductShape:
-    """What the kernel is compiled for."""
-
-    num_rows: int
-    num_inputs: int
-    num_outputs: int
-    gated: bool
-    norm: bool
-    bias: bool
-    residual: bool
-    eps: float
-    dtype: Any
-    tiling: Tiling
-    interpreted: bool = False
-
-    @property
-    def parts(self) -> int:
-        """2 with gate and up, whose columns one program computes."""
-        return 1 + self.gated
-
-    @property
-    def consumer_steps(self) -> int:
-        """Stages that a consumer takes."""
-        return self.steps // CONSUMERS if self.tiling.splits_inputs else self.steps
-
-    @property
-    def steps(self) -> int:
-        """Stages that pass through the ring."""
-        return self.num_inputs // self.tiling.tile_inputs
+from nanovllm_kernels.skinny_matmul.mosaic_finish import COL_LAYOUT, ROW_LAYOUT, finish, given_squares
+from nanovllm_kernels.skinny_matmul.mosaic_shape import ProductShape
 
 
 def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, first_row: Any, first_col: Any) -> None:
@@ -85,14 +51,19 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, firs
     if shape.residual:
         place = scratch["out"].at[pl.ds(0, tile.tile_rows)]
         plgpu.copy_gmem_to_smem(others["residual"].at[rows, cols], place, scratch["residual_ready"])
+    if shape.next_norm:
+        plgpu.copy_gmem_to_smem(others["next_norm"].at[cols], scratch["next_norm"], scratch["next_norm_ready"])
     # Nothing is left unobserved: a barrier must not be taken down under an arrival to come.
     for step in range(max(0, shape.steps - tile.num_stages), shape.steps):
         plgpu.barrier_wait(scratch["free"].at[step % tile.num_stages])
 
 
-def consume(out: Any, scratch: Any, shape: ProductShape, consumer: Any, first_row: Any, first_col: Any) -> None:
+def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer: Any, first_row: Any, col: Any) -> None:
     """One consumer's part of the tile: half of its rows, or, of up to 64 rows, the sums over half of the inputs."""
     accumulators = [plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, shape.tiling.tile_cols), jnp.float32)] * shape.parts
+    row = 0 if shape.tiling.splits_inputs else consumer * CONSUMER_ROWS
+    # Asked for before anything is there to be multiplied.
+    given = given_squares(others["squares"], shape, first_row + row) if shape.square_parts else None
 
     def accumulate(*accs: Any) -> tuple[list[Array], Any]:
         squares = (_multiply_scaled if shape.norm else _multiply)(accs, scratch, shape, consumer)
@@ -100,8 +71,7 @@ def consume(out: Any, scratch: Any, shape: ProductShape, consumer: Any, first_ro
 
     sums, squares = pl.run_scoped(accumulate, *accumulators)
     if not shape.tiling.splits_inputs:
-        row = consumer * CONSUMER_ROWS
-        _finish(sums, squares, out, scratch, shape, row, first_row + row, first_col)
+        finish(sums, squares if shape.norm else given, outs, scratch, shape, row, first_row + row, col)
         return
 
     @pl.when(consumer == 1)
@@ -116,53 +86,12 @@ def consume(out: Any, scratch: Any, shape: ProductShape, consumer: Any, first_ro
     @pl.when(consumer == 0)
     def _() -> None:
         plgpu.barrier_wait(scratch["sums_ready"])
-        others = [plgpu.load(scratch["sums"].at[part], layout=plgpu.Layout.WGMMA) for part in range(shape.parts)]
-        totals = [own + other for own, other in zip(sums, others, strict=True)]
-        total_squares = None
+        theirs = [plgpu.load(scratch["sums"].at[part], layout=plgpu.Layout.WGMMA) for part in range(shape.parts)]
+        totals = [own + other for own, other in zip(sums, theirs, strict=True)]
+        total_squares = given
         if shape.norm:
-            total_squares = squares + plgpu.load(scratch["squares"], layout=_ROW_LAYOUT, optimized=False)
-        _finish(totals, total_squares, out, scratch, shape, 0, first_row, first_col)
-
-
-def _finish(
-    sums: list[Array],
-    squares: Any,
-    out: Any,
-    scratch: Any,
-    shape: ProductShape,
-    row: Any,
-    first_row: Any,
-    first_col: Any,
-) -> None:
-    """Everything after the product, and the store, of the 64 rows that begin at `row` of the tile."""
-    rows = pl.ds(row, CONSUMER_ROWS)
-    if shape.norm:
-        scale = lax.rsqrt(squares * (1 / shape.num_inputs) + shape.eps)
-        sums = [each * lax.broadcast_in_dim(scale, each.shape, [0]) for each in sums]
-    if shape.bias:
-        plgpu.barrier_wait(scratch["bias_ready"])
-        biases = [
-            plgpu.load(scratch["bias"].at[part], layout=_COL_LAYOUT, optimized=False) for part in range(shape.parts)
-        ]
-        sums = [
-            each + lax.broadcast_in_dim(bias.astype(jnp.float32), each.shape, [1])
-            for each, bias in zip(sums, biases, strict=True)
-        ]
-    result = sums[0]
-    if shape.gated:
-        gate, up = sums
-        result = gate / (1 + jnp.exp(-gate)) * up
-    if shape.residual:
-        plgpu.barrier_wait(scratch["residual_ready"])
-        # It lies where the outputs will: each thread reads what it is about to overwrite.
-        residual = plgpu.load(scratch["out"].at[rows], layout=plgpu.Layout.WGMMA)
-        result = result + residual.astype(jnp.float32)
-    scratch["out"].at[rows][...] = result.astype(shape.dtype)
-    plgpu.commit_smem()
-    stored = min(CONSUMER_ROWS, shape.tiling.tile_rows)
-    target = out.at[pl.ds(first_row, stored), pl.ds(first_col, shape.tiling.tile_cols)]
-    plgpu.copy_smem_to_gmem(scratch["out"].at[pl.ds(row, stored)], target)
-    plgpu.wait_smem_to_gmem(0)
+            total_squares = squares + plgpu.load(scratch["squares"], layout=ROW_LAYOUT, optimized=False)
+        finish(totals, total_squares, outs, scratch, shape, 0, first_row, col)
 
 
 def _x_tile(scratch: Any, shape: ProductShape, stage: Any, consumer: Any) -> Any:
@@ -211,7 +140,7 @@ def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any
     def fetch(position: Any, stage: Any, squares: Any) -> tuple[Array, Array, Any]:
         plgpu.barrier_wait(scratch["ready"].at[stage])
         x = plgpu.load(_x_tile(scratch, shape, stage, consumer), layout=plgpu.Layout.WGMMA)
-        norm = plgpu.load(scratch["norm"].at[position], layout=_COL_LAYOUT, optimized=False)
+        norm = plgpu.load(scratch["norm"].at[position], layout=COL_LAYOUT, optimized=False)
         wide = x.astype(jnp.float32)
         return x, norm, squares + jnp.sum(wide * wide, axis=1)
 
@@ -238,7 +167,7 @@ def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any
         return x, norm, position, following, squares
 
     first = _first_stage(shape, consumer)
-    squares = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), _ROW_LAYOUT)
+    squares = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), ROW_LAYOUT)
     x, norm, squares = fetch(first, first, squares)
     carry = (x, norm, first, first, squares)
     x, norm, _, stage, squares = lax.fori_loop(0, shape.consumer_steps - 1, step, carry)

@@ -1,0 +1,97 @@
+"""What the Mosaic kernel is compiled for, and the shared memory that takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, swizzled
+from nanovllm_kernels.skinny_matmul.launch import Tiling
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """What the kernel is compiled for."""
+
+    num_rows: int
+    num_inputs: int
+    num_outputs: int
+    gated: bool
+    norm: bool
+    bias: bool
+    residual: bool
+    eps: float
+    dtype: Any
+    tiling: Tiling
+    square_parts: int = 0  # in which the sums of squares of a scaled x come; 0: x is not scaled
+    next_norm: bool = False
+    interpreted: bool = False
+
+    @property
+    def parts(self) -> int:
+        """2 with gate and up, whose columns one program computes."""
+        return 1 + self.gated
+
+    @property
+    def consumer_steps(self) -> int:
+        """Stages that a consumer takes."""
+        return self.steps // CONSUMERS if self.tiling.splits_inputs else self.steps
+
+    @property
+    def steps(self) -> int:
+        """Stages that pass through the ring."""
+        return self.num_inputs // self.tiling.tile_inputs
+
+
+def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
+    """Shared memory and barriers by name."""
+    tile = shape.tiling
+    in_columns = swizzled(shape.dtype, tile.tile_cols)
+    # Wgmma wants both its sides alike, if both come from shared memory.
+    common = swizzled(shape.dtype, math.gcd(tile.tile_inputs, tile.tile_cols))
+    x_transforms, w_transforms = (
+        (swizzled(shape.dtype, tile.tile_inputs), in_columns) if shape.norm else (common, common)
+    )
+    # A consumer reads 64 rows of any stage. Where a tile has fewer, those of the stages after it follow.
+    whole_rows = max(tile.tile_rows, CONSUMER_ROWS)
+    x_rows = (tile.num_stages - 1) * tile.tile_rows + whole_rows
+    outputs = plgpu.SMEM((whole_rows, tile.tile_cols), shape.dtype, transforms=in_columns)
+    types = {
+        "x": plgpu.SMEM((x_rows, tile.tile_inputs), shape.dtype, transforms=x_transforms),
+        "w": plgpu.SMEM(
+            (tile.num_stages, shape.parts, tile.tile_inputs, tile.tile_cols),
+            shape.dtype,
+            transforms=w_transforms,
+        ),
+        "out": outputs,
+        "ready": plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=tile.num_stages),
+        "free": plgpu.Barrier(num_arrivals=1 if tile.splits_inputs else CONSUMERS, num_barriers=tile.num_stages),
+    }
+    if tile.splits_inputs:
+        sums = (shape.parts, CONSUMER_ROWS, tile.tile_cols)
+        types |= {
+            "sums": plgpu.SMEM(sums, jnp.float32, transforms=swizzled(jnp.float32, tile.tile_cols)),
+            "squares": plgpu.SMEM((CONSUMER_ROWS,), jnp.float32),
+            "sums_ready": plgpu.Barrier(),
+        }
+    if shape.norm:
+        types |= {"norm": plgpu.SMEM((shape.steps, tile.tile_inputs), shape.dtype), "norm_ready": plgpu.Barrier()}
+    if shape.bias:
+        types |= {
+            "bias": plgpu.SMEM((shape.parts, tile.tile_cols), shape.dtype),
+            "bias_ready": plgpu.Barrier(num_arrivals=shape.parts),
+        }
+    if shape.residual:
+        types["residual_ready"] = plgpu.Barrier()
+    if shape.next_norm:
+        types |= {
+            "next_norm": plgpu.SMEM((tile.tile_cols,), shape.dtype),
+            "next_norm_ready": plgpu.Barrier(),
+            "scaled": outputs,
+            "out_squares": plgpu.SMEM((whole_rows,), jnp.float32),
+        }
+    return types
