@@ -17,17 +17,29 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.parallel.collectives import sum_shards
-from nanovllm_kernels import add_rms_norm, gated_matmul, skinny_matmul, split_counters
-from nanovllm_kernels.skinny_matmul import has_mosaic_kernel
+from nanovllm_kernels import (
+    Scaled,
+    add_rms_norm,
+    gated_matmul,
+    scaled,
+    skinny_matmul,
+    skinny_matmul_scaled,
+    split_counters,
+)
+from nanovllm_kernels.skinny_matmul import has_mosaic_kernel, passes_on
 
 Backend = Literal["xla", "triton"]
 
 
 class Residual(NamedTuple):
-    """Hidden states as a sum whose addition waits for the next norm; nothing waits where `update` is None."""
+    """Hidden states as a sum whose addition waits for the next norm; nothing waits where `update` is None.
+
+    `scaled` is there where fused products pass on what the product after the next norm takes.
+    """
 
     x: Float[Array, "T E"]
     update: Float[Array, "T E"] | None = None
+    scaled: Scaled | None = None
 
     def normalised(
         self, weight: Float[Array, " E"], eps: float, backend: Backend
@@ -47,6 +59,26 @@ def fused_counters(backend: Backend, num_tokens: int, dtype: DTypeLike) -> Int[A
     if backend != "triton" or jnp.dtype(dtype).itemsize != 2:
         return None
     return split_counters() if num_tokens <= most_fused_rows() else None
+
+
+def pass_on(
+    x: Float[Array, "T E"], layer: Params, axis_name: str | None, counters: Int[Array, " tiles"] | None
+) -> Residual:
+    """Hidden states before the first layer, scaled for its norm where products pass that on.
+
+    They do where that is worth it and no sum over shards comes before the norm.
+    """
+    if counters is None or axis_name is not None or not passes_on(x):
+        return Residual(x)
+
+    def last_product(x: Array, weight: Array, norm: Array, counters: Array) -> Scaled:
+        inputs = jnp.zeros((x.shape[0], weight.shape[0]), x.dtype)
+        options = {"residual": x, "counters": jax.new_ref(counters), "backend": "triton"}
+        return skinny_matmul_scaled(inputs, weight, next_norm=norm, **options)[1]
+
+    # As many parts as a layer passes on make all layers the same function.
+    like = jax.eval_shape(last_product, x, layer["down"], layer["input_norm"], counters)
+    return Residual(x, scaled=scaled(x, layer["input_norm"], len(like.squares)))
 
 
 def are_zero(counters: Int[Array, " tiles"]) -> Bool[Array, ""]:
@@ -73,8 +105,7 @@ def project_qkv(
         return residual, _add_bias(einsum("te,ekgd->tkgd", normalised, weight), bias)
     flat = weight.reshape(weight.shape[0], -1)
     flat_bias = None if bias is None else bias.reshape(-1)
-    options = {"norm": params["input_norm"], "eps": eps, "bias": flat_bias}
-    qkv = skinny_matmul(residual.x, flat, **options, counters=counters, backend="triton")
+    qkv = _normed_product(residual, flat, params["input_norm"], eps, flat_bias, counters)
     return residual, qkv.reshape(-1, *weight.shape[1:])
 
 
@@ -92,19 +123,23 @@ def add_attention(
     if counters is None:
         return _add(x, einsum("tkgd,kgde->te", heads, weight), bias, axis_name, table)
     flat, flat_weight = heads.reshape(x.shape[0], -1), weight.reshape(-1, x.shape[1])
-    return Residual(_add_fused(x, flat, flat_weight, bias, axis_name, table, counters))
+    return _add_fused(residual, flat, flat_weight, bias, params["post_norm"], axis_name, table, counters)
 
 
 def add_mlp(
     residual: Residual,
     params: Params,
+    next_norm: Float[Array, " E"] | None,
     eps: float,
     axis_name: str | None,
     table: Int[Array, "*mesh entries"] | None,
     counters: jax.Ref | None,
     backend: Backend,
 ) -> Residual:
-    """Hidden states plus the gated MLP of them normalised, summed over shards."""
+    """Hidden states plus the gated MLP of them normalised, summed over shards.
+
+    `next_norm`, of the norm after them, is needed where the hidden states come scaled.
+    """
     gate_up_bias, down_bias = params.get("gate_up_bias"), params.get("down_bias")
     if counters is None:
         with jax.named_scope("gate_up"):
@@ -112,11 +147,19 @@ def add_mlp(
             gated = gated_matmul(normalised, params["gate_up"], bias=gate_up_bias, backend=backend)
         with jax.named_scope("down"):
             return _add(residual.x, einsum("tf,fe->te", gated, params["down"]), down_bias, axis_name, table)
-    options = {"norm": params["post_norm"], "eps": eps, "bias": gate_up_bias}
     with jax.named_scope("gate_up"):
-        gated = skinny_matmul(residual.x, params["gate_up"], **options, counters=counters, backend="triton")
+        gated = _normed_product(residual, params["gate_up"], params["post_norm"], eps, gate_up_bias, counters)
     with jax.named_scope("down"):
-        return Residual(_add_fused(residual.x, gated, params["down"], down_bias, axis_name, table, counters))
+        return _add_fused(residual, gated, params["down"], down_bias, next_norm, axis_name, table, counters)
+
+
+def _normed_product(
+    residual: Residual, weight: Array, norm: Float[Array, " E"], eps: float, bias: Array | None, counters: jax.Ref
+) -> Array:
+    options = {"eps": eps, "bias": bias, "counters": counters}
+    if residual.scaled is not None:
+        return skinny_matmul(residual.scaled, weight, **options, backend="triton")
+    return skinny_matmul(residual.x, weight, norm=norm, **options, backend="triton")
 
 
 def _add(
@@ -133,21 +176,28 @@ def _add(
 
 
 def _add_fused(
-    x: Float[Array, "T E"],
+    residual: Residual,
     inputs: Float[Array, "T F"],
     weight: Float[Array, "F E"],
     bias: Float[Array, " E"] | None,
+    next_norm: Float[Array, " E"] | None,
     axis_name: str | None,
     table: Int[Array, "*mesh entries"] | None,
     counters: jax.Ref,
-) -> Float[Array, "T E"]:
+) -> Residual:
+    x, options = residual.x, {"counters": counters, "backend": "triton"}
+    if residual.scaled is not None:
+        assert next_norm is not None
+        options |= {"bias": bias, "residual": x, "next_norm": next_norm}
+        total, passed_on = skinny_matmul_scaled(inputs, weight, **options)
+        return Residual(typed_as(x, total), scaled=passed_on)
     if axis_name is None:
-        return typed_as(x, skinny_matmul(inputs, weight, bias=bias, residual=x, counters=counters, backend="triton"))
+        return Residual(typed_as(x, skinny_matmul(inputs, weight, bias=bias, residual=x, **options)))
     # Each shard has a part of the sum: bias and residual count once, after it.
-    update = skinny_matmul(inputs, weight, counters=counters, backend="triton")
+    update = skinny_matmul(inputs, weight, **options)
     if bias is None:
-        return sum_shards(update, axis_name, residual=x, table=table)
-    return x + (sum_shards(update, axis_name, table=table) + bias)
+        return Residual(sum_shards(update, axis_name, residual=x, table=table))
+    return Residual(x + (sum_shards(update, axis_name, table=table) + bias))
 
 
 def typed_as(x: Array, result: Array) -> Array:

@@ -23,12 +23,14 @@ from nanovllm_jax.models.projections import (
     add_mlp,
     einsum,
     fused_counters,
+    pass_on,
     poison_unless_zero,
     project_qkv,
     typed_as,
 )
 from nanovllm_jax.models.rope import rope_tables
 from nanovllm_jax.parallel.collectives import sum_shards, table_of
+from nanovllm_kernels import Scaled
 
 _MIN_HEAD_ROWS = 16
 
@@ -88,6 +90,9 @@ def transformer(
         layers = _Layers(params, config, tokens, positions, [attend], axis_name, backend, counters)
         new_caches = [layers.whole(index, cache) for index, cache in enumerate(caches)]
         (residual,), counters = layers.residuals, layers.counters
+        if residual.scaled is not None:
+            # Nobody uses what the last layer passes on, but without it that layer would be another function.
+            residual = jax.lax.optimization_barrier(residual)
     return residual.normalised(params["final_norm"], config.rms_norm_eps, backend)[1], new_caches, counters
 
 
@@ -129,7 +134,7 @@ def finish(
         with jax.named_scope("attention"):
             residual = add_attention(Residual(unfinished.x), unfinished.heads, last_layer, axis_name, table, None)
         with jax.named_scope("mlp"):
-            residual = add_mlp(residual, last_layer, config.rms_norm_eps, axis_name, table, None, backend)
+            residual = add_mlp(residual, last_layer, None, config.rms_norm_eps, axis_name, table, None, backend)
     return residual.normalised(final_norm, config.rms_norm_eps, backend)[1]
 
 
@@ -161,8 +166,11 @@ class _Layers:
         self.counters = counters
         # Where additions wait for norms, zeros before the first layer make all layers the same function.
         waits = counters is None and axis_name is not None
-        self.residuals = [Residual(x, typed_as(x, jnp.zeros_like(x)) if waits else None) for x in parts]
-        self._params = params["layers"]
+        self._params, self._final_norm = params["layers"], params["final_norm"]
+        if waits:
+            self.residuals = [Residual(x, typed_as(x, jnp.zeros_like(x))) for x in parts]
+        else:
+            self.residuals = [pass_on(x, self._params[0], axis_name, counters) for x in parts]
         self._ropes = [rope_tables(each, config.head_dim, config.rope) for each in jnp.split(positions, count)]
         # A jitted layer is traced and lowered once, then called L times; XLA inlines the calls.
         shared = {"config": config, "backend": backend}
@@ -171,10 +179,12 @@ class _Layers:
 
     def whole(self, index: int, cache: LayerCache) -> LayerCache:
         """A layer; returns its cache."""
+        last = index + 1 == len(self._params)
+        next_norm = self._final_norm if last else self._params[index + 1]["input_norm"]
         with jax.named_scope(f"layer{index}"):
             for i, layer in enumerate(self._layers):
-                arguments = (self.residuals[i], self._params[index], self._ropes[i], cache, self._table, self.counters)
-                self.residuals[i], cache, self.counters = layer(*arguments)
+                shared = (self._params[index], next_norm, self._ropes[i], cache, self._table, self.counters)
+                self.residuals[i], cache, self.counters = layer(self.residuals[i], *shared)
         return cache
 
     def attention_of_last(self, cache: LayerCache) -> tuple[Unfinished, LayerCache]:
@@ -193,6 +203,7 @@ class _Layers:
 def _layer(
     residual: Residual,
     params: Params,
+    next_norm: Float[Array, " E"],
     rope: Rope,
     cache: LayerCache,
     table: Int[Array, "*mesh entries"] | None,
@@ -204,12 +215,14 @@ def _layer(
     backend: Backend,
 ) -> tuple[Residual, LayerCache, Int[Array, " tiles"] | None]:
     # A reference inside only: taken as an argument, the layer would be lowered anew for each call.
-    ref = None if counters is None else jax.new_ref(counters)
+    ref, given = None if counters is None else jax.new_ref(counters), residual.scaled
     with jax.named_scope("attention"):
         residual, heads, cache = _attention(residual, params, rope, cache, ref, config, attend, backend)
         residual = add_attention(residual, heads, params, axis_name, table, ref)
     with jax.named_scope("mlp"):
-        residual = add_mlp(residual, params, config.rms_norm_eps, axis_name, table, ref, backend)
+        residual = add_mlp(residual, params, next_norm, config.rms_norm_eps, axis_name, table, ref, backend)
+    if given is not None and residual.scaled is not None:
+        residual = residual._replace(scaled=Scaled(*map(typed_as, given, residual.scaled)))
     return residual, cache, None if ref is None else jax.freeze(ref)
 
 

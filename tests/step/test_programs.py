@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 
 from nanovllm_jax.config import ModelConfig, RopeConfig
 from nanovllm_jax.inspection.triton_calls import triton_kernels
+from nanovllm_jax.models import projections
 from nanovllm_jax.models.params import ParamSpec, abstract_params
 from nanovllm_jax.parallel.mesh import MODEL_AXIS, make_mesh, param_shardings, replica_meshes
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
@@ -39,7 +41,9 @@ QWEN3 = ModelConfig(
 STEPS = [ProgramKey("decode", 16), ProgramKey("decode_forward", 16), ProgramKey("prefill", 64)]
 
 
-def catalogue(backend: str, shards: int = 1, replica: int = 0, model: ModelConfig = QWEN3) -> Catalogue:
+def catalogue(
+    backend: str, shards: int = 1, replica: int = 0, model: ModelConfig = QWEN3, most_rows: int = 16
+) -> Catalogue:
     mesh = replica_meshes(make_mesh(shards, replica + 1))[replica]
     params = jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=sharding),
@@ -47,15 +51,15 @@ def catalogue(backend: str, shards: int = 1, replica: int = 0, model: ModelConfi
         param_shardings(model, mesh),
         is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
     )
-    shape = StateShape(num_blocks=512, block_size=16, max_num_seqs=16, max_model_len=4096)
+    shape = StateShape(num_blocks=512, block_size=16, max_num_seqs=most_rows, max_model_len=4096)
     return Catalogue(
         StepConfig(model, shape, backend, axis_name=MODEL_AXIS if shards > 1 else None, decode_steps=4),
         params,
         jnp.bfloat16,
         mesh,
-        decode_sizes=[4, 16],
-        filtered_sizes=[16],
-        sampling_sizes=[4, 16],
+        decode_sizes=[4, most_rows],
+        filtered_sizes=[most_rows],
+        sampling_sizes=[4, most_rows],
         prefill_sizes=[64, 256],
         num_logprobs=20,
     )
@@ -70,6 +74,21 @@ def lowered_for_cuda(key: ProgramKey, shards: int, replica: int = 0) -> str:
 def test_every_program_lowers_for_cuda(key):
     runs_kernels = not key.kind.startswith("update")
     assert ("triton" in lowered_for_cuda(key, 1)) == runs_kernels
+
+
+def test_layers_that_pass_on_what_follows_a_norm_are_one_function(monkeypatch):
+    model = replace(QWEN3, num_layers=4)
+    passed, product = [], projections.skinny_matmul_scaled
+
+    def recorded(*args, **options):
+        passed.append(args)
+        return product(*args, **options)
+
+    monkeypatch.setattr(projections, "skinny_matmul_scaled", recorded)
+    with lowering_for(90):
+        text = lower(catalogue("triton", model=model, most_rows=128), ProgramKey("decode", 128))
+    assert len(passed) == 3  # twice in the layer, once to learn what it passes on
+    assert set(re.findall(r"call @(_layer\w*)", text)) == {"_layer"}
 
 
 def test_threads_that_need_the_same_kernel_compile_it_once(monkeypatch):
