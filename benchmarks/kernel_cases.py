@@ -24,13 +24,12 @@ from nanovllm_kernels import (
     sample,
     sample_head,
     silu_mul,
-    skinny_matmul,
 )
 from nanovllm_kernels._cases import AttentionCase, RowsCase
 from nanovllm_kernels.rope_cache_write.cases import RopeCacheWriteCase
 from nanovllm_kernels.sample.cases import SampleCase, sample_inputs
 from nanovllm_kernels.sample_head.cases import SampleHeadCase, sample_head_inputs
-from nanovllm_kernels.skinny_matmul.cases import SkinnyCase
+from nanovllm_kernels.skinny_matmul.cases import SkinnyCase, product_of
 
 ROTATED_BYTES = 300e6  # six times the L2 of an H100 or H200
 
@@ -198,8 +197,10 @@ def skinny(case: SkinnyCase, backend: str) -> Chain:
     def call(arrays, w, counters):
         if backend == "xla":
             return tune_kernels.xla_product(arrays, w)
-        return skinny_matmul(**arrays, w=w, counters=counters, backend=backend)
+        return product_of(arrays | {"w": w}, counters=counters, backend=backend)
 
+    if backend != "xla":
+        case = tune_kernels.in_the_engine(case)
     shapes = tune_kernels.shapes_of(case)
     moved = 2 * (math.prod(case.w_shape) + case.rows * (case.inputs + case.outputs * (1 + case.residual)))
     calls = len(shapes[1]) * tune_kernels.repeats(shapes[1])

@@ -21,17 +21,18 @@ import jax.numpy as jnp
 import kernel_timing  # before JAX starts its device
 import results_log
 
-from nanovllm_kernels import skinny_matmul, split_counters
+from nanovllm_kernels import split_counters
 from nanovllm_kernels._compat import current_target, import_jax_triton
 from nanovllm_kernels._device import ceil_div, next_power_of_2
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT
-from nanovllm_kernels.skinny_matmul import has_mosaic_kernel
+from nanovllm_kernels.skinny_matmul import has_mosaic_kernel, passes_on
 from nanovllm_kernels.skinny_matmul import launch as launches
-from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase
+from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, WHOLE_MODELS, SkinnyCase, as_in_a_layer, product_of
 from nanovllm_kernels.skinny_matmul.launch import TILE_ROWS, Entry, Launch, Tiling
 
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
+PASSED_ON_COLUMNS = 32  # of a tile of a product that passes on sums of squares
 MAX_CALLS, MIN_CALLS, RUNS = 48, 8, 4
 MAX_CANDIDATES, MAX_TILINGS = 20, 5
 
@@ -95,7 +96,11 @@ def tilings(case: SkinnyCase) -> list[Tiling]:
         one = Tiling(rows, cols, inputs, 2 * CONSUMERS)
         # Outputs and norm, float32 sums where the consumers divide the inputs, and x where 64 rows are read of fewer.
         whole = max(rows, CONSUMER_ROWS)
-        others = 2 * whole * cols + 2 * case.inputs + one.splits_inputs * 4 * whole * cols * (1 + case.gated)
+        others = (
+            2 * whole * cols * (1 + case.residual)
+            + 2 * case.inputs
+            + one.splits_inputs * 4 * whole * cols * (1 + case.gated)
+        )
         others += 2 * (whole - rows) * inputs
         # 4 KB for barriers, and for arrays that begin at multiples of 1 KB.
         fitting = (target.shared_bytes - 4096 - others) // one.stage_bytes(gated=case.gated)
@@ -136,14 +141,28 @@ def xla_product(arrays, w):
     return y + arrays["residual"] if "residual" in arrays else y
 
 
+def in_the_engine(case: SkinnyCase) -> SkinnyCase:
+    """The product as a model on one GPU runs it: one before a norm may pass on what the one after it takes."""
+    # A shard's products are summed before a norm sees them.
+    whole = any(replace(case, rows=1) in PRODUCTS[model] for model in WHOLE_MODELS)
+    width = case.outputs if case.residual else case.inputs
+    hidden = jax.ShapeDtypeStruct((case.rows, width), case.dtype)
+    return as_in_a_layer(case) if whole and passes_on(hidden) else case
+
+
 def shapes_of(case: SkinnyCase):
     """Arguments but the weight, and the copies of the weight, as shapes."""
     of = lambda *shape: jax.ShapeDtypeStruct(shape, case.dtype)  # noqa: E731
     arrays = {"x": of(case.rows, case.inputs)}
     if case.norm:
         arrays["norm"] = of(case.inputs)
+    if case.scaled:
+        parts = ceil_div(case.inputs, PASSED_ON_COLUMNS)
+        arrays["squares"] = jax.ShapeDtypeStruct((parts, launches.padded_rows(case.rows)), jnp.float32)
     if case.residual:
         arrays["residual"] = of(case.rows, case.outputs)
+    if case.next_norm:
+        arrays["next_norm"] = of(case.outputs)
     copies = max(2, min(MAX_CALLS, round(ROTATED_BYTES / (2 * math.prod(case.w_shape)))))
     return arrays, [of(*case.w_shape)] * copies
 
@@ -153,6 +172,8 @@ def device_arrays(case: SkinnyCase):
     arrays, weights = shapes_of(case)
     keys = iter(jax.random.split(jax.random.key(0), 1 + len(arrays)))
     arrays = {name: jax.random.normal(next(keys), array.shape, array.dtype) for name, array in arrays.items()}
+    if case.scaled:
+        arrays["squares"] = jnp.full_like(arrays["squares"], case.inputs / len(arrays["squares"]))
     w = jax.random.normal(next(keys), case.w_shape, case.dtype) * jnp.asarray(case.inputs**-0.5, case.dtype)
     return arrays, [w + 0 for _ in weights]
 
@@ -193,7 +214,7 @@ def call_with(one: Launch | Tiling, in_kernel_merge: bool):
     def call(arrays, w, counters):
         chosen, launches.launch_parameters = launches.launch_parameters, lambda *_, **__: one
         try:
-            return skinny_matmul(**arrays, w=w, counters=counters if in_kernel_merge else None, backend="triton")
+            return product_of(arrays | {"w": w}, counters=counters if in_kernel_merge else None, backend="triton")
         finally:
             launches.launch_parameters = chosen
 
@@ -209,7 +230,8 @@ def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float
     wanted += [(one, False) for one in launches_tried if one.splits > 1][:1]
     wanted += [(one, True) for one in tilings(case) if one != now]
     # Tracing holds Python's lock; Triton, XLA and ptxas run in threads.
-    futures = [pool.submit(trace_chain(call_with(*each), case).lower().compile) for each in wanted]
+    ours = in_the_engine(case)
+    futures = [pool.submit(trace_chain(call_with(*each), ours).lower().compile) for each in wanted]
     compiled = {}
     for each, future in zip(wanted, futures, strict=True):
         if (error := future.exception()) is None:
@@ -221,12 +243,12 @@ def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float
 
 def measure(case: SkinnyCase, compiled: dict) -> tuple[list[Timed], float]:
     """Best seconds a call of each program, and of XLA's, which is compiled here: it times its products by itself."""
-    arrays, weights = device_arrays(case)
+    (arrays, weights), (plain, _) = device_arrays(in_the_engine(case)), device_arrays(case)
     xla = trace_chain(lambda arrays, w, _: xla_product(arrays, w), case).lower().compile()
-    programs = [*compiled.values(), xla]
-    for program in programs * 2:  # the driver loads a kernel at its first launch, XLA captures a graph at its second
-        jax.block_until_ready(program(arrays, weights))
-    runs = [lambda program=program: program(arrays, weights) for program in programs]
+    runs = [lambda program=program: program(arrays, weights) for program in compiled.values()]
+    runs.append(lambda: xla(plain, weights))
+    for run in runs * 2:  # the driver loads a kernel at its first launch, XLA captures a graph at its second
+        jax.block_until_ready(run())
     spans = kernel_timing.spans(runs * RUNS)
     calls = len(weights) * repeats(weights)
     *seconds, xla_seconds = [min(spans[i :: len(runs)]) / calls for i in range(len(runs))]
