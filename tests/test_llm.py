@@ -310,6 +310,24 @@ def test_close_gives_the_device_memory_back(model):
         llm.generate([[1]], GREEDY, use_tqdm=False)
 
 
+def test_close_gives_the_device_memory_back_when_the_step_in_flight_fails(model):
+    before = {id(array) for array in jax.live_arrays()}
+    llm = LLM(model, **SETTINGS)
+    llm.add_request("a", [1, 2, 3], GREEDY)
+    llm.step()  # dispatches only
+
+    def fail(step):
+        raise RuntimeError("no device")
+
+    llm._engine.replicas[0].runner.read = fail
+    with pytest.raises(DeviceError, match="no device"):
+        llm.close()
+    assert not [array for array in jax.live_arrays() if id(array) not in before and array.nbytes > 1024]
+    llm.close()  # changes nothing any more
+    with pytest.raises(DeviceError, match="closed"):
+        llm.step()
+
+
 def test_two_engines_one_after_the_other_agree(model):
     results = []
     for _ in range(2):

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -263,16 +263,25 @@ class Engine:
                         self._read(replica)
 
     def close(self) -> None:
-        """End all requests and give the device memory back."""
-        if not self._closed:
-            self._stay_at_exit()
-            self.drain()
-            self._closed = True
-            if self._launchers:
-                self._launchers.shutdown()
+        """End all requests and give the device memory back, whatever goes wrong.
+
+        Raises:
+            DeviceError: if a device failed in a step that was in flight; all is given back nevertheless.
+        """
+        if self._closed:
+            return
+        self._stay_at_exit()
+        with ExitStack() as closing:  # the last one first, each even if another fails
+            closing.callback(gc.unfreeze)  # what the start froze may be collected, should another engine follow
             for replica in self.replicas:
-                replica.runner.close()
-            gc.unfreeze()  # what the start froze may be collected, should another engine follow
+                closing.callback(replica.runner.close)
+                closing.callback(replica.in_flight.clear)
+            if self._launchers:
+                closing.callback(self._launchers.shutdown)
+            try:
+                self.drain()
+            finally:
+                self._closed = True
 
     def _dispatch(self) -> set[Replica]:
         """Dispatch a step of each replica that may start one; returns those that did."""
