@@ -211,11 +211,14 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to the waiting queue, to compute prompt and output again; its rank leads its class."""
+        self._requeue(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _requeue(self, request: Request) -> None:
         self._leave_row(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
-        request.num_preemptions += 1
-        self.num_preemptions += 1
         heappush(self._waiting, (request.rank, request))
         self.num_waiting += 1
 
@@ -274,6 +277,23 @@ class Scheduler:
         for _, start, num_tokens, _, _, _, block_ids in schedule.sequences:
             filled = block_ids[start // block_size : (start + num_tokens) // block_size]
             self.block_manager.unregister_blocks(filled)
+
+    def retract(self, schedule: Schedule) -> None:
+        """Takes the latest schedule back, of which nothing was dispatched: its requests wait as if preempted.
+
+        What was admitted in it counts as if it never was.
+        """
+        self.on_step_failed(schedule)
+        for sequence in schedule.sequences:
+            request = sequence.request
+            request.num_unread -= sequence.num_tokens if sequence.is_decode else int(sequence.samples)
+            if not sequence.is_admitted:
+                self._preempt(request)
+                continue
+            if request.num_preemptions == 0:
+                self.block_manager.num_queried_tokens -= request.num_tokens
+                self.block_manager.num_hit_tokens -= request.num_cached_tokens
+            self._requeue(request)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. Returns False, and does nothing, while a request runs."""
