@@ -357,7 +357,7 @@ class Engine:
                 result = replica.runner.read(step)
         except Exception as error:
             raise self._fail(error) from error
-        now, outputs = time.time(), []
+        now, outputs, is_suspect = time.time(), [], False
         touched: dict[str, None] = {}  # requests that may have something to report
         logprobs = result.logprobs or itertools.repeat(None)
         take, pass_on, prompt_logprobs = self._collector.on_tokens, replica.scheduler.on_tokens, result.prompt_logprobs
@@ -377,12 +377,15 @@ class Engine:
                     touched[request.request_id] = None
                     if reason:
                         if reason == "error":
+                            is_suspect = True
                             replica.scheduler.distrust(request)
                         replica.scheduler.finish(request)
                         replica.lockstep.discard(request)
             except Exception:
                 touched.pop(request.request_id, None)
                 outputs.append(self._give_up(request.request_id))
+        if is_suspect:
+            self._check_sums(replica)
         self._collector.end_step(now)
         for request_id in touched:
             try:
@@ -390,6 +393,14 @@ class Engine:
             except Exception:
                 outputs.append(self._give_up(request_id))
         return [output for output in outputs if output is not None]
+
+    def _check_sums(self, replica: Replica) -> None:
+        """Whether logits are not finite because the replica's shards do not add any more: all requests would end so."""
+        try:
+            replica.runner.check_sums()
+        except DeviceError as error:
+            self._failure = error
+            raise
 
     def _take_prompt_logprobs(self, sequence: ScheduledSequence, result: StepResult) -> None:
         request = sequence.request

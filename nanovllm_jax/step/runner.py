@@ -19,6 +19,7 @@ from nanovllm_jax.engine.request import Request
 from nanovllm_jax.engine.sampling_plan import Adjustment
 from nanovllm_jax.engine.schedule import Schedule, ScheduledSequence
 from nanovllm_jax.models.params import Params
+from nanovllm_jax.parallel.collectives import check_exchange
 from nanovllm_jax.step import draw
 from nanovllm_jax.step.admission import Admission, TableSpan, pack_updates
 from nanovllm_jax.step.buckets import bucket_for
@@ -135,6 +136,14 @@ class Runner:
                     prompt[sequence.request] = flat[start : start + sequence.num_tokens]
                 start += sequence.num_tokens
         return StepResult(tokens, logprobs, prompt)
+
+    def check_sums(self) -> None:
+        """Wait for the devices, and find out whether shards still add.
+
+        Raises:
+            DeviceError: if one has waited in vain for another, in this step or an earlier one.
+        """
+        check_exchange(self._params)
 
     def close(self) -> None:
         """Give the device memory back at once."""
