@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -64,6 +65,7 @@ class AsyncLLM:
         # its request was left.
         self._streams: dict[str, RequestStream] = {}
         self._engine_ids: dict[str, str] = {}  # by the caller's ids
+        self._num_unfinished, self._counting = 0, threading.Lock()  # event loops of several threads may use it
         # One thread: a tokenizer uses several for a batch, but some are not safe to share. It is not the event
         # loop's and not the engine's, so a long prompt holds neither up.
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
@@ -127,6 +129,7 @@ class AsyncLLM:
             raise RequestError(message, param="request_id")
         outputs = self._streams[engine_id] = RequestStream(self, request_id, engine_id, params.n)
         self._engine_ids[request_id] = engine_id
+        self._count(params.n)
         try:
             prepare = partial(self._engine.prepare, engine_id, prompt, params, priority=priority, stream=stream)
             # Token ids are checked faster than a thread is woken.
@@ -169,7 +172,7 @@ class AsyncLLM:
     @property
     def num_unfinished(self) -> int:
         """Samples that were asked for and have not ended."""
-        return sum(outputs.num_samples for outputs in list(self._streams.values()))
+        return self._num_unfinished
 
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
         """As of `LLM`, in the tokenizer's thread."""
@@ -243,7 +246,12 @@ class AsyncLLM:
     def _leave(self, outputs: RequestStream) -> None:
         if self._streams.pop(outputs.engine_id, None) is not None:
             del self._engine_ids[outputs.request_id]
+            self._count(-outputs.num_samples)
             self._thread.abort(outputs.engine_id)
+
+    def _count(self, num_samples: int) -> None:
+        with self._counting:
+            self._num_unfinished += num_samples
 
 
 class RequestStream:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 
 import jax
@@ -213,6 +214,37 @@ def test_ctrl_c_ends_the_requests_and_leaves_the_engine_usable(llm):
     assert generate(llm, [[1, 2, 3]], GREEDY) == greedy
 
 
+def test_a_second_ctrl_c_does_not_wait_for_a_device_that_hangs(model):
+    def multiply(x, count):
+        return jax.lax.fori_loop(0, count, lambda _, x: np.float32(1e-3) * x @ x, x)[0].astype(np.int32)
+
+    matrix = jax.numpy.ones((500, 500))
+    slow = jax.jit(multiply).lower(matrix, 20).compile()
+    slow(matrix, 20).block_until_ready()
+    began = time.perf_counter()
+    slow(matrix, 20).block_until_ready()
+    two_seconds = int(20 * 2 / (time.perf_counter() - began))
+    llm = LLM(model, **SETTINGS)
+    generate(llm, [[1, 2, 3]], GREEDY)  # nothing compiles below
+    llm.add_request("a", [1, 2, 3], GREEDY)
+    llm.step()  # dispatches only
+    llm._engine.replicas[0].in_flight[0].tokens = hung = slow(matrix, two_seconds)
+    presses = [threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)) for after in (0.1, 0.5)]
+    for press in presses:
+        press.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+        assert not hung.is_ready()
+        with pytest.raises(DeviceError, match="Ctrl-C came twice"):
+            llm.step()
+        llm.close()
+        assert not hung.is_ready()
+    finally:
+        for press in presses:
+            press.join()
+
+
 def test_ctrl_c_while_prompts_are_queued_leaves_the_engine_usable(llm, monkeypatch):
     scheduler, greedy = llm._engine.replicas[0].scheduler, generate(llm, [[1, 2, 3]], GREEDY)
     with monkeypatch.context() as patch:
@@ -308,6 +340,24 @@ def test_close_gives_the_device_memory_back(model):
     assert not [array for array in jax.live_arrays() if id(array) not in before and array.nbytes > 1024]
     with pytest.raises(DeviceError, match="closed"):
         llm.generate([[1]], GREEDY, use_tqdm=False)
+
+
+def test_close_gives_the_device_memory_back_when_the_step_in_flight_fails(model):
+    before = {id(array) for array in jax.live_arrays()}
+    llm = LLM(model, **SETTINGS)
+    llm.add_request("a", [1, 2, 3], GREEDY)
+    llm.step()  # dispatches only
+
+    def fail(step):
+        raise RuntimeError("no device")
+
+    llm._engine.replicas[0].runner.read = fail
+    with pytest.raises(DeviceError, match="no device"):
+        llm.close()
+    assert not [array for array in jax.live_arrays() if id(array) not in before and array.nbytes > 1024]
+    llm.close()  # changes nothing any more
+    with pytest.raises(DeviceError, match="closed"):
+        llm.step()
 
 
 def test_two_engines_one_after_the_other_agree(model):

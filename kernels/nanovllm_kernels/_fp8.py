@@ -18,3 +18,13 @@ def quantise(x: Array, dtype: DTypeLike, scale: Array | None) -> Array:
     if scale is not None:
         wide = wide / scale.astype(jnp.float32)[:, None]
     return jnp.clip(wide, -FP8_MAX, FP8_MAX).astype(dtype)
+
+
+def as_bytes(x: Array) -> Array:
+    """Float8 as bytes, other types as they are; `view` turns them back.
+
+    What XLA's gathers and scatters take of float8 should be bytes: on a CPU they convert the whole array to float16,
+    and back. A caller that keeps its cache as bytes, and views it as float8 for a kernel, pays for what is read and
+    written alone.
+    """
+    return x.view(jnp.uint8) if x.dtype == FP8 else x

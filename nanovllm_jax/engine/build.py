@@ -112,7 +112,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
             for params, replica_mesh in zip(loading.result(), meshes, strict=True)
         ]
         runners = [Runner(*pair) for pair in zip(programs, weights, strict=True)]
-    if config.compiles_at_start:
+    if compiled := config.compiles_at_start:
         _warm_up(runners)
         for params in weights:
             check_exchange(params)
@@ -130,7 +130,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         length_remedy=length_remedy(model_config, config, shape),
     )
     engine = Engine(
-        [Replica(Scheduler(limits), runner) for runner in runners],
+        [Replica(Scheduler(limits), runner, None if compiled else runner.compile) for runner in runners],
         words,
         eos_token_ids=_end_ids(words, defaults),
         vocab_size=model_config.vocab_size,

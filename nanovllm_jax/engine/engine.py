@@ -10,15 +10,15 @@ import operator
 import random
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 from nanovllm_jax.engine.collector import Collector
 from nanovllm_jax.engine.inputs import Prompt, bad_word_ids, parse_prompt
-from nanovllm_jax.engine.interrupts import deferred_interrupt
+from nanovllm_jax.engine.interrupts import deferred_interrupt, held_interrupts
 from nanovllm_jax.engine.replica import Replica, choose_replica
 from nanovllm_jax.engine.request import Request, RequestStatus
 from nanovllm_jax.engine.sampling_plan import plan_sampling
@@ -231,7 +231,8 @@ class Engine:
         Raises:
             DeviceError: if a device fails; every request ends and the engine is of no more use.
             KeyboardInterrupt: after the step, if Ctrl-C came during it, since the device state it hands on would
-                be lost in its middle. The next step returns this one's outputs too.
+                be lost in its middle. The next step returns this one's outputs too. At once while the step's programs
+                compile; and when it comes again while the step waits for a device, which fails the engine.
         """
         self._check_alive()
         with deferred_interrupt():
@@ -239,14 +240,18 @@ class Engine:
             working = [replica for replica in self.replicas if replica.in_flight]
             due = [replica for replica in working if len(replica.in_flight) > 1 or replica not in started]
             if len(working) > 1:
-                done = [replica for replica in due if replica.in_flight[0].is_ready]
-                while not done and len(due) == len(working):
-                    time.sleep(_POLL_S)
-                    done = [replica for replica in due if replica.in_flight[0].is_ready]
-                due = done
-            self._undelivered += [output for replica in due for output in self._read(replica)]
+                due = self._wait_for_one(due) if len(due) == len(working) else _those_done(due)
+            for replica in due:
+                self._undelivered += self._read(replica)
         outputs, self._undelivered = self._undelivered, []
         return outputs
+
+    def _wait_for_one(self, replicas: Sequence[Replica]) -> list[Replica]:
+        """Wait until the oldest step of one is done; returns all of which it is."""
+        with self._patience():
+            while not (done := _those_done(replicas)):
+                time.sleep(_POLL_S)
+        return done
 
     def wait(self) -> None:
         """Until the devices have done what was dispatched; its tokens stay for the next `step`."""
@@ -263,20 +268,31 @@ class Engine:
                         self._read(replica)
 
     def close(self) -> None:
-        """End all requests and give the device memory back."""
-        if not self._closed:
-            self._stay_at_exit()
-            self.drain()
-            self._closed = True
-            if self._launchers:
-                self._launchers.shutdown()
+        """End all requests and give the device memory back, whatever goes wrong.
+
+        Raises:
+            DeviceError: if a device failed in a step that was in flight; all is given back nevertheless.
+        """
+        if self._closed:
+            return
+        self._stay_at_exit()
+        with ExitStack() as closing:  # the last one first, each even if another fails
+            closing.callback(gc.unfreeze)  # what the start froze may be collected, should another engine follow
             for replica in self.replicas:
-                replica.runner.close()
-            gc.unfreeze()  # what the start froze may be collected, should another engine follow
+                closing.callback(replica.runner.close)
+                closing.callback(replica.in_flight.clear)
+            if self._launchers:
+                closing.callback(self._launchers.shutdown)
+            try:
+                self.drain()
+            finally:
+                self._closed = True
 
     def _dispatch(self) -> set[Replica]:
         """Dispatch a step of each replica that may start one; returns those that did."""
         scheduled = {replica: schedule for replica in self.replicas if (schedule := replica.next_schedule())}
+        if any(replica.compile for replica in scheduled):
+            self._compile(scheduled)
         now = time.time()
         run = self._launchers.map if self._launchers and len(scheduled) > 1 else map
         for error in list(run(self._launch, scheduled, scheduled.values())):
@@ -286,6 +302,34 @@ class Engine:
             if not schedule.is_decode:
                 self._note_admissions(schedule, now)
         return set(scheduled)
+
+    def _compile(self, scheduled: Mapping[Replica, Schedule]) -> None:
+        """Have the programs of these steps. Ctrl-C need not wait for that: the steps are taken back."""
+        try:
+            with held_interrupts(0):
+                for replica, schedule in scheduled.items():
+                    if replica.compile:
+                        replica.compile(schedule)
+        except Exception as error:
+            for replica, schedule in scheduled.items():
+                replica.scheduler.on_step_failed(schedule)
+            raise self._fail(error) from error
+        except BaseException:
+            for replica, schedule in scheduled.items():
+                replica.scheduler.retract(schedule)
+            raise
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """While it waits for a device, which may hang: a second Ctrl-C ends that, and the engine."""
+        try:
+            with held_interrupts(1):
+                yield
+        except Exception:
+            raise
+        except BaseException:
+            self._failure = DeviceError("Ctrl-C came twice while it waited for a device")
+            raise
 
     def _launch(self, replica: Replica, schedule: Schedule) -> Exception | None:
         """Dispatch one step; in a thread of its own where several replicas start one."""
@@ -309,10 +353,11 @@ class Engine:
         """Take the tokens of a replica's oldest step in flight, waiting for them if need be."""
         step = replica.in_flight.popleft()
         try:
-            result = replica.runner.read(step)
+            with self._patience():
+                result = replica.runner.read(step)
         except Exception as error:
             raise self._fail(error) from error
-        now, outputs = time.time(), []
+        now, outputs, is_suspect = time.time(), [], False
         touched: dict[str, None] = {}  # requests that may have something to report
         logprobs = result.logprobs or itertools.repeat(None)
         take, pass_on, prompt_logprobs = self._collector.on_tokens, replica.scheduler.on_tokens, result.prompt_logprobs
@@ -332,12 +377,15 @@ class Engine:
                     touched[request.request_id] = None
                     if reason:
                         if reason == "error":
+                            is_suspect = True
                             replica.scheduler.distrust(request)
                         replica.scheduler.finish(request)
                         replica.lockstep.discard(request)
             except Exception:
                 touched.pop(request.request_id, None)
                 outputs.append(self._give_up(request.request_id))
+        if is_suspect:
+            self._check_sums(replica)
         self._collector.end_step(now)
         for request_id in touched:
             try:
@@ -345,6 +393,14 @@ class Engine:
             except Exception:
                 outputs.append(self._give_up(request_id))
         return [output for output in outputs if output is not None]
+
+    def _check_sums(self, replica: Replica) -> None:
+        """Whether logits are not finite because the replica's shards do not add any more: all requests would end so."""
+        try:
+            replica.runner.check_sums()
+        except DeviceError as error:
+            self._failure = error
+            raise
 
     def _take_prompt_logprobs(self, sequence: ScheduledSequence, result: StepResult) -> None:
         request = sequence.request
@@ -395,6 +451,10 @@ class Engine:
                     "raise max_logprobs when you make the LLM.",
                     param=name,
                 )
+
+
+def _those_done(replicas: Iterable[Replica]) -> list[Replica]:
+    return [replica for replica in replicas if replica.in_flight[0].is_ready]
 
 
 def close_at_exit(owner: Any) -> Callable[[], None]:

@@ -143,13 +143,15 @@ class EngineThread:
         """Run what was handed in, waiting for something if there is no work; False at the end."""
         while True:
             try:
-                command = self._inbox.get(block=not self._engine.has_unfinished)
+                command = self._inbox.get_nowait()
             except Empty:
-                return True
+                self._engine.update_gauges()  # once for all that came
+                if self._engine.has_unfinished:
+                    return True
+                command = self._inbox.get()
             if command is None:
                 return False
             command()
-            self._engine.update_gauges()
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
         if outputs:

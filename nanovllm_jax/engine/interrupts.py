@@ -1,4 +1,4 @@
-"""Ctrl-C, held back while the engine changes what must change as a whole.
+"""Ctrl-C, held back while the engine changes what must change as a whole, and while it waits for a device but once.
 
 Signals come to the main thread alone; in any other these contexts do nothing. Nor do they where Ctrl-C is ignored or
 ends the process without Python.
@@ -6,6 +6,7 @@ ends the process without Python.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 _depth = 0  # blocks that hold Ctrl-C back
 _pending: list[Callable[[], Any]] = []
+_most_held: float = math.inf  # of `_pending`; what comes beyond that passes at once
 
 
 class _Watch:
@@ -25,7 +27,7 @@ class _Watch:
         self._previous = previous
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if _depth:
+        if _depth and len(_pending) < _most_held:
             _pending.append(partial(self._previous, number, frame))
         else:
             self._previous(number, frame)
@@ -50,22 +52,52 @@ def watched_interrupt() -> Iterator[None]:
 @contextmanager
 def deferred_interrupt() -> Iterator[None]:
     """Hold Ctrl-C back until the block ends, be it with an error."""
-    global _depth
+    global _depth, _most_held
     if not _in_main_thread():
         yield
         return
     # Asked of the system and not remembered: others may set handlers, or put ours back after a call has ended.
     watched = isinstance(signal.getsignal(signal.SIGINT), _Watch)
     with nullcontext() if watched else watched_interrupt():
+        if not _depth:
+            _most_held = math.inf
         _depth += 1
         try:
             yield
         finally:
             _depth -= 1
             if _pending and not _depth:
-                deliver = _pending[0]
-                _pending.clear()
-                deliver()
+                _deliver()
+
+
+@contextmanager
+def held_interrupts(most: int) -> Iterator[None]:
+    """Inside of `deferred_interrupt`, for what may take long or for ever: hold at most that many Ctrl-C back.
+
+    The next one passes at once, and those before it with it. The block must not be one that has to be ended.
+    """
+    global _most_held
+    if not _in_main_thread():
+        yield
+        return
+    before = _most_held
+    try:
+        _most_held = most
+        if len(_pending) > most:
+            _deliver()
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            _pending.clear()
+        raise
+    finally:
+        _most_held = before
+
+
+def _deliver() -> None:
+    first = _pending[0]
+    _pending.clear()
+    first()
 
 
 def _in_main_thread() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,11 +26,13 @@ class Replica:
         scheduler: decides each step.
         runner: runs it on the replica's devices.
         in_flight: dispatched steps that are not read yet, the oldest first; at most two.
+        compile: has the programs of a step compiled; None where all were at the start.
         lockstep: requests whose next step depends on tokens that only the host can match (bad words of several tokens).
     """
 
     scheduler: Scheduler
     runner: Runner
+    compile: Callable[[Schedule], None] | None = None
     in_flight: deque[InFlight] = field(default_factory=deque)
     lockstep: set[Request] = field(default_factory=set)
 

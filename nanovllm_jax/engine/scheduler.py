@@ -33,6 +33,7 @@ class Scheduler:
         block_manager: the KV cache's blocks and prefix cache.
         num_preemptions: times a running request lost its row and blocks.
         num_queued_tokens: prompt tokens of all unfinished requests, and the most that they may generate.
+        num_waiting: requests that wait for a row or for blocks.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -40,6 +41,7 @@ class Scheduler:
         self.block_manager = BlockManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.num_preemptions = 0
         self.num_queued_tokens = 0
+        self.num_waiting = 0
         self._arrivals = itertools.count()
         self._requests: dict[str, list[Request]] = {}  # unfinished, by request id
         self._waiting: list[tuple[tuple[int, int], Request]] = []  # heap; finished ones leave when they surface
@@ -58,11 +60,6 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests that hold a row."""
         return len(self._prefilling) + len(self._decoding)
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait for a row or for blocks."""
-        return sum(map(len, self._requests.values())) - self.num_running
 
     def check(self, request: Request) -> None:
         """Whether a request can be served; reads only what never changes, so that any thread may ask.
@@ -96,6 +93,7 @@ class Scheduler:
         priority = request.priority if self.config.scheduling_policy == "priority" else 0
         request.rank = (priority, request.arrival)
         heappush(self._waiting, (request.rank, request))
+        self.num_waiting += 1
 
     def schedule(self) -> Schedule | None:
         """The next step, or None when nothing can be computed before an unread token is read (or at all)."""
@@ -194,6 +192,7 @@ class Scheduler:
         if not self.block_manager.can_allocate(hits, request.num_tokens, reserve=self.num_running):
             return None
         heappop(self._waiting)
+        self.num_waiting -= 1
         self.block_manager.allocate(request, hits, request.num_tokens)
         request.num_computed_tokens = len(hits) * self.config.block_size
         if request.num_preemptions == 0:
@@ -212,12 +211,16 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to the waiting queue, to compute prompt and output again; its rank leads its class."""
+        self._requeue(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _requeue(self, request: Request) -> None:
         self._leave_row(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
-        request.num_preemptions += 1
-        self.num_preemptions += 1
         heappush(self._waiting, (request.rank, request))
+        self.num_waiting += 1
 
     def _leave_row(self, request: Request) -> None:
         if request in self._decoding:
@@ -252,6 +255,8 @@ class Scheduler:
             return
         if request.status is RequestStatus.RUNNING:
             self._leave_row(request)
+        else:
+            self.num_waiting -= 1
         request.status = RequestStatus.FINISHED
         self.num_queued_tokens -= request.num_prompt_tokens + request.max_tokens
         samples = self._requests[request.request_id]
@@ -273,6 +278,23 @@ class Scheduler:
             filled = block_ids[start // block_size : (start + num_tokens) // block_size]
             self.block_manager.unregister_blocks(filled)
 
+    def retract(self, schedule: Schedule) -> None:
+        """Takes the latest schedule back, of which nothing was dispatched: its requests wait as if preempted.
+
+        What was admitted in it counts as if it never was.
+        """
+        self.on_step_failed(schedule)
+        for sequence in schedule.sequences:
+            request = sequence.request
+            request.num_unread -= sequence.num_tokens if sequence.is_decode else int(sequence.samples)
+            if not sequence.is_admitted:
+                self._preempt(request)
+                continue
+            if request.num_preemptions == 0:
+                self.block_manager.num_queried_tokens -= request.num_tokens
+                self.block_manager.num_hit_tokens -= request.num_cached_tokens
+            self._requeue(request)
+
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. Returns False, and does nothing, while a request runs."""
         return self.block_manager.reset_prefix_cache()
@@ -287,7 +309,9 @@ class Scheduler:
         rows = [request.row for request in running] + self._free_rows
         if sorted(rows) != list(range(self.config.max_num_seqs)):
             raise RuntimeError("Each row must be free or held by one running request.")
-        unfinished = itertools.chain(*self._requests.values())
+        unfinished = list(itertools.chain(*self._requests.values()))
+        if self.num_waiting != len(unfinished) - len(running):
+            raise RuntimeError("The count of waiting requests differs from those without a row.")
         if self.num_queued_tokens != sum(request.num_prompt_tokens + request.max_tokens for request in unfinished):
             raise RuntimeError("The count of queued tokens differs from the unfinished requests.")
         self.block_manager.check_integrity(running)

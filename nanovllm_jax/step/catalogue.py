@@ -90,7 +90,9 @@ class Catalogue:
         self.decode_sizes, self.filtered_sizes = decode_sizes, filtered_sizes
         self.sampling_sizes, self.prefill_sizes = sampling_sizes, prefill_sizes
         self.params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-        self.caches = abstract_caches(config.model, config.shape, cache_dtype, mesh)
+        self.cache_dtype = jnp.dtype(cache_dtype)
+        as_bytes = config.backend == "xla"
+        self.caches = abstract_caches(config.model, config.shape, cache_dtype, mesh, as_bytes=as_bytes)
         self.rows = abstract_rows(config.shape, mesh)
         self.extras = abstract_extras(config.model, config.shape, mesh)
 

@@ -13,7 +13,7 @@ from nanovllm_jax.models.projections import are_zero, fused_counters, poison_unl
 from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, WholeLayers, transformer
 from nanovllm_jax.step.draw import Variant, advance, draw_tokens, head_of, params_of
 from nanovllm_jax.step.state import Caches, RowInt, Rows, slots_of
-from nanovllm_jax.step.step import StepConfig, attention_options, norms_and_scales
+from nanovllm_jax.step.step import StepConfig, attention_options, closed, norms_and_scales, opened
 from nanovllm_kernels import decode_layers, decode_layers_supports, plan_rope_paged_decode, rope_paged_decode
 from nanovllm_kernels.rope_paged_decode import Plan
 
@@ -122,7 +122,7 @@ def _plan(config: StepConfig, params: Params, caches: Caches, context_lens: Int[
     with jax.named_scope("plan"):
         return plan_rope_paged_decode(
             context_lens,
-            caches[0][0],
+            opened(caches[0])[0],
             config.shape.blocks_per_row,
             dtype=params["embed"].dtype,
             sliding_window=config.model.sliding_window,
@@ -171,12 +171,13 @@ def _attend_newest(
     def attend(
         qkv: Array, layer: Params, rope: Rope, cache: LayerCache, counters: jax.Ref | None
     ) -> tuple[Array, LayerCache]:
-        arrays = norms_and_scales(layer, cache)
+        opened_cache = opened(cache)
+        arrays = norms_and_scales(layer, opened_cache)
         with jax.named_scope("rope_paged_decode"):
             out, k_cache, v_cache = rope_paged_decode(
                 qkv,
                 *rope,
-                *cache,
+                *opened_cache,
                 tables,
                 context_lens,
                 **options,
@@ -186,7 +187,7 @@ def _attend_newest(
                 plan=plan,
                 backend=config.backend,
             )
-        return out, (k_cache, v_cache)
+        return out, closed((k_cache, v_cache), cache)
 
     return attend
 

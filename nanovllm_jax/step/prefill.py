@@ -13,7 +13,7 @@ from nanovllm_jax.models.params import Params
 from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, Unfinished, finish, transformer_until_last
 from nanovllm_jax.parallel.collectives import table_of
 from nanovllm_jax.step.state import Caches, PrefillDelta, RowInt, Rows, slots_of
-from nanovllm_jax.step.step import StepConfig, attention_options, norms_and_scales
+from nanovllm_jax.step.step import StepConfig, attention_options, closed, norms_and_scales, opened
 from nanovllm_kernels import ragged_prefill, rope_cache_write
 
 MIN_MOSAIC_TOKENS = 1024
@@ -94,14 +94,15 @@ def _attend_many(config: StepConfig, slots: Int[Array, " T"], attention: Callabl
     options = attention_options(config)
 
     def attend(qkv: Array, layer: Params, rope: Rope, cache: LayerCache, _: jax.Ref | None) -> tuple[Array, LayerCache]:
-        arrays = norms_and_scales(layer, cache)
+        opened_cache = opened(cache)
+        arrays = norms_and_scales(layer, opened_cache)
         with jax.named_scope("rope_cache_write"):
             q, k_cache, v_cache = rope_cache_write(
-                qkv, *rope, *cache, slots, **arrays, eps=config.model.rms_norm_eps, backend=config.backend
+                qkv, *rope, *opened_cache, slots, **arrays, eps=config.model.rms_norm_eps, backend=config.backend
             )
         with jax.named_scope("ragged_prefill"):
             scales = {name: array for name, array in arrays.items() if name.endswith("_scale")}
             out = attention(q, k_cache, v_cache, **options, **scales)
-        return out, (k_cache, v_cache)
+        return out, closed((k_cache, v_cache), cache)
 
     return attend

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,16 +102,24 @@ class Programs:
         """The compiled program; compiles it now if it is not yet there."""
         if key not in self._compiled:
             with self._one_at_once(key):
-                if not self._load(key):
+                if key not in self._compiled and not self._load(key):
                     self._make(key)
         return self._compiled[key]
 
-    def _one_at_once(self, key: ProgramKey) -> AbstractContextManager[object]:
-        """Of replicas that need a program at once, one compiles for all."""
-        if self.store is None:
-            return nullcontext()
+    def have(self, key: ProgramKey) -> None:
+        """Compile a program in another thread if it is not yet there; who waits for that may be interrupted."""
+        if key not in self._compiled:
+            pool = ThreadPoolExecutor(1)
+            try:
+                pool.submit(copy_context().run, self.__getitem__, key).result()
+            finally:
+                pool.shutdown(wait=False)
+
+    def _one_at_once(self, key: ProgramKey) -> threading.Lock:
+        """Of replicas, or after an interrupt of threads, that need a program at once, one compiles for all."""
+        name = str(self.store.folder) if self.store else f"of {id(self)}"
         with _being_made_guard:
-            return _being_made.setdefault((str(self.store.folder), key), threading.Lock())
+            return _being_made.setdefault((name, key), threading.Lock())
 
     def compiled(self) -> dict[ProgramKey, jax.stages.Compiled]:
         """What is compiled so far."""

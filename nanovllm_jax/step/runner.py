@@ -19,6 +19,7 @@ from nanovllm_jax.engine.request import Request
 from nanovllm_jax.engine.sampling_plan import Adjustment
 from nanovllm_jax.engine.schedule import Schedule, ScheduledSequence
 from nanovllm_jax.models.params import Params
+from nanovllm_jax.parallel.collectives import check_exchange
 from nanovllm_jax.step import draw
 from nanovllm_jax.step.admission import Admission, TableSpan, pack_updates
 from nanovllm_jax.step.buckets import bucket_for
@@ -87,6 +88,11 @@ class Runner:
             result.copy_to_host_async()
         return InFlight(schedule, tokens, logprobs, prompt)
 
+    def compile(self, schedule: Schedule) -> None:
+        """Have the programs of a step. They compile in another thread: Ctrl-C ends the wait alone."""
+        for key in self._keys(schedule):
+            self.programs.have(key)
+
     def warm_up(self) -> None:
         """Run each step once on padding, so that modules load before the first request."""
         catalogue = self.programs.catalogue
@@ -113,6 +119,7 @@ class Runner:
     def read(self, step: InFlight) -> StepResult:
         """Wait for a step and return what it sampled."""
         sequences = step.schedule.sequences
+        step.tokens.block_until_ready()  # looks for signals while it waits, which the conversion does not
         by_step = np.atleast_2d(np.asarray(step.tokens))
         tokens = by_step[:, : len(sequences)].T.tolist()
         for index, s in enumerate(sequences):
@@ -130,11 +137,38 @@ class Runner:
                 start += sequence.num_tokens
         return StepResult(tokens, logprobs, prompt)
 
+    def check_sums(self) -> None:
+        """Wait for the devices, and find out whether shards still add.
+
+        Raises:
+            DeviceError: if one has waited in vain for another, in this step or an earlier one.
+        """
+        check_exchange(self._params)
+
     def close(self) -> None:
         """Give the device memory back at once."""
         for leaf in jax.tree.leaves((self._params, self._caches, self._device_rows, self._extras)):
             if not leaf.is_deleted():
                 leaf.delete()
+
+    def _keys(self, schedule: Schedule) -> list[ProgramKey]:
+        """The programs that `dispatch` is about to call, but those of biases and bans."""
+        catalogue, sequences = self.programs.catalogue, schedule.sequences
+        variants = {s.request.plan.variant for s in sequences}
+        if schedule.is_decode and self._runs_in_one_program(sequences, variants):
+            filtered = "filtered" in variants
+            size = bucket_for(len(sequences), catalogue.filtered_sizes if filtered else catalogue.decode_sizes)
+            return [ProgramKey("decode_filtered" if filtered else "decode", size)]
+        size = bucket_for(len(sequences), catalogue.sampling_sizes)
+        drawn = {s.request.plan.variant for s in sequences if s.samples}
+        draw_key = ProgramKey(next((kind for kind in ("full", "filtered") if kind in drawn), "plain"), size)
+        if schedule.is_decode:
+            return [ProgramKey("decode_forward", size), draw_key]
+        num_tokens = bucket_for(sum(s.num_tokens for s in sequences), catalogue.prefill_sizes)
+        keys = [ProgramKey("update_rows"), ProgramKey("prefill", num_tokens), draw_key]
+        if any(s.request.skip_prefix_cache_read for s in sequences):
+            keys.append(ProgramKey("prompt_logprobs", num_tokens))
+        return keys
 
     def _runs_in_one_program(self, sequences: Sequence[ScheduledSequence], variants: set[str]) -> bool:
         """Whether the decode program samples all that the rows ask for, and has more than one token to compute."""

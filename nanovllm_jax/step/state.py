@@ -92,9 +92,11 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
 
 
 def abstract_caches(
-    config: ModelConfig, shape: StateShape, dtype: DTypeLike, mesh: Mesh
+    config: ModelConfig, shape: StateShape, dtype: DTypeLike, mesh: Mesh, *, as_bytes: bool
 ) -> list[tuple[Abstract, Abstract]]:
-    """Shapes, dtypes and shardings of the cache."""
+    """Shapes, dtypes and shardings of the cache; float8 is kept `as_bytes` where XLA runs attention."""
+    if as_bytes and dtype == jnp.float8_e4m3fn:
+        dtype = jnp.uint8
     array = jax.ShapeDtypeStruct(cache_shape(config, shape), dtype, sharding=NamedSharding(mesh, CACHE_SPEC))
     return [(array, array) for _ in range(config.num_layers)]
 

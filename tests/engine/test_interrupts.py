@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from nanovllm_jax.engine.interrupts import deferred_interrupt, watched_interrupt
+from nanovllm_jax.engine.interrupts import deferred_interrupt, held_interrupts, watched_interrupt
 
 
 def interrupt():
@@ -134,3 +134,75 @@ def test_ctrl_c_passes_where_the_watching_handler_was_put_back_after_its_end():
             interrupt()
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize("around", [nullcontext, watched_interrupt])
+@pytest.mark.parametrize("most", [0, 1])
+def test_where_few_are_held_back_the_next_one_passes_at_once_and_alone(around, most):
+    done = []
+
+    def work():
+        with deferred_interrupt():
+            with held_interrupts(most):
+                for count in range(3):
+                    done.append(count)
+                    interrupt()
+            done.append("after")
+
+    with pytest.raises(KeyboardInterrupt) as raised, around():
+        work()
+    assert done == list(range(most + 1))
+    assert raised.value.__context__ is None
+
+    def hold():
+        with deferred_interrupt():
+            interrupt()
+            interrupt()
+            done.append("held")
+
+    with pytest.raises(KeyboardInterrupt), around():  # as ever afterwards
+        hold()
+    assert done[-1] == "held"
+
+
+def test_one_that_was_held_back_passes_where_none_is():
+    done = []
+
+    def work():
+        with deferred_interrupt():
+            interrupt()
+            done.append("held")
+            with held_interrupts(0):
+                done.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["held"]
+
+
+def test_a_handler_between_ours_gets_the_one_that_passes():
+    original, got, done = signal.getsignal(signal.SIGINT), [], []
+
+    def work():
+        with deferred_interrupt(), held_interrupts(1):
+            interrupt()
+            done.append("held")
+            interrupt()
+            done.append("never")
+
+    try:
+        with watched_interrupt():
+            found = signal.getsignal(signal.SIGINT)
+
+            def handler(number, frame):
+                got.append(len(done))
+                found(number, frame)
+
+            signal.signal(signal.SIGINT, handler)
+            with pytest.raises(KeyboardInterrupt):
+                work()
+            assert got == [1]
+            assert done == ["held"]
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, original)

@@ -1,4 +1,7 @@
-"""Where requests go, and that no replica waits for another."""
+"""Where requests go, that no replica waits for another, and what ends a wait for one."""
+
+import signal
+import time
 
 import pytest
 
@@ -136,4 +139,67 @@ def test_a_replica_that_fails_ends_the_engine():
         engine.step()
     with pytest.raises(DeviceError, match="failed earlier"):
         engine.step()
+    engine.close()
+
+
+def test_a_second_ctrl_c_ends_the_wait_for_a_device_that_hangs_and_the_engine():
+    engine, came = make_engine(1), []
+    engine.add_request("a", {"prompt_token_ids": [1] * 5}, SamplingParams(max_tokens=6))
+
+    def hang(step):
+        for count in range(3):
+            signal.raise_signal(signal.SIGINT)
+            came.append(count)
+
+    engine.replicas[0].runner.read = hang
+    engine.step()  # dispatches only
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert came == [0]
+    with pytest.raises(DeviceError, match="Ctrl-C came twice"):
+        engine.step()
+    engine.abandon(["a"])
+    engine.close()  # waits for nothing
+    assert came == [0]
+
+
+def test_a_second_ctrl_c_ends_the_wait_for_all_replicas(monkeypatch):
+    engine = make_engine(2)
+    for i in range(2):
+        engine.add_request(str(i), {"prompt_token_ids": [i] * 5}, SamplingParams(max_tokens=6))
+    for replica in engine.replicas:
+        replica.runner.done = False
+    engine.step()
+    monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    with pytest.raises(DeviceError, match="Ctrl-C came twice"):
+        engine.step()
+    engine.close()
+
+
+def test_ctrl_c_while_a_step_compiles_comes_at_once_and_the_step_is_taken_back():
+    engine, compiled = make_engine(1), []
+
+    def compile_step(schedule):
+        compiled.append(schedule)
+        if len(compiled) in (1, 3):
+            signal.raise_signal(signal.SIGINT)
+            compiled.append("never")
+
+    replica = engine.replicas[0]
+    replica.compile = compile_step
+    engine.add_request("a", {"prompt_token_ids": [1] * 5}, SamplingParams(max_tokens=6))
+    finished, interrupts = [], 0
+    while engine.has_unfinished:
+        try:
+            finished += engine.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+            assert replica.scheduler.num_waiting == 1
+            replica.scheduler.check_integrity()
+    assert interrupts == 2
+    assert "never" not in compiled
+    assert finished[0].outputs[0].token_ids == [7] * 6
+    assert engine.update_gauges().num_prompt_tokens == 5
     engine.close()

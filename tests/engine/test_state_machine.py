@@ -277,6 +277,12 @@ class HostShellMachine(RuleBasedStateMachine):
                 self.finish(sequence.request)
 
     @rule()
+    def retract_step(self):
+        schedule = self.checked_schedule()
+        if schedule is not None:
+            self.scheduler.retract(schedule)
+
+    @rule()
     def reset_prefix_cache(self):
         assert self.scheduler.reset_prefix_cache() == (not self.running())
 

@@ -196,6 +196,17 @@ def test_a_gpu_without_an_entry_takes_that_of_one_with_the_same_chip(tmp_path, m
         launch.load_table.cache_clear()
 
 
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(2**20, 2048, 16), (2**20, 16, 2048)])
+def test_rows_past_what_32_bits_count_are_refused(rows, inputs, outputs):
+    def shape(num_rows):
+        x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((num_rows, inputs), (inputs, outputs)))
+        return jax.eval_shape(functools.partial(skinny_matmul, backend="xla"), x, w).shape
+
+    assert shape(rows - 1) == (rows - 1, outputs)
+    with pytest.raises(ValueError, match=r"below 2\^31: multiply fewer rows"):
+        shape(rows)
+
+
 def test_a_table_of_another_format_is_refused(tmp_path):
     (tmp_path / "h200.json").write_text('{"format": 0, "entries": []}')
     with pytest.raises(ValueError, match="format 0; this version reads 1: tune again"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,10 @@ from tiny_models import write_tiny_model
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.config import ModelConfig, RopeConfig
-from nanovllm_jax.errors import ConfigError
-from nanovllm_jax.parallel.mesh import split_heads
-from nanovllm_jax.step import decode, prefill
+from nanovllm_jax.errors import ConfigError, DeviceError
+from nanovllm_jax.parallel.collectives import check_exchange, exchange_params
+from nanovllm_jax.parallel.mesh import make_mesh, split_heads
+from nanovllm_jax.step import decode, prefill, runner
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +45,35 @@ def test_shards_change_no_token(model, alone, shards, settings):
     assert bool(num_preemptions) == (TIGHT.items() <= settings.items())
 
 
-@pytest.mark.parametrize("shard", [0, 1])
-def test_sums_that_one_shard_took_too_early_end_the_request(model, monkeypatch, shard):
+def open_with_wrong_sums(model, monkeypatch, shard):
+    """Two shards, of which one finds its sums of every decode step wrong."""
+
     def counters(*_):  # of which the first is zero where all went well
         return (jax.lax.axis_index("model") == shard).astype(jnp.int32)[None]
 
     monkeypatch.setattr(decode, "fused_counters", counters)
-    with LLM(
+    return LLM(
         str(model), skip_tokenizer_init=True, dtype="float32", max_model_len=64, max_num_seqs=2,
         max_num_batched_tokens=64, enforce_eager=True, tensor_parallel_size=2,
-    ) as llm:  # fmt: skip
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_sums_that_one_shard_took_too_early_end_the_request(model, monkeypatch, shard):
+    with open_with_wrong_sums(model, monkeypatch, shard) as llm:
         (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=6, ignore_eos=True), use_tqdm=False)
     assert output.outputs[0].finish_reason == "error"
+
+
+def test_a_shard_that_waits_in_vain_while_requests_run_fails_the_engine(model, monkeypatch):
+    exchange = exchange_params(make_mesh(2, 1), exchanged=True)["exchange"]
+    failed = {"exchange": replace(exchange, buffers=exchange.buffers.at[0, 1, -1].set(-1))}
+    monkeypatch.setattr(runner, "check_exchange", lambda params: check_exchange(params | failed))
+    with open_with_wrong_sums(model, monkeypatch, shard=1) as llm:
+        with pytest.raises(DeviceError, match="waited in vain for parts of 1 sums"):
+            llm.generate([[1, 2, 3]], SamplingParams(max_tokens=6, ignore_eos=True), use_tqdm=False)
+        with pytest.raises(DeviceError, match=r"failed earlier.*waited in vain"):
+            llm.step()
 
 
 @pytest.mark.parametrize("most_tokens", [64, 63], ids=["even", "odd"])

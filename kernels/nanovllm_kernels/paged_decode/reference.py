@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from nanovllm_kernels._fp8 import as_bytes
+
 # Tokens gathered a row and iteration: large enough to hide the loop's own cost (a few µs on a CPU), small
 # enough that a short context does not pay for a long one.
 _CHUNK_TOKENS = 128
@@ -46,7 +48,8 @@ def paged_decode_xla(
     end_chunk = (jnp.max(context_lens) + chunk - 1) // chunk
 
     def gather(cache: Array, blocks: Array, visible: Array, scale: Array | None) -> Array:
-        pages = cache.at[blocks].get(mode="clip").astype(jnp.float32)  # [B, chunk_blocks, K, bs, D]
+        pages = as_bytes(cache).at[blocks].get(mode="clip")  # [B, chunk_blocks, K, bs, D]
+        pages = pages.view(cache.dtype).astype(jnp.float32)
         tokens = jnp.swapaxes(pages, 1, 2).reshape(num_rows, num_kv_heads, chunk, head_dim)
         if scale is not None:
             tokens = tokens * scale.astype(jnp.float32)[:, None, None]

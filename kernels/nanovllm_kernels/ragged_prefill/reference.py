@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from nanovllm_kernels._fp8 import as_bytes
+
 # Queries a tile: with three query heads a KV head already about 100 rows a product, while a decode row, which
 # fills a tile with one query, wastes little.
 _TILE_QUERIES = 32
@@ -43,7 +45,8 @@ def ragged_prefill_xla(
     tile_ends = jnp.cumsum((q_lens + tile - 1) // tile)  # [S]: tiles of the sequences up to and with s
 
     def gather(cache: Array, blocks: Array, seen: Array, scale: Array | None) -> Array:
-        pages = cache.at[blocks].get(mode="clip").astype(jnp.float32)  # [chunk_blocks, K, bs, D]
+        pages = as_bytes(cache).at[blocks].get(mode="clip")  # [chunk_blocks, K, bs, D]
+        pages = pages.view(cache.dtype).astype(jnp.float32)
         tokens = jnp.swapaxes(pages, 0, 1).reshape(num_kv_heads, chunk, head_dim)
         if scale is not None:
             tokens = tokens * scale.astype(jnp.float32)[:, None, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nanovllm_kernels._fp8 import quantise
+from nanovllm_kernels._fp8 import as_bytes, quantise
 from nanovllm_kernels.norm import rms_norm
 
 
@@ -35,8 +35,8 @@ def rope_cache_write_xla(
     offsets = slots % block_size
 
     def write(cache: Array, new: Array, scale: Array | None) -> Array:
-        at = cache.at[blocks, :, offsets]
-        return at.set(quantise(new, cache.dtype, scale), mode="drop", unique_indices=True)
+        at, stored = as_bytes(cache).at[blocks, :, offsets], as_bytes(quantise(new, cache.dtype, scale))
+        return at.set(stored, mode="drop", unique_indices=True).view(cache.dtype)
 
     return q.reshape(q.shape[0], -1, q.shape[-1]), write(k_cache, k, k_scale), write(v_cache, v, v_scale)
 

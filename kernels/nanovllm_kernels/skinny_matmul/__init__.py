@@ -65,7 +65,7 @@ def skinny_matmul(
     """`residual + act(rms_norm(x) @ (w * w_scale) + bias)` for 1 to 256 rows, in one pass over the weight.
 
     M rows, K input and N output features. Every part but the product is optional. More rows are right too, but
-    there XLA's product is the faster one.
+    there XLA's product is the faster one. M * K and M * N must be below 2^31.
 
     Args:
         x: float32, bfloat16 or float16. A `Scaled` is normed: `norm` stays None.
@@ -212,6 +212,11 @@ def _check(x: Array, w: Array, parts: dict[str, Array | None], squares: Array | 
     if w.dtype != _FP8 and w_scale is not None:
         raise ValueError(f"w_scale is given with weights of {w.dtype}; only fp8 weights have a scale.")
     num_outputs = w.shape[0] if w_layout == "nk" else w.shape[-1]
+    if x.shape[0] * max(x.shape[1], num_outputs) >= 2**31:  # the kernels count elements in 32 bits
+        raise ValueError(
+            f"x has shape {x.shape} and the result {num_outputs} columns; M * K and M * N must be below 2^31: multiply "
+            "fewer rows at a time."
+        )
     channels = (2, num_outputs) if gated else (num_outputs,)
     letters = "2, N" if gated else "N"
     norm, residual, next_norm = (parts[name] for name in ("norm", "residual", "next_norm"))
