@@ -1,8 +1,8 @@
 """Renders what was recorded: `python benchmarks/tables.py` rewrites the tables in benchmarks/README.md and README.md.
 
-Everything between the two markers is made from `results/*.jsonl`, of each figure the last line: all of them in
-benchmarks/README.md, those of the cases in README.md. With `--check` nothing is written and the exit status is 1 if the
-tables are not those of the files.
+Everything between two markers is made from `results/*.jsonl`, of each figure the last line: all of them in
+benchmarks/README.md, those of the cases in README.md, and near its top a few of one device. With `--check` nothing is
+written and the exit status is 1 if the tables are not those of the files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ FRONT_FIGURES = {
     "prefill_tok_s": "128 prompts of 1,024, one token out: prompt tok/s",
     "shared_prefix_tok_s": "100 prompts of 512, of which 70 share 409 tokens, one token out: prompt tok/s",
 }
+HEADLINES = ("bench256_out_tok_s", "single_out_tok_s", "prefill_tok_s")
+HEADLINE_DEVICE = "NVIDIA H200"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+HEADLINE_BEGIN, HEADLINE_END = "<!-- headlines: begin -->", "<!-- headlines: end -->"
 NONE_YET = "No results are recorded yet."
 _LATENCY = re.compile(r"(ttft|tpot)_ms_b(\d+)_c(\d+)")
 
@@ -43,9 +46,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the file is not up to date")
     args = parser.parse_args()
     stale = []
-    for path, renderer in ((args.readme, render), (args.front_page, render_front_page)):
-        old = path.read_text(encoding="utf-8")
-        new = between_markers(old, renderer(args.results))
+    tables = {
+        args.readme: {(BEGIN, END): render},
+        args.front_page: {(BEGIN, END): render_front_page, (HEADLINE_BEGIN, HEADLINE_END): render_headlines},
+    }
+    for path, renderers in tables.items():
+        old = new = path.read_text(encoding="utf-8")
+        for markers, renderer in renderers.items():
+            new = between_markers(new, renderer(args.results), *markers)
         if new != old:
             stale.append(path)
             if not args.check:
@@ -56,16 +64,16 @@ def main() -> int:
     return int(args.check and bool(stale))
 
 
-def between_markers(text: str, tables: str) -> str:
+def between_markers(text: str, tables: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `tables` between its markers.
 
     Raises:
         SystemExit: if it has not both of them, in their order.
     """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the file needs the markers {BEGIN} and {END}, each on a line of its own")
+    head, found_begin, rest = text.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not found_begin or not found_end:
+        raise SystemExit(f"the file needs the markers {begin} and {end}, each on a line of its own")
     return f"{head}{begin}\n{tables.strip()}\n{end}{tail}"
 
 
@@ -76,24 +84,34 @@ def render(folder: Path) -> str:
 
 def render_front_page(folder: Path) -> str:
     """A table for each kind of device that a case was measured on: a row a case, our share of the limit at the end."""
-    parts = []
-    for device, lines in by_device(folder).items():
-        table = {name: cells for name, cells in figures_of(lines).items() if name in FRONT_FIGURES}
-        engines = engines_of(table)
-        rows = [
-            [
-                description,
-                *(results_log.number(table[name][e]["value"]) if e in table[name] else "" for e in engines),
-                of_limit(table[name][OURS]) if OURS in table[name] else "",
-            ]
-            for name, description in FRONT_FIGURES.items()
-            if name in table
+    tables = (case_table(device, lines, tuple(FRONT_FIGURES)) for device, lines in by_device(folder).items())
+    return "\n\n".join(filter(None, tables)) or NONE_YET
+
+
+def render_headlines(folder: Path) -> str:
+    """A few cases on one kind of device."""
+    lines = by_device(folder).get(HEADLINE_DEVICE, [])
+    return case_table(HEADLINE_DEVICE, lines, HEADLINES) or NONE_YET
+
+
+def case_table(device: str, lines: Sequence[dict], figures: Sequence[str]) -> str:
+    """The cases among `figures` that were measured, a row each; nothing if there are none."""
+    table = {name: cells for name, cells in figures_of(lines).items() if name in figures}
+    engines = engines_of(table)
+    rows = [
+        [
+            FRONT_FIGURES[name],
+            *(results_log.number(table[name][e]["value"]) if e in table[name] else "" for e in engines),
+            of_limit(table[name][OURS]) if OURS in table[name] else "",
         ]
-        if rows:
-            dates = sorted({line["date"] for cells in table.values() for line in cells.values()})
-            when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-            parts.append(markdown([f"one {device}, {when}: output tok/s", *engines, "of the limit"], rows))
-    return "\n\n".join(parts) or NONE_YET
+        for name in figures
+        if name in table
+    ]
+    if not rows:
+        return ""
+    dates = sorted({line["date"] for cells in table.values() for line in cells.values()})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return markdown([f"one {device}, {when}: output tok/s", *engines, "of the limit"], rows)
 
 
 def by_device(folder: Path) -> dict[str, list[dict]]:

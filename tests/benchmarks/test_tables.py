@@ -60,6 +60,8 @@ def test_script_rewrites_between_the_markers_and_checks(tmp_path):
     readme, front, results = tmp_path / "README.md", tmp_path / "front.md", tmp_path / "results"
     for path in (readme, front):
         path.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    headlines = f"{tables.HEADLINE_BEGIN}\n{tables.NONE_YET}\n{tables.HEADLINE_END}\n"
+    front.write_text(headlines.replace(tables.NONE_YET, "old") + front.read_text())
 
     def run(*options):
         command = [sys.executable, str(BENCHMARKS / "tables.py"), "--results", str(results)]
@@ -69,8 +71,9 @@ def test_script_rewrites_between_the_markers_and_checks(tmp_path):
     assert run("--check") == 1
     assert run() == 0
     assert run("--check") == 0
-    for path in (readme, front):
-        assert path.read_text() == f"before\n{tables.BEGIN}\n{tables.NONE_YET}\n{tables.END}\nafter\n"
+    rest = f"before\n{tables.BEGIN}\n{tables.NONE_YET}\n{tables.END}\nafter\n"
+    assert readme.read_text() == rest
+    assert front.read_text() == headlines + rest
 
 
 def test_front_page_has_a_table_of_the_cases_for_each_device(tmp_path):
@@ -84,6 +87,15 @@ def test_front_page_has_a_table_of_the_cases_for_each_device(tmp_path):
     assert cells(first, "nano-vLLM's benchmark: 256")[1:] == ["19,000", "15,000", "50%"]
     assert cells(second, "nano-vLLM's benchmark: 256")[1:] == ["27,000", "71%"]
     assert "host_gap" not in first
+
+
+def test_headlines_are_a_few_cases_of_one_device(tmp_path):
+    for name in (*tables.FRONT_FIGURES, "host_gap_frac"):
+        results_log.append([line(name, [2.0], device=tables.HEADLINE_DEVICE)], tmp_path)
+        results_log.append([line(name, [1.0], device="NVIDIA H100")], tmp_path)
+    _, _, *rows = tables.render_headlines(tmp_path).splitlines()
+    assert len(rows) == len(tables.HEADLINES)
+    assert all("| 2 |" in row for row in rows)
 
 
 def test_readme_shows_what_is_recorded():

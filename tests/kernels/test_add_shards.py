@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from in_interpreter import run_interpreted
 from jax.sharding import PartitionSpec
 
 from nanovllm_kernels import add_shards, lowering_for
+from nanovllm_kernels._cases import DTYPES
 from nanovllm_kernels.add_shards import exchanges
 from nanovllm_kernels.add_shards.cases import CASES, REFUSED, SumCase
 from nanovllm_kernels.add_shards.exchange import (
@@ -49,6 +52,40 @@ def test_every_shard_gets_the_sum_and_the_residual(mesh, case):
     want = np.asarray(parts).astype(np.float32).sum(axis=0)
     want += np.asarray(residual).astype(np.float32) if case.residual else 0
     np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), atol=0.1)
+
+
+@cache
+def added(mesh, residual):
+    """Sums over the shards, jitted."""
+
+    def add(part, with_it):
+        return add_shards(part[0], with_it if residual else None, axis_name="model", backend="xla")[None]
+
+    return over(mesh, add)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    case=st.builds(
+        SumCase,
+        rows=st.sampled_from([1, 3]),
+        width=st.sampled_from([1, 100, 512]),
+        residual=st.booleans(),
+        dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_sum_is_that_of_float64_but_for_a_rounding_an_addition(mesh, case, seed):
+    rng, dtype = np.random.default_rng(seed), DTYPES[case.dtype]
+    parts = (10.0 ** rng.uniform(-2, 2) * rng.standard_normal((SHARDS, case.rows, case.width))).astype(dtype)
+    residual = rng.standard_normal(parts.shape[1:]).astype(dtype)
+    got = np.asarray(added(mesh, case.residual)(parts, residual))
+    assert got.dtype == dtype
+    terms = [*parts, residual] if case.residual else [*parts]
+    terms = np.array(terms, np.float64)
+    most = len(terms) * jnp.finfo(dtype).eps / 2 * np.abs(terms).sum(axis=0)
+    assert (np.abs(got.astype(np.float64) - terms.sum(axis=0)) <= most).all()
+    np.testing.assert_array_equal(got, np.broadcast_to(got[0], got.shape))
 
 
 def test_small_sums_of_16_bits_in_whole_programs_are_exchanged():

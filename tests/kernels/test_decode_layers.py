@@ -1,9 +1,12 @@
+import functools
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from in_interpreter import run_interpreted
 from jaxtyping import config as jaxtyping_config
 from kernel_oracle import layers_oracle, relative_error
@@ -25,8 +28,34 @@ def shapes_unchecked():
 
 @pytest.mark.parametrize("case", [*CASES, SMALL], ids=lambda case: case.name)
 def test_reference_matches_the_oracle(case):
-    inputs = layer_inputs(case)
-    x, caches = jax.jit(lambda *args: decode_layers(*args, **case.options, backend="xla"))(*inputs)
+    assert_like_the_oracle(case, layer_inputs(case))
+
+
+ONE_LAYER = replace(SMALL, num_layers=1)
+
+
+@settings(deadline=None, max_examples=16)
+@given(
+    # Contexts of the same number of blocks share a program.
+    case=st.builds(replace, st.just(ONE_LAYER), context=st.integers(1, 8))
+    | st.builds(
+        replace,
+        st.just(replace(ONE_LAYER, qk_norm=False, qkv_bias=True, sliding_window=5)),
+        context=st.integers(17, 24),
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_small_layers_of_any_contents_match_the_oracle(case, seed):
+    assert_like_the_oracle(case, layer_inputs(case, seed))
+
+
+@functools.cache
+def jitted(**options):
+    return jax.jit(functools.partial(decode_layers, **options, backend="xla"))
+
+
+def assert_like_the_oracle(case, inputs):
+    x, caches = jitted(**case.options)(*inputs)
     expected_x, expected = layers_oracle(*inputs, **case.options)
     assert relative_error(x, expected_x) < 1e-2
     for got, cache in zip(jax.tree.leaves(caches), jax.tree.leaves(expected), strict=True):

@@ -1,6 +1,9 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from in_interpreter import run_interpreted
 from jaxtyping import config as jaxtyping_config
 from sample_oracle import assert_draws
@@ -18,6 +21,29 @@ def test_draws_from_the_logits_of_hidden_states(case):
     hidden, head, *rest = sample_head_inputs(case)
     tokens = sample_head(*map(jnp.asarray, (hidden, head, *rest)), backend="xla")
     assert_draws(tokens, logits_of(hidden, head), *rest)
+
+
+jitted = jax.jit(lambda *arrays: sample_head(*arrays, backend="xla"))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    case=st.builds(
+        SampleHeadCase,
+        name=st.just("any"),
+        num_rows=st.sampled_from([1, 6]),
+        inputs=st.sampled_from([16, 72]),
+        vocab_size=st.sampled_from([1, 7, 300]),
+        dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+    ),
+    temperatures=st.tuples(*[st.just(0.0) | st.floats(0.25, 4.0, width=32)] * 6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_rows_draw_what_the_oracle_draws(case, temperatures, seed):
+    hidden, head, _, *rest = sample_head_inputs(case, seed)
+    temperature = np.array(temperatures[: case.num_rows], np.float32)
+    tokens = jitted(hidden, head, temperature, *rest)
+    assert_draws(tokens, logits_of(hidden, head), temperature, *rest)
 
 
 def test_interpreted_triton_kernels_draw_the_same():
