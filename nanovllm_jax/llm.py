@@ -171,11 +171,9 @@ class LLM:
         try:
             with watched_interrupt(), closing(_Progress(len(ids), shown=use_tqdm)) as progress:
                 ranks = [0] * len(ids) if priority is None else priority
-                self._start(zip(ids, many, params, ranks, strict=True))
-                while len(done) < len(ids):
-                    for output in self._engine.step():
-                        done[output.request_id] = output
-                        progress.on_output(output)
+                for output in self._run(zip(ids, many, params, ranks, strict=True)):
+                    done[output.request_id] = output
+                    progress.on_output(output)
         except BaseException:
             self._engine.abandon(ids)
             raise
@@ -354,8 +352,11 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _start(self, requests: Iterator[tuple[str, Prompt, SamplingParams, int]]) -> None:
-        """Queue requests. Once they fill a step of each replica, these start, and the rest are checked meanwhile."""
+    def _run(self, requests: Iterator[tuple[str, Prompt, SamplingParams, int]]) -> Iterator[RequestOutput]:
+        """Serve requests, yielding their outputs as they end.
+
+        Once they fill a step of each replica, these start, and the rest are tokenised while the devices work.
+        """
         with _paused_collections():
             filling = {replica: StepFilling(replica.scheduler) for replica in self._engine.replicas}
             for request in requests:
@@ -367,6 +368,10 @@ class LLM:
             self._engine.step()  # has nothing to read: `generate` starts with an idle engine
         for request in requests:
             self._queue(*request)
+            if any(replica.wants_attention for replica in self._engine.replicas):
+                yield from self._engine.step(wait=False)
+        while self._engine.has_unfinished:
+            yield from self._engine.step()
 
     def _queue(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int

@@ -352,8 +352,43 @@ def test_a_full_step_starts_before_the_last_prompt_is_checked(llm, monkeypatch):
     )
     prompts = [[index] * 40 for index in range(1, 7)]
     outputs = generate(llm, prompts, GREEDY)
-    assert events[:7] == ["prepare"] * 2 + ["dispatch"] + ["prepare"] * 4
+    assert events[:4] == ["prepare"] * 2 + ["dispatch", "prepare"]
     assert outputs == [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
+
+
+def test_steps_go_on_while_prompts_are_tokenised(llm, monkeypatch):
+    events, engine = [], llm._engine
+    prepare, dispatch = engine.prepare, engine.replicas[0].runner.dispatch
+
+    def tokenise(*args, **kwargs):
+        engine.wait()  # as long as the devices work
+        events.append("prepare")
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "prepare", tokenise)
+    monkeypatch.setattr(
+        engine.replicas[0].runner, "dispatch", lambda schedule: events.append("dispatch") or dispatch(schedule)
+    )
+    prompts = [[index] * 40 for index in range(201, 221)]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    while events[-1] == "dispatch":
+        events.pop()
+    assert events.count("dispatch") > len(prompts) / 2  # a step for each prompt, but where all rows have ended
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    assert tokens(outputs) == [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
+
+
+def test_a_prompt_that_is_refused_amid_others_that_ended_leaves_the_engine_usable(llm, monkeypatch):
+    ended, engine = [], llm._engine
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda **kwargs: [ended.append(out) or out for out in step(**kwargs)])
+    monkeypatch.setattr(engine, "prepare", lambda *args, p=engine.prepare, **kw: engine.wait() or p(*args, **kw))
+    prompts = [[index] * 40 for index in range(1, 41)]
+    with pytest.raises(RequestError, match="1000000"):
+        llm.generate([*prompts, [10**6], *prompts], GREEDY, use_tqdm=False)
+    assert ended
+    assert not llm.has_unfinished()
+    assert [len(samples[0]) for samples in generate(llm, prompts[:3], GREEDY)] == [8] * 3
 
 
 def test_no_garbage_is_collected_before_the_first_step(llm, monkeypatch):
