@@ -227,7 +227,7 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Continue one prompt, yielding its output as it grows; the last one is finished.
 
-        Leaving the loop early, or Ctrl-C, ends the request.
+        Leaving the loop early, `abort` inside of it, or Ctrl-C, ends the request.
 
         Raises:
             RequestError: if the prompt or the parameters cannot be served.
@@ -241,7 +241,7 @@ class LLM:
         self._streaming, finished = True, False
         try:
             self._engine.enqueue(prepared)
-            while not finished:
+            while not finished and self._engine.has_unfinished:  # an abort ends it without an output
                 for output in self._engine.step():
                     finished = output.finished
                     yield output

@@ -181,6 +181,15 @@ def test_leaving_a_stream_ends_its_request(llm):
     assert not llm.has_unfinished()
 
 
+def test_a_stream_ends_with_its_aborted_request(llm):
+    seen = 0
+    for output in llm.stream([1, 2, 3], SamplingParams(max_tokens=50, ignore_eos=True)):
+        seen += 1
+        llm.abort(output.request_id)
+    assert seen == 1
+    assert not llm.has_unfinished()
+
+
 def test_an_aborted_request_gives_no_output(llm):
     llm.add_request("kept", [1, 2, 3], GREEDY)
     llm.add_request("dropped", [4, 5, 6], GREEDY)
