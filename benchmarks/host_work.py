@@ -3,12 +3,14 @@
     python benchmarks/host_work.py                                   # devices that need no time: all is the host's
     python benchmarks/host_work.py --data-parallel-size 8 --step-ms 24 --launch-ms 1.4
     python benchmarks/host_work.py --case shared-prefix --step-ms 15 --launch-ms 4
+    python benchmarks/host_work.py --texts 100000 --step-ms 6   # does a long list slow the steps or fill memory?
 
 Scheduler, block manager, packing, reading and outputs are the engine's own; its programs return at once. With
 `--step-ms` a decode step is ready that long after the one before it (a prefill of 16,384 tokens after twice that), and
 `--launch-ms` is how long the runtime keeps the calling thread for each program without needing Python. `--case` times
 `LLM.generate` on a case of `throughput.py`, its sampling parameters included, and says when its first step was ready
-to be launched.
+to be launched. `--texts` gives `LLM.generate` that many short texts, tokenised and detokenised, and says for each tenth
+of the steps what they cost and how much memory the process holds after them.
 Needs no GPU; the times are this machine's and say nothing of a device.
 """
 
@@ -18,10 +20,12 @@ import argparse
 import ctypes
 import gc
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +46,7 @@ from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.step.catalogue import ProgramKey
 from nanovllm_jax.step.runner import Runner
 from nanovllm_jax.step.state import StateShape
+from nanovllm_jax.weights import load_tokenizer, locate
 
 ROWS, MAX_MODEL_LEN, DECODE_STEPS = 256, 2048, 4
 # Its size changes nothing on the host.
@@ -117,7 +122,7 @@ class StandInPrograms:
                 raise KeyError(key)
 
 
-def make_engine(num_replicas: int, step_s: float, launch_s: float) -> Engine:
+def make_engine(num_replicas: int, step_s: float, launch_s: float, tokenizer: Any = None) -> Engine:
     """The engine as a start on GPUs makes it, over clocks instead of GPUs."""
     config = EngineConfig(max_num_seqs=ROWS, max_model_len=MAX_MODEL_LEN, decode_steps=DECODE_STEPS)
     mesh = make_mesh(1, 1)
@@ -134,7 +139,9 @@ def make_engine(num_replicas: int, step_s: float, launch_s: float) -> Engine:
         Replica(Scheduler(limits), Runner(StandInPrograms(catalogue, Clock(launch_s), step_s), params))  # pyright: ignore
         for _ in range(num_replicas)
     ]
-    return Engine(replicas, None, eos_token_ids=frozenset({1}), vocab_size=MODEL.vocab_size, max_logprobs=20, seed=0)
+    return Engine(
+        replicas, tokenizer, eos_token_ids=frozenset({1}), vocab_size=MODEL.vocab_size, max_logprobs=20, seed=0
+    )
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,38 @@ def print_cases(names: list[str], step_s: float, launch_s: float, repeats: int) 
     print_table(f"medians of {repeats}", columns, rows)
 
 
+def resident_mb() -> float:
+    """Memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def print_tenths(num_texts: int, step_s: float, launch_s: float) -> None:
+    """What a step costs, and the memory after it, from the first tenth of the steps of one call to the last."""
+    engine = make_engine(1, step_s, launch_s, load_tokenizer(locate(None)))
+    llm, step, costs = ClockLLM(engine), engine.step, []
+
+    def timed_step(**options: Any) -> list[Any]:
+        started = time.thread_time()
+        outputs = step(**options)
+        costs.append((1e3 * (time.thread_time() - started), resident_mb()))
+        return outputs
+
+    texts = [f"Story {i}: once upon a time, in a small village," for i in range(num_texts)]
+    gc.collect()
+    gc.freeze()  # as after a start
+    engine.step, started, at_start = timed_step, time.perf_counter(), resident_mb()
+    llm.generate(texts, SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=16), use_tqdm=False)
+    seconds = time.perf_counter() - started
+    engine.close()
+    rows = []
+    for i in range(10):
+        cpu_ms, held = zip(*costs[len(costs) * i // 10 : len(costs) * (i + 1) // 10], strict=True)
+        times = f"{statistics.median(cpu_ms):.3f}", f"{statistics.mean(cpu_ms):.3f}", f"{max(cpu_ms):.1f}"
+        rows.append([str(i + 1), *times, f"{held[-1] - at_start:,.0f}"])
+    columns = ["tenth of the steps", "CPU ms a step, median", "mean", "most", "MB more than before"]
+    print_table(f"{num_texts:,} texts, {len(costs):,} steps, {seconds:.1f} s", columns, rows)
+
+
 def main() -> None:
     """Times `--repeats` runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,7 +242,10 @@ def main() -> None:
     parser.add_argument("--launch-ms", type=float, default=0, help="that a program keeps its thread")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="repeatable")
+    parser.add_argument("--texts", type=int, help="short prompts of one call")
     args = parser.parse_args()
+    if args.texts:
+        return print_tenths(args.texts, args.step_ms / 1e3, args.launch_ms / 1e3)
     if args.case:
         return print_cases(args.case, args.step_ms / 1e3, args.launch_ms / 1e3, args.repeats)
     engine = make_engine(args.data_parallel_size, args.step_ms / 1e3, args.launch_ms / 1e3)

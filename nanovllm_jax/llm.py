@@ -25,8 +25,7 @@ from nanovllm_jax.engine.build import build_engine
 from nanovllm_jax.engine.engine import PreparedRequest
 from nanovllm_jax.engine.inputs import Prompt, check_template_variables, render_chat
 from nanovllm_jax.engine.interrupts import watched_interrupt
-from nanovllm_jax.engine.replica import Replica
-from nanovllm_jax.engine.step_filling import StepFilling
+from nanovllm_jax.engine.step_filling import HeldBack, StepFilling
 from nanovllm_jax.errors import RequestError
 from nanovllm_jax.inspection.collect import collect
 from nanovllm_jax.inspection.compilations import explain_compilations
@@ -357,27 +356,34 @@ class LLM:
 
         Once they fill a step of each replica, these start, and the rest are tokenised while the devices work.
         """
+        engine, replicas = self._engine, self._engine.replicas
         with _paused_collections():
-            filling = {replica: StepFilling(replica.scheduler) for replica in self._engine.replicas}
+            filling = {replica: StepFilling(replica.scheduler) for replica in replicas}
             for request in requests:
-                prepared, replica = self._queue(*request)
+                prepared = self._prepare(*request)
+                replica = engine.enqueue(prepared)
                 for sample in prepared.samples:
                     filling[replica].add(sample)
                 if all(step.is_full for step in filling.values()):
                     break
-            self._engine.step()  # has nothing to read: `generate` starts with an idle engine
+            engine.step()  # has nothing to read: `generate` starts with an idle engine
+        held = HeldBack([replica.scheduler for replica in replicas])
         for request in requests:
-            self._queue(*request)
-            if any(replica.wants_attention for replica in self._engine.replicas):
-                yield from self._engine.step(wait=False)
-        while self._engine.has_unfinished:
-            yield from self._engine.step()
+            held.add(self._prepare(*request))
+            if held.is_due:
+                self._enqueue(held)
+            if any(replica.wants_attention for replica in replicas):
+                yield from engine.step(wait=False)
+        self._enqueue(held)
+        while engine.has_unfinished:
+            yield from engine.step()
 
-    def _queue(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int
-    ) -> tuple[PreparedRequest, Replica]:
-        prepared = self._engine.prepare(request_id, prompt, params, priority=priority)
-        return prepared, self._engine.enqueue(prepared)
+    def _prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> PreparedRequest:
+        return self._engine.prepare(request_id, prompt, params, priority=priority)
+
+    def _enqueue(self, held: HeldBack) -> None:
+        for prepared in held.take():
+            self._engine.enqueue(prepared)
 
     def _params_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
