@@ -163,13 +163,11 @@ class LLM:
         self._check_idle("generate")
         many = _as_list(prompts)
         params = self._params_for(many, sampling_params)
-        if priority is not None and len(priority) != len(many):
-            raise RequestError(f"{len(priority)} priorities for {len(many)} prompts; give one for each.")
+        ranks = _ranks(priority, len(many))
         ids = [f"generate-{next(self._ids)}" for _ in many]
         done: dict[str, RequestOutput] = {}
         try:
             with watched_interrupt(), closing(_Progress(len(ids), shown=use_tqdm)) as progress:
-                ranks = [0] * len(ids) if priority is None else priority
                 for output in self._run(zip(ids, many, params, ranks, strict=True)):
                     done[output.request_id] = output
                     progress.on_output(output)
@@ -203,7 +201,8 @@ class LLM:
         """
         if chat_template_kwargs:
             check_template_variables(self.get_tokenizer(), chat_template_kwargs, {"tools", "continue_final_message"})
-        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        one = isinstance(messages, str | Mapping) or (messages and isinstance(messages[0], Mapping))
+        many = [messages] if one else list(messages)
         prompts = [
             self.render_chat(
                 cast(Sequence[Message], conversation),
@@ -392,6 +391,8 @@ class LLM:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * len(prompts)
+        if not isinstance(params, Sequence):
+            raise RequestError(f"sampling_params is {params!r}; it takes SamplingParams, one or a list of them.")
         params = list(params)
         if len(params) != len(prompts):
             raise RequestError(
@@ -437,6 +438,19 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if many and not isinstance(many[0], str | Mapping | Sequence) and not getattr(many[0], "ndim", 0):
         return [many]
     return many
+
+
+def _ranks(priority: Sequence[int] | None, num_prompts: int) -> list[int]:
+    """A priority for each prompt."""
+    if priority is None:
+        return [0] * num_prompts
+    try:
+        ranks = list(priority)
+    except TypeError:
+        raise RequestError(f"priority is {priority!r}; give a list with one for each prompt.") from None
+    if len(ranks) != num_prompts:
+        raise RequestError(f"{len(ranks)} priorities for {num_prompts} prompts; give one for each.")
+    return ranks
 
 
 class _Progress:

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import write_tiny_model
 
 from nanovllm_jax import LLM, ConfigError, DeviceError, RequestError, SamplingParams
+from nanovllm_jax.config import EngineConfig
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 SETTINGS = {
@@ -254,6 +255,13 @@ def test_only_template_variables_reach_the_template(name):
         llm.chat([{"role": "user", "content": "Hi"}], chat_template_kwargs={name: 1})
 
 
+def test_a_conversation_is_a_list_of_dicts():
+    with LLM(max_model_len=128, max_num_seqs=1, enforce_eager=True) as llm:
+        for wrong in ("hi", ["hi", "you"], {"role": "user", "content": "hi"}, [["hi"]]):
+            with pytest.raises(RequestError, match="give a list of dicts"):
+                llm.chat(wrong)
+
+
 def test_ctrl_c_while_a_stream_begins_leaves_the_engine_usable(llm, monkeypatch):
     scheduler = llm._engine.replicas[0].scheduler
     with monkeypatch.context() as patch:
@@ -340,6 +348,8 @@ def test_two_engines_one_after_the_other_agree(model):
         (5, GREEDY, "int"),
         ([[1], [2]], [GREEDY], "1 sampling parameters for 2 prompts"),
         ([[1]], ["greedy"], "SamplingParams"),
+        ([[1]], 3, "sampling_params is 3"),
+        ([[1]], {"max_tokens": 3}, "sampling_params is {'max_tokens': 3}"),
         ([[1]], SamplingParams(logprobs=21), "20"),
         ([[1]], SamplingParams(logit_bias={10**6: 1.0}), "1000000"),
         ([[1]], SamplingParams(bad_words=["x"]), "tokenizer"),
@@ -350,6 +360,12 @@ def test_what_cannot_be_served_is_refused_and_loses_nothing(llm, prompts, params
         llm.generate(prompts, params, use_tqdm=False)
     assert not llm.has_unfinished()
     assert len(generate(llm, [[1, 2, 3]], GREEDY)[0][0]) == 8
+
+
+@pytest.mark.parametrize(("priority", "message"), [(1, "priority is 1"), ([1, 2], "2 priorities for 1 prompts")])
+def test_a_priority_for_each_prompt_is_asked_for(llm, priority, message):
+    with pytest.raises(RequestError, match=message):
+        llm.generate([[1]], GREEDY, use_tqdm=False, priority=priority)
 
 
 def test_a_full_step_starts_before_the_last_prompt_is_checked(llm, monkeypatch):
@@ -432,6 +448,8 @@ def test_a_prompt_that_is_refused_after_a_step_started_loses_nothing(llm):
     [
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
+        ({"gpu_memory_utilization": True}, "gpu_memory_utilization is True"),
+        ({"max_num_seqs": 2.0}, "max_num_seqs is 2.0"),
         ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization is '0.5'"),
         ({"max_logprobs": -1}, "max_logprobs is -1"),
         ({"seed": -1}, "seed is -1"),
@@ -448,6 +466,12 @@ def test_a_prompt_that_is_refused_after_a_step_started_loses_nothing(llm):
 def test_wrong_arguments_are_named(model, arguments, message):
     with pytest.raises(ConfigError, match=message):
         LLM(model, **SETTINGS | arguments)
+
+
+def test_sizes_may_be_numpys():
+    config = EngineConfig(max_num_seqs=np.int64(4), seed=np.uint32(1))
+    assert config == EngineConfig(max_num_seqs=4, seed=1)
+    assert type(config.max_num_seqs) is int
 
 
 def test_more_shards_than_devices_are_refused(model):
