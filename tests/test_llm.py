@@ -480,7 +480,7 @@ def test_more_shards_than_devices_are_refused(model):
 
 
 def test_too_few_blocks_are_refused(model):
-    with pytest.raises(DeviceError, match="max_num_seqs"):
+    with pytest.raises(DeviceError, match="raise num_gpu_blocks_override or lower max_num_seqs"):
         LLM(model, **SETTINGS, num_gpu_blocks_override=3)
 
 

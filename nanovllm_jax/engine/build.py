@@ -209,9 +209,11 @@ def _plan(
             num_blocks = min(num_blocks, config.max_num_seqs * shape.blocks_per_row)
     capacity = num_blocks * config.block_size
     if num_blocks < config.max_num_seqs:
+        given = config.num_gpu_blocks_override is not None
+        remedy = "num_gpu_blocks_override" if given else "gpu_memory_utilization"
         raise DeviceError(
             f"The KV cache has {num_blocks} blocks of {one_block / 1e6:.2f} MB, fewer than one for each of the "
-            f"max_num_seqs {config.max_num_seqs} requests: raise gpu_memory_utilization or lower max_num_seqs."
+            f"max_num_seqs {config.max_num_seqs} requests: raise {remedy} or lower max_num_seqs."
         )
     if capacity < max_model_len:
         if config.max_model_len is not None and config.num_gpu_blocks_override is None:
