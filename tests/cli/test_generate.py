@@ -40,6 +40,11 @@ def test_json_gives_one_line_a_sample(cli, fakes):
     assert fakes.llm.arguments["max_num_seqs"] == 4
 
 
+def test_many_samples_of_a_short_prompt_fit_a_step(cli, fakes):
+    assert cli("generate x --n 1000 --temperature 1").exit_code == 0
+    assert fakes.llm.arguments["max_num_batched_tokens"] >= fakes.llm.arguments["max_num_seqs"] == 256
+
+
 def test_prompts_come_from_a_file_and_from_stdin(cli, fakes, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("eins\n\nzwei\n", encoding="utf-8")
