@@ -128,9 +128,10 @@ class EngineConfig:
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
         for name in ("tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
             self._make_whole(name, 1)
-        for name in ("max_model_len", "num_gpu_blocks_override", "decode_steps"):
+        # The shortest request is a token and one more.
+        for name, least in (("max_model_len", 2), ("num_gpu_blocks_override", 1), ("decode_steps", 1)):
             if getattr(self, name) is not None:
-                self._make_whole(name, 1)
+                self._make_whole(name, least)
         self._make_whole("max_logprobs", 0)
         if self.seed is not None:
             self._make_whole("seed", 0)

@@ -22,6 +22,7 @@ from tiny_models import write_tiny_model
 
 from nanovllm_jax import LLM, ConfigError, DeviceError, RequestError, SamplingParams
 from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine import build
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 SETTINGS = {
@@ -454,6 +455,7 @@ def test_a_prompt_that_is_refused_after_a_step_started_loses_nothing(llm):
         ({"max_logprobs": -1}, "max_logprobs is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"block_size": 7}, "block_size is 7"),
+        ({"max_model_len": 1}, "max_model_len is 1"),
         ({"tensor_parallel_size": 3}, "does not divide"),
         ({"data_parallel_size": 0}, "data_parallel_size is 0"),
         ({"max_model_len": 10**6}, "256"),
@@ -475,8 +477,20 @@ def test_sizes_may_be_numpys():
 
 
 def test_more_shards_than_devices_are_refused(model):
-    with pytest.raises(DeviceError, match="tensor_parallel_size 16 needs 16 devices, but JAX sees 8"):
+    with pytest.raises(
+        DeviceError, match=r"tensor_parallel_size 16 needs 16 devices, but JAX sees 8 .*device_count=16"
+    ):
         LLM(model, **SETTINGS, tensor_parallel_size=16)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"tensor_parallel_size": 16}, {"tensor_parallel_size": 3}, {"max_model_len": 10**6}]
+)
+def test_sizes_that_cannot_be_are_told_before_anything_is_read(model, monkeypatch, arguments):
+    for slow in ("load_tokenizer", "load_params"):
+        monkeypatch.setattr(build, slow, lambda *args: pytest.fail("it was read"))
+    with pytest.raises((ConfigError, DeviceError)):
+        LLM(model, **SETTINGS | {"skip_tokenizer_init": False} | arguments)
 
 
 def test_too_few_blocks_are_refused(model):

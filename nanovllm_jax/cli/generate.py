@@ -106,6 +106,8 @@ def _read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
         texts += [line for line in content.splitlines() if line.strip()]
     if not texts:
         raise typer.BadParameter("there is no prompt; give one, or --file with one a line.")
+    if "" in texts:
+        raise typer.BadParameter("a prompt is empty; give at least 1 character.")
     return texts
 
 

@@ -18,7 +18,10 @@ _CONFIG_FILES = ["config.json", "generation_config.json"]
 
 def inspect(
     model: Annotated[
-        str | None, typer.Argument(help="Directory, hub id, .gguf file or 'smollm2'; none: the built-in model.")
+        str | None,
+        typer.Argument(
+            callback=options.check_name, help="Directory, hub id, .gguf file or 'smollm2'; none: the built-in model."
+        ),
     ] = None,
     phase: Annotated[
         Literal["decode", "prefill", "mixed"] | None, typer.Option(show_default="all", help="Only this kind of step.")

@@ -17,7 +17,8 @@ _BACKLOG = 2048  # connections that wait to be accepted; uvicorn's
 
 def serve(
     model_argument: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="As --model.")
+        str | None,
+        typer.Argument(metavar="[MODEL]", callback=options.check_name, show_default=False, help="As --model."),
     ] = None,
     model: options.Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all.", rich_help_panel=_SERVER)] = (

@@ -33,7 +33,7 @@ from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
 from nanovllm_jax.parallel.collectives import can_exchange, check_exchange, exchange_params
-from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, replica_meshes, split_heads
+from nanovllm_jax.parallel.mesh import check_devices, make_mesh, param_shardings, replica_meshes, split_heads
 from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.compile_workers import CompileWorkers
 from nanovllm_jax.step.memory import (
@@ -83,6 +83,12 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     claim_device_memory(config.gpu_memory_utilization)
     source = locate(model)
     whole, defaults = load_model_config(source), load_generation_defaults(source)
+    # What cannot be is told before anything slow is begun.
+    if config.tensor_parallel_size * config.data_parallel_size > 1:
+        _check_gpu_is_used()
+        check_devices(config.tensor_parallel_size, config.data_parallel_size)
+    model_config = split_heads(whole, config.tensor_parallel_size)
+    smallest_shape(model_config, config)
     use_persistent_cache()
     with ThreadPoolExecutor(2) as pool:
         # The tokenizer and the weights are read while JAX starts the device and programs are loaded or compiled.
@@ -90,7 +96,6 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         _check_gpu_is_used()
         mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
         meshes = replica_meshes(mesh)
-        model_config = split_heads(whole, config.tensor_parallel_size)
         dtype = weight_dtype(config.dtype, model_config, on_gpu=mesh.devices.flat[0].platform != "cpu")
         exchanged = all(map(can_exchange, meshes))
         held = bytes_held(list(mesh.devices.flat))  # before anything is loaded: a shape must not depend on the moment

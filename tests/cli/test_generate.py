@@ -66,6 +66,12 @@ def test_without_a_prompt_it_says_what_to_do(cli, fakes):
     assert not fakes.made
 
 
+@pytest.mark.parametrize("line", ["''", "a ''", "a --model /no/such", "a --tokenizer ./none", "a --max-model-len 1"])
+def test_what_cannot_work_is_told_before_a_model_is_opened(cli, fakes, line):
+    assert cli(f"generate {line}").exit_code == 2
+    assert not fakes.made
+
+
 def test_greedy_unless_model_or_user_says_otherwise(cli, fakes):
     cli("generate a")
     cli("generate a --top-p 0.9")
