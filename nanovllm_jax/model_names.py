@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nanovllm_jax.errors import ConfigError
 
+EMBEDDED = "tiny"  # the built-in model's
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 

@@ -17,6 +17,7 @@ from nanovllm_jax.cli import options
 from nanovllm_jax.cli.session import open_session, prefill_size
 from nanovllm_jax.cli.terminal import note, write
 from nanovllm_jax.errors import NanoVLLMError
+from nanovllm_jax.model_names import EMBEDDED
 from nanovllm_jax.sampling_params import SamplingParams
 
 app = typer.Typer(no_args_is_help=True, help="Measures the engine and servers.", rich_markup_mode="rich")
@@ -197,7 +198,7 @@ def throughput(
     )
     rates = [run.output_tok_s for run in runs]
     result = {
-        "model": model,
+        "model": model or EMBEDDED,
         "num_prompts": num_prompts,
         "input_len": input_len,
         "output_len": output_len,

@@ -10,6 +10,7 @@ import typer
 from nanovllm_jax.cli import options
 from nanovllm_jax.cli.terminal import note, set_up_logging, stderr
 from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.model_names import EMBEDDED
 
 _SERVER = "Server"
 _BACKLOG = 2048  # connections that wait to be accepted; uvicorn's
@@ -84,7 +85,7 @@ def serve(
     server = import_server()
     model = model_argument or model
     config = server.ServeConfig(
-        served_model_name or model or "tiny", tuple(api_key or ()), max_queue=max_queue, max_body_size=max_body_size
+        served_model_name or model or EMBEDDED, tuple(api_key or ()), max_queue=max_queue, max_body_size=max_body_size
     )
     opened = server.open_socket(host, port)
     with stderr().status(f"Loading {model or 'the built-in model'}, compiling"):

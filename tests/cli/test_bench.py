@@ -29,6 +29,11 @@ def test_throughput_prints_a_table_and_a_json_line(cli, fakes):
     assert max(map(max, ids)) < fakes.llm.model_config.vocab_size
 
 
+def test_the_built_in_model_is_named_in_the_figures(cli):
+    result = cli("bench throughput --num-prompts 1 --output-len 20 --repeats 1")
+    assert json.loads(result.stdout)["model"] == "tiny"
+
+
 def test_lengths_out_of_order_are_refused(cli, fakes):
     for text in ("5:3", "0", "many"):
         assert cli(f"bench throughput --input-len {text}").exit_code == 2
