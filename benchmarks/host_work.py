@@ -34,13 +34,13 @@ import numpy as np
 from workloads import CASES, Case
 
 from nanovllm_jax import LLM
-from nanovllm_jax.cli.bench import print_table, random_requests
 from nanovllm_jax.config import EngineConfig, ModelConfig, RopeConfig
 from nanovllm_jax.engine.engine import Engine
 from nanovllm_jax.engine.plan import abstract_weights, describe_programs, smallest_shape
 from nanovllm_jax.engine.replica import Replica
 from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
+from nanovllm_jax.loadtest.offline import print_table, random_requests
 from nanovllm_jax.parallel.mesh import make_mesh
 from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.step.catalogue import ProgramKey

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from nanovllm_jax.cli.bench import random_requests, timed_run
 from nanovllm_jax.errors import NanoVLLMError
+from nanovllm_jax.loadtest.offline import random_requests, timed_run
 from nanovllm_jax.sampling_params import SamplingParams
 
 
