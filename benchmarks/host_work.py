@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import itertools
 import os
 import statistics
 import time
@@ -35,10 +34,10 @@ from workloads import CASES, Case
 
 from nanovllm_jax import LLM
 from nanovllm_jax.config import EngineConfig, ModelConfig, RopeConfig
+from nanovllm_jax.engine.build import Built
 from nanovllm_jax.engine.engine import Engine
-from nanovllm_jax.engine.plan import abstract_weights, describe_programs, smallest_shape
+from nanovllm_jax.engine.plan import abstract_weights, describe_programs, scheduler_limits, smallest_shape
 from nanovllm_jax.engine.replica import Replica
-from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.loadtest.offline import print_table, random_requests
 from nanovllm_jax.parallel.mesh import make_mesh
@@ -46,7 +45,7 @@ from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.step.catalogue import ProgramKey
 from nanovllm_jax.step.runner import Runner
 from nanovllm_jax.step.state import StateShape
-from nanovllm_jax.weights import load_tokenizer, locate
+from nanovllm_jax.weights import GenerationDefaults, ModelSource, load_tokenizer, locate
 
 ROWS, MAX_MODEL_LEN, DECODE_STEPS = 256, 2048, 4
 # Its size changes nothing on the host.
@@ -122,8 +121,10 @@ class StandInPrograms:
                 raise KeyError(key)
 
 
-def make_engine(num_replicas: int, step_s: float, launch_s: float, tokenizer: Any = None) -> Engine:
-    """The engine as a start on GPUs makes it, over clocks instead of GPUs."""
+def make_engine(
+    num_replicas: int, step_s: float, launch_s: float, source: ModelSource | None = None
+) -> tuple[Engine, LLM]:
+    """The engine as a start on GPUs makes it, over clocks instead of GPUs, with a source's tokenizer; and its LLM."""
     config = EngineConfig(max_num_seqs=ROWS, max_model_len=MAX_MODEL_LEN, decode_steps=DECODE_STEPS)
     mesh = make_mesh(1, 1)
     smallest = smallest_shape(MODEL, config)
@@ -131,17 +132,17 @@ def make_engine(num_replicas: int, step_s: float, launch_s: float, tokenizer: An
     weights = abstract_weights(MODEL, jnp.dtype("bfloat16"), mesh)
     catalogue = describe_programs(MODEL, config, shape, weights, jnp.dtype("bfloat16"), mesh, on_gpu=True)
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), catalogue.params)
-    limits = SchedulerConfig(
-        ROWS, config.max_num_batched_tokens, MAX_MODEL_LEN, config.block_size, shape.num_blocks,
-        decode_steps=DECODE_STEPS,
-    )  # fmt: skip
+    limits = scheduler_limits(MODEL, config, shape, DECODE_STEPS)
     replicas = [
         Replica(Scheduler(limits), Runner(StandInPrograms(catalogue, Clock(launch_s), step_s), params))  # pyright: ignore
         for _ in range(num_replicas)
     ]
-    return Engine(
+    tokenizer = load_tokenizer(source) if source else None
+    engine = Engine(
         replicas, tokenizer, eos_token_ids=frozenset({1}), vocab_size=MODEL.vocab_size, max_logprobs=20, seed=0
     )
+    built = Built(engine, source or ModelSource("safetensors", Path(), "clock"), MODEL, shape, GenerationDefaults())
+    return engine, LLM.from_built(built, config)
 
 
 @dataclass(frozen=True)
@@ -168,14 +169,7 @@ def timed_run(engine: Engine, seed: int) -> Run:
     return Run(queued_s, time.process_time() - cpu, time.perf_counter() - started, num_tokens)
 
 
-class ClockLLM(LLM):
-    """`LLM` with an engine over clocks."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._ids, self._streaming = engine, itertools.count(), False
-
-
-def timed_case(llm: ClockLLM, clock: Clock, case: Case, repeat: int) -> list[float]:
+def timed_case(llm: LLM, clock: Clock, case: Case, repeat: int) -> list[float]:
     """ms: the whole call and its CPU time; until the first step is launched, and the CPU time of that."""
     prompts, lengths = case.draw(case.first_seed + repeat)
     clock.launched = None
@@ -190,8 +184,8 @@ def timed_case(llm: ClockLLM, clock: Clock, case: Case, repeat: int) -> list[flo
 
 def print_cases(names: list[str], step_s: float, launch_s: float, repeats: int) -> None:
     """Medians over the repeats, after one that is not timed."""
-    engine = make_engine(1, step_s, launch_s)
-    programs, llm, rows = engine.replicas[0].runner.programs, ClockLLM(engine), []
+    engine, llm = make_engine(1, step_s, launch_s)
+    programs, rows = engine.replicas[0].runner.programs, []
     gc.collect()
     gc.freeze()  # as after a start
     for case in (case for case in CASES if case.name in names):
@@ -209,8 +203,8 @@ def resident_mb() -> float:
 
 def print_tenths(num_texts: int, step_s: float, launch_s: float) -> None:
     """What a step costs, and the memory after it, from the first tenth of the steps of one call to the last."""
-    engine = make_engine(1, step_s, launch_s, load_tokenizer(locate(None)))
-    llm, step, costs = ClockLLM(engine), engine.step, []
+    engine, llm = make_engine(1, step_s, launch_s, locate(None))
+    step, costs = engine.step, []
 
     def timed_step(**options: Any) -> list[Any]:
         started = time.thread_time()
@@ -248,7 +242,7 @@ def main() -> None:
         return print_tenths(args.texts, args.step_ms / 1e3, args.launch_ms / 1e3)
     if args.case:
         return print_cases(args.case, args.step_ms / 1e3, args.launch_ms / 1e3, args.repeats)
-    engine = make_engine(args.data_parallel_size, args.step_ms / 1e3, args.launch_ms / 1e3)
+    engine, _ = make_engine(args.data_parallel_size, args.step_ms / 1e3, args.launch_ms / 1e3)
     rows = []
     for seed in range(args.repeats):
         run = timed_run(engine, seed)

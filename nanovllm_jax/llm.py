@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 from tqdm import tqdm
 
 from nanovllm_jax.config import EngineConfig
-from nanovllm_jax.engine.build import build_engine
+from nanovllm_jax.engine.build import Built, build_engine
 from nanovllm_jax.engine.engine import PreparedRequest
 from nanovllm_jax.engine.inputs import Prompt, check_template_variables, render_chat
 from nanovllm_jax.engine.interrupts import watched_interrupt
@@ -108,7 +108,7 @@ class LLM:
         max_logprobs: int = 20,
         decode_steps: int | None = None,
     ) -> None:
-        self.config = EngineConfig(
+        config = EngineConfig(
             dtype=dtype,
             tensor_parallel_size=tensor_parallel_size,
             data_parallel_size=data_parallel_size,
@@ -131,8 +131,19 @@ class LLM:
             decode_steps=decode_steps,
         )
         built = build_engine(
-            None if model is None else str(model), tokenizer, self.config, skip_tokenizer=skip_tokenizer_init
+            None if model is None else str(model), tokenizer, config, skip_tokenizer=skip_tokenizer_init
         )
+        self._take(built, config)
+
+    @classmethod
+    def from_built(cls, built: Built, config: EngineConfig) -> Self:
+        """One over an engine that was built otherwise, from the arguments in `config`."""
+        llm = cls.__new__(cls)
+        llm._take(built, config)
+        return llm
+
+    def _take(self, built: Built, config: EngineConfig) -> None:
+        self.config = config
         self.model_config, self._engine, self._defaults = built.model_config, built.engine, built.defaults
         self._name = built.source.name
         self.max_model_len = built.shape.max_model_len

@@ -23,12 +23,11 @@ from nanovllm_jax.engine.plan import (
     abstract_weights,
     cache_dtype,
     describe_programs,
-    length_remedy,
+    scheduler_limits,
     smallest_shape,
     weight_dtype,
 )
 from nanovllm_jax.engine.replica import Replica
-from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
@@ -122,18 +121,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         for params in weights:
             check_exchange(params)
     _log_holdings(mesh, programs[0].catalogue)
-    limits = SchedulerConfig(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=shape.max_model_len,
-        block_size=config.block_size,
-        num_blocks=shape.num_blocks,
-        scheduling_policy=config.scheduling_policy,
-        batching=config.batching,
-        enable_prefix_caching=config.enable_prefix_caching,
-        decode_steps=programs[0].catalogue.config.decode_steps,
-        length_remedy=length_remedy(model_config, config, shape),
-    )
+    limits = scheduler_limits(model_config, config, shape, programs[0].catalogue.config.decode_steps)
     engine = Engine(
         [Replica(Scheduler(limits), runner) for runner in runners],
         words,
