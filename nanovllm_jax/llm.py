@@ -73,7 +73,8 @@ class LLM:
         max_logprobs: most log-probabilities a token that a request may ask for.
         decode_steps: tokens of each row that one decode step computes before the host looks at them (None: 4 on GPUs, 1
             elsewhere). More hides more of the host's work; a request that stops early wastes up to as many tokens, and
-            a new one waits for as many.
+            a new one waits for as many. While a request with logprobs, logit_bias, bad_words, min_tokens or a penalty
+            runs, every row's step is one token.
 
     Raises:
         ConfigError: for unsupported models and arguments out of range.

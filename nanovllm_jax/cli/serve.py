@@ -72,6 +72,9 @@ def serve(
 ) -> None:
     """Serves a model to OpenAI's clients. Ctrl-C finishes what runs; a second one stops at once.
 
+    While a request with logprobs, logit_bias, bad words, min_tokens or a penalty runs, all rows of a step get one token
+    instead of several: slower for everyone.
+
     [bold]Examples[/bold]
 
     \b

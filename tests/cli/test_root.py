@@ -51,3 +51,7 @@ def test_a_missing_model_is_told_before_jax_is_imported(cli, monkeypatch, comman
     monkeypatch.setitem(sys.modules, "jax", None)  # importing it raises
     result = cli(command)
     assert (result.exit_code, "no such file or directory" in result.stderr) == (2, True)
+
+
+def test_help_of_serve_says_which_requests_slow_all_rows(cli):
+    assert "one token instead of several" in " ".join(cli("serve --help").stdout.split())
