@@ -17,7 +17,7 @@ import results_log
 from engine_process import ENGINES, OURS, EngineSpec
 from models import MODELS, config_of, prepare_model
 
-from nanovllm_jax.cli.bench import MAX_TOKEN_ID
+from nanovllm_jax.loadtest.offline import MAX_TOKEN_ID
 
 MAX_MODEL_LEN = 4096
 

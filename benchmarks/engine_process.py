@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from nanovllm_jax.cli.bench import Requests, Run
+from nanovllm_jax.loadtest.offline import Requests, Run
 
 OURS = "nanovllm-jax"
 ENGINES = (OURS, "nano-vllm", "vllm", "transformers")

@@ -24,8 +24,8 @@ from reporting import progress
 from workloads import CASES
 
 from nanovllm_jax import LLM
-from nanovllm_jax.cli.bench import timed_run
 from nanovllm_jax.cli.terminal import set_up_logging
+from nanovllm_jax.loadtest.offline import timed_run
 
 BENCH256 = next(case for case in CASES if case.name == "bench256")
 

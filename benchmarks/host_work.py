@@ -3,12 +3,14 @@
     python benchmarks/host_work.py                                   # devices that need no time: all is the host's
     python benchmarks/host_work.py --data-parallel-size 8 --step-ms 24 --launch-ms 1.4
     python benchmarks/host_work.py --case shared-prefix --step-ms 15 --launch-ms 4
+    python benchmarks/host_work.py --texts 100000 --step-ms 6   # does a long list slow the steps or fill memory?
 
 Scheduler, block manager, packing, reading and outputs are the engine's own; its programs return at once. With
 `--step-ms` a decode step is ready that long after the one before it (a prefill of 16,384 tokens after twice that), and
 `--launch-ms` is how long the runtime keeps the calling thread for each program without needing Python. `--case` times
 `LLM.generate` on a case of `throughput.py`, its sampling parameters included, and says when its first step was ready
-to be launched.
+to be launched. `--texts` gives `LLM.generate` that many short texts, tokenised and detokenised, and says for each tenth
+of the steps what they cost and how much memory the process holds after them.
 Needs no GPU; the times are this machine's and say nothing of a device.
 """
 
@@ -17,11 +19,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,18 +33,19 @@ import numpy as np
 from workloads import CASES, Case
 
 from nanovllm_jax import LLM
-from nanovllm_jax.cli.bench import print_table, random_requests
 from nanovllm_jax.config import EngineConfig, ModelConfig, RopeConfig
+from nanovllm_jax.engine.build import Built
 from nanovllm_jax.engine.engine import Engine
-from nanovllm_jax.engine.plan import abstract_weights, describe_programs, smallest_shape
+from nanovllm_jax.engine.plan import abstract_weights, describe_programs, scheduler_limits, smallest_shape
 from nanovllm_jax.engine.replica import Replica
-from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
+from nanovllm_jax.loadtest.offline import print_table, random_requests
 from nanovllm_jax.parallel.mesh import make_mesh
 from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.step.catalogue import ProgramKey
 from nanovllm_jax.step.runner import Runner
 from nanovllm_jax.step.state import StateShape
+from nanovllm_jax.weights import GenerationDefaults, ModelSource, load_tokenizer, locate
 
 ROWS, MAX_MODEL_LEN, DECODE_STEPS = 256, 2048, 4
 # Its size changes nothing on the host.
@@ -117,8 +121,10 @@ class StandInPrograms:
                 raise KeyError(key)
 
 
-def make_engine(num_replicas: int, step_s: float, launch_s: float) -> Engine:
-    """The engine as a start on GPUs makes it, over clocks instead of GPUs."""
+def make_engine(
+    num_replicas: int, step_s: float, launch_s: float, source: ModelSource | None = None
+) -> tuple[Engine, LLM]:
+    """The engine as a start on GPUs makes it, over clocks instead of GPUs, with a source's tokenizer; and its LLM."""
     config = EngineConfig(max_num_seqs=ROWS, max_model_len=MAX_MODEL_LEN, decode_steps=DECODE_STEPS)
     mesh = make_mesh(1, 1)
     smallest = smallest_shape(MODEL, config)
@@ -126,15 +132,17 @@ def make_engine(num_replicas: int, step_s: float, launch_s: float) -> Engine:
     weights = abstract_weights(MODEL, jnp.dtype("bfloat16"), mesh)
     catalogue = describe_programs(MODEL, config, shape, weights, jnp.dtype("bfloat16"), mesh, on_gpu=True)
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), catalogue.params)
-    limits = SchedulerConfig(
-        ROWS, config.max_num_batched_tokens, MAX_MODEL_LEN, config.block_size, shape.num_blocks,
-        decode_steps=DECODE_STEPS,
-    )  # fmt: skip
+    limits = scheduler_limits(MODEL, config, shape, DECODE_STEPS)
     replicas = [
         Replica(Scheduler(limits), Runner(StandInPrograms(catalogue, Clock(launch_s), step_s), params))  # pyright: ignore
         for _ in range(num_replicas)
     ]
-    return Engine(replicas, None, eos_token_ids=frozenset({1}), vocab_size=MODEL.vocab_size, max_logprobs=20, seed=0)
+    tokenizer = load_tokenizer(source) if source else None
+    engine = Engine(
+        replicas, tokenizer, eos_token_ids=frozenset({1}), vocab_size=MODEL.vocab_size, max_logprobs=20, seed=0
+    )
+    built = Built(engine, source or ModelSource("safetensors", Path(), "clock"), MODEL, shape, GenerationDefaults())
+    return engine, LLM.from_built(built, config)
 
 
 @dataclass(frozen=True)
@@ -161,14 +169,7 @@ def timed_run(engine: Engine, seed: int) -> Run:
     return Run(queued_s, time.process_time() - cpu, time.perf_counter() - started, num_tokens)
 
 
-class ClockLLM(LLM):
-    """`LLM` with an engine over clocks."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._ids, self._streaming = engine, itertools.count(), False
-
-
-def timed_case(llm: ClockLLM, clock: Clock, case: Case, repeat: int) -> list[float]:
+def timed_case(llm: LLM, clock: Clock, case: Case, repeat: int) -> list[float]:
     """ms: the whole call and its CPU time; until the first step is launched, and the CPU time of that."""
     prompts, lengths = case.draw(case.first_seed + repeat)
     clock.launched = None
@@ -183,8 +184,8 @@ def timed_case(llm: ClockLLM, clock: Clock, case: Case, repeat: int) -> list[flo
 
 def print_cases(names: list[str], step_s: float, launch_s: float, repeats: int) -> None:
     """Medians over the repeats, after one that is not timed."""
-    engine = make_engine(1, step_s, launch_s)
-    programs, llm, rows = engine.replicas[0].runner.programs, ClockLLM(engine), []
+    engine, llm = make_engine(1, step_s, launch_s)
+    programs, rows = engine.replicas[0].runner.programs, []
     gc.collect()
     gc.freeze()  # as after a start
     for case in (case for case in CASES if case.name in names):
@@ -195,6 +196,38 @@ def print_cases(names: list[str], step_s: float, launch_s: float, repeats: int) 
     print_table(f"medians of {repeats}", columns, rows)
 
 
+def resident_mb() -> float:
+    """Memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def print_tenths(num_texts: int, step_s: float, launch_s: float) -> None:
+    """What a step costs, and the memory after it, from the first tenth of the steps of one call to the last."""
+    engine, llm = make_engine(1, step_s, launch_s, locate(None))
+    step, costs = engine.step, []
+
+    def timed_step(**options: Any) -> list[Any]:
+        started = time.thread_time()
+        outputs = step(**options)
+        costs.append((1e3 * (time.thread_time() - started), resident_mb()))
+        return outputs
+
+    texts = [f"Story {i}: once upon a time, in a small village," for i in range(num_texts)]
+    gc.collect()
+    gc.freeze()  # as after a start
+    engine.step, started, at_start = timed_step, time.perf_counter(), resident_mb()
+    llm.generate(texts, SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=16), use_tqdm=False)
+    seconds = time.perf_counter() - started
+    engine.close()
+    rows = []
+    for i in range(10):
+        cpu_ms, held = zip(*costs[len(costs) * i // 10 : len(costs) * (i + 1) // 10], strict=True)
+        times = f"{statistics.median(cpu_ms):.3f}", f"{statistics.mean(cpu_ms):.3f}", f"{max(cpu_ms):.1f}"
+        rows.append([str(i + 1), *times, f"{held[-1] - at_start:,.0f}"])
+    columns = ["tenth of the steps", "CPU ms a step, median", "mean", "most", "MB more than before"]
+    print_table(f"{num_texts:,} texts, {len(costs):,} steps, {seconds:.1f} s", columns, rows)
+
+
 def main() -> None:
     """Times `--repeats` runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,10 +236,13 @@ def main() -> None:
     parser.add_argument("--launch-ms", type=float, default=0, help="that a program keeps its thread")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="repeatable")
+    parser.add_argument("--texts", type=int, help="short prompts of one call")
     args = parser.parse_args()
+    if args.texts:
+        return print_tenths(args.texts, args.step_ms / 1e3, args.launch_ms / 1e3)
     if args.case:
         return print_cases(args.case, args.step_ms / 1e3, args.launch_ms / 1e3, args.repeats)
-    engine = make_engine(args.data_parallel_size, args.step_ms / 1e3, args.launch_ms / 1e3)
+    engine, _ = make_engine(args.data_parallel_size, args.step_ms / 1e3, args.launch_ms / 1e3)
     rows = []
     for seed in range(args.repeats):
         run = timed_run(engine, seed)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from nanovllm_jax.cli.bench import Requests
+from nanovllm_jax.loadtest.offline import Requests
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def main() -> None:
     from models import MODELS, config_of
     from workloads import CASES
 
-    from nanovllm_jax.cli.bench import print_table
+    from nanovllm_jax.loadtest.offline import print_table
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-0.6b", help=f"{', '.join(MODELS)} or a model's directory")

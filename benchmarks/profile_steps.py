@@ -27,9 +27,9 @@ import results_log
 from models import QWEN3_0_6B, write_config
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.cli.bench import MAX_TOKEN_ID, Requests, random_requests
 from nanovllm_jax.cli.terminal import set_up_logging
 from nanovllm_jax.inspection.profile_summary import accounted
+from nanovllm_jax.loadtest.offline import MAX_TOKEN_ID, Requests, random_requests
 
 LENGTHS = (100, 1024)  # of bench256's prompts and outputs, in tokens
 MOST_TOKENS_A_STEP = 4  # that a decode step computes for each row

@@ -14,7 +14,7 @@ from typing import Any
 import results_log
 from engine_process import OURS, EngineFailed, EngineMissing, OutOfTime
 
-from nanovllm_jax.cli.bench import print_table
+from nanovllm_jax.loadtest.offline import print_table
 
 STARTED = time.monotonic()
 

@@ -41,7 +41,7 @@ from scaling_setups import MIDDLE, PARTS, Setup, plan, waves
 from steps import Cell, least_times, measure_steps
 from workloads import CASES, draw_for_replicas, warm_up
 
-from nanovllm_jax.cli.bench import MAX_TOKEN_ID, Requests
+from nanovllm_jax.loadtest.offline import MAX_TOKEN_ID, Requests
 
 RECORDED_MODEL = "qwen3-8b"
 BENCH = next(case for case in CASES if case.name == "bench256")

@@ -33,13 +33,13 @@ from pathlib import Path
 import results_log
 from models import QWEN3_0_6B, write_tokenizer
 
-from nanovllm_jax.cli.bench import MAX_TOKEN_ID, Requests, print_table, random_requests, timed_run
 from nanovllm_jax.cli.bench_serve import print_run
 from nanovllm_jax.cli.session import open_session
 from nanovllm_jax.errors import NanoVLLMError
 from nanovllm_jax.loadtest.client import Target
 from nanovllm_jax.loadtest.drive import Load, drive, find_model
 from nanovllm_jax.loadtest.figures import summarise
+from nanovllm_jax.loadtest.offline import MAX_TOKEN_ID, Requests, print_table, random_requests, timed_run
 
 MODELS = {"qwen3-0.6b": QWEN3_0_6B}
 RECORDED_MODEL = "qwen3-0.6b"

@@ -33,7 +33,7 @@ from models import config_of
 from reporting import Outcome, draw, progress
 from workloads import CASES, SPEEDUP, SPEEDUP_CASES, Case, Figure, draw_for_replicas, uniform, warm_up
 
-from nanovllm_jax.cli.bench import Requests, Run
+from nanovllm_jax.loadtest.offline import Requests, Run
 
 RECORDED_MODEL = "qwen3-0.6b"  # figures' names are for this shape
 _NOT_TIMED = 500  # the repetition that each case begins with, far from those of any case

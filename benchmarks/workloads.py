@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from limit import Ceilings, Shape, case_seconds, computed_from
 
-from nanovllm_jax.cli.bench import MAX_TOKEN_ID, Requests, Run, random_requests
+from nanovllm_jax.loadtest.offline import MAX_TOKEN_ID, Requests, Run, random_requests
 
 WARM_UP_SEED = 99
 _SMOKE_TOKEN_ID = 255

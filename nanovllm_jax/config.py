@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,17 +127,18 @@ class EngineConfig:
         _require_choice("attention_backend", self.attention_backend, ("auto", "xla", "triton"))
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
         for name in ("tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
-            _require_whole(name, getattr(self, name), 1)
-        for name in ("max_model_len", "num_gpu_blocks_override", "decode_steps"):
+            self._make_whole(name, 1)
+        # The shortest request is a token and one more.
+        for name, least in (("max_model_len", 2), ("num_gpu_blocks_override", 1), ("decode_steps", 1)):
             if getattr(self, name) is not None:
-                _require_whole(name, getattr(self, name), 1)
-        _require_whole("max_logprobs", self.max_logprobs, 0)
+                self._make_whole(name, least)
+        self._make_whole("max_logprobs", 0)
         if self.seed is not None:
-            _require_whole("seed", self.seed, 0)
+            self._make_whole("seed", 0)
         if self.block_size not in (8, 16, 32, 64, 128, 256):
             raise ConfigError(f"block_size is {self.block_size}; choose 8, 16, 32, 64, 128 or 256.")
         share = self.gpu_memory_utilization
-        if not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0.0 < share <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization is {share!r}; it is a share of the device's memory "
                 "and must be above 0 and at most 1."
@@ -153,6 +155,17 @@ class EngineConfig:
                 "second."
             )
 
+    def _make_whole(self, name: str, least: int) -> None:
+        """Store what behaves as an integer (NumPy's) as one."""
+        value = getattr(self, name)
+        try:
+            number = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = None
+        if number is None or number < least:
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        object.__setattr__(self, name, number)
+
     @property
     def compiles_at_start(self) -> bool:
         """Whether every program is compiled before the first request."""
@@ -162,8 +175,3 @@ class EngineConfig:
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
-
-
-def _require_whole(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}.")

@@ -16,17 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 from tqdm import tqdm
 
 from nanovllm_jax.config import EngineConfig
-from nanovllm_jax.engine.build import build_engine
+from nanovllm_jax.engine.build import Built, build_engine
 from nanovllm_jax.engine.engine import PreparedRequest
 from nanovllm_jax.engine.inputs import Prompt, check_template_variables, render_chat
 from nanovllm_jax.engine.interrupts import watched_interrupt
-from nanovllm_jax.engine.replica import Replica
-from nanovllm_jax.engine.step_filling import StepFilling
+from nanovllm_jax.engine.step_filling import HeldBack, StepFilling
 from nanovllm_jax.errors import RequestError
 from nanovllm_jax.inspection.collect import collect
 from nanovllm_jax.inspection.compilations import explain_compilations
@@ -74,7 +73,8 @@ class LLM:
         max_logprobs: most log-probabilities a token that a request may ask for.
         decode_steps: tokens of each row that one decode step computes before the host looks at them (None: 4 on GPUs, 1
             elsewhere). More hides more of the host's work; a request that stops early wastes up to as many tokens, and
-            a new one waits for as many.
+            a new one waits for as many. While a request with logprobs, logit_bias, bad_words, min_tokens or a penalty
+            runs, every row's step is one token.
 
     Raises:
         ConfigError: for unsupported models and arguments out of range.
@@ -109,7 +109,7 @@ class LLM:
         max_logprobs: int = 20,
         decode_steps: int | None = None,
     ) -> None:
-        self.config = EngineConfig(
+        config = EngineConfig(
             dtype=dtype,
             tensor_parallel_size=tensor_parallel_size,
             data_parallel_size=data_parallel_size,
@@ -132,8 +132,19 @@ class LLM:
             decode_steps=decode_steps,
         )
         built = build_engine(
-            None if model is None else str(model), tokenizer, self.config, skip_tokenizer=skip_tokenizer_init
+            None if model is None else str(model), tokenizer, config, skip_tokenizer=skip_tokenizer_init
         )
+        self._take(built, config)
+
+    @classmethod
+    def from_built(cls, built: Built, config: EngineConfig) -> Self:
+        """One over an engine that was built otherwise, from the arguments in `config`."""
+        llm = cls.__new__(cls)
+        llm._take(built, config)
+        return llm
+
+    def _take(self, built: Built, config: EngineConfig) -> None:
+        self.config = config
         self.model_config, self._engine, self._defaults = built.model_config, built.engine, built.defaults
         self._name = built.source.name
         self.max_model_len = built.shape.max_model_len
@@ -164,18 +175,14 @@ class LLM:
         self._check_idle("generate")
         many = _as_list(prompts)
         params = self._params_for(many, sampling_params)
-        if priority is not None and len(priority) != len(many):
-            raise RequestError(f"{len(priority)} priorities for {len(many)} prompts; give one for each.")
+        ranks = _ranks(priority, len(many))
         ids = [f"generate-{next(self._ids)}" for _ in many]
         done: dict[str, RequestOutput] = {}
         try:
             with watched_interrupt(), closing(_Progress(len(ids), shown=use_tqdm)) as progress:
-                ranks = [0] * len(ids) if priority is None else priority
-                self._start(zip(ids, many, params, ranks, strict=True))
-                while len(done) < len(ids):
-                    for output in self._engine.step():
-                        done[output.request_id] = output
-                        progress.on_output(output)
+                for output in self._run(zip(ids, many, params, ranks, strict=True)):
+                    done[output.request_id] = output
+                    progress.on_output(output)
         except BaseException:
             self._engine.abandon(ids)
             raise
@@ -206,7 +213,8 @@ class LLM:
         """
         if chat_template_kwargs:
             check_template_variables(self.get_tokenizer(), chat_template_kwargs, {"tools", "continue_final_message"})
-        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        one = isinstance(messages, str | Mapping) or (messages and isinstance(messages[0], Mapping))
+        many = [messages] if one else list(messages)
         prompts = [
             self.render_chat(
                 cast(Sequence[Message], conversation),
@@ -229,7 +237,7 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Continue one prompt, yielding its output as it grows; the last one is finished.
 
-        Leaving the loop early, or Ctrl-C, ends the request.
+        Leaving the loop early, `abort` inside of it, or Ctrl-C, ends the request.
 
         Raises:
             RequestError: if the prompt or the parameters cannot be served.
@@ -243,7 +251,7 @@ class LLM:
         self._streaming, finished = True, False
         try:
             self._engine.enqueue(prepared)
-            while not finished:
+            while not finished and self._engine.has_unfinished:  # an abort ends it without an output
                 for output in self._engine.step():
                     finished = output.finished
                     yield output
@@ -354,25 +362,39 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _start(self, requests: Iterator[tuple[str, Prompt, SamplingParams, int]]) -> None:
-        """Queue requests. Once they fill a step of each replica, these start, and the rest are checked meanwhile."""
+    def _run(self, requests: Iterator[tuple[str, Prompt, SamplingParams, int]]) -> Iterator[RequestOutput]:
+        """Serve requests, yielding their outputs as they end.
+
+        Once they fill a step of each replica, these start, and the rest are tokenised while the devices work.
+        """
+        engine, replicas = self._engine, self._engine.replicas
         with _paused_collections():
-            filling = {replica: StepFilling(replica.scheduler) for replica in self._engine.replicas}
+            filling = {replica: StepFilling(replica.scheduler) for replica in replicas}
             for request in requests:
-                prepared, replica = self._queue(*request)
+                prepared = self._prepare(*request)
+                replica = engine.enqueue(prepared)
                 for sample in prepared.samples:
                     filling[replica].add(sample)
                 if all(step.is_full for step in filling.values()):
                     break
-            self._engine.step()  # has nothing to read: `generate` starts with an idle engine
+            engine.step()  # has nothing to read: `generate` starts with an idle engine
+        held = HeldBack([replica.scheduler for replica in replicas])
         for request in requests:
-            self._queue(*request)
+            held.add(self._prepare(*request))
+            if held.is_due:
+                self._enqueue(held)
+            if any(replica.wants_attention for replica in replicas):
+                yield from engine.step(wait=False)
+        self._enqueue(held)
+        while engine.has_unfinished:
+            yield from engine.step()
 
-    def _queue(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int
-    ) -> tuple[PreparedRequest, Replica]:
-        prepared = self._engine.prepare(request_id, prompt, params, priority=priority)
-        return prepared, self._engine.enqueue(prepared)
+    def _prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> PreparedRequest:
+        return self._engine.prepare(request_id, prompt, params, priority=priority)
+
+    def _enqueue(self, held: HeldBack) -> None:
+        for prepared in held.take():
+            self._engine.enqueue(prepared)
 
     def _params_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -381,6 +403,8 @@ class LLM:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * len(prompts)
+        if not isinstance(params, Sequence):
+            raise RequestError(f"sampling_params is {params!r}; it takes SamplingParams, one or a list of them.")
         params = list(params)
         if len(params) != len(prompts):
             raise RequestError(
@@ -426,6 +450,19 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if many and not isinstance(many[0], str | Mapping | Sequence) and not getattr(many[0], "ndim", 0):
         return [many]
     return many
+
+
+def _ranks(priority: Sequence[int] | None, num_prompts: int) -> list[int]:
+    """A priority for each prompt."""
+    if priority is None:
+        return [0] * num_prompts
+    try:
+        ranks = list(priority)
+    except TypeError:
+        raise RequestError(f"priority is {priority!r}; give a list with one for each prompt.") from None
+    if len(ranks) != num_prompts:
+        raise RequestError(f"{len(ranks)} priorities for {num_prompts} prompts; give one for each.")
+    return ranks
 
 
 class _Progress:

@@ -22,6 +22,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import write_tiny_model
 
 from nanovllm_jax import LLM, ConfigError, DeviceError, RequestError, SamplingParams
+from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine import build
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 SETTINGS = {
@@ -182,6 +184,15 @@ def test_leaving_a_stream_ends_its_request(llm):
     assert not llm.has_unfinished()
 
 
+def test_a_stream_ends_with_its_aborted_request(llm):
+    seen = 0
+    for output in llm.stream([1, 2, 3], SamplingParams(max_tokens=50, ignore_eos=True)):
+        seen += 1
+        llm.abort(output.request_id)
+    assert seen == 1
+    assert not llm.has_unfinished()
+
+
 def test_an_aborted_request_gives_no_output(llm):
     llm.add_request("kept", [1, 2, 3], GREEDY)
     llm.add_request("dropped", [4, 5, 6], GREEDY)
@@ -275,6 +286,13 @@ def test_a_process_may_end_with_a_stream_half_read():
 def test_only_template_variables_reach_the_template(name):
     with LLM(max_model_len=128, max_num_seqs=1, enforce_eager=True) as llm, pytest.raises(RequestError, match=name):
         llm.chat([{"role": "user", "content": "Hi"}], chat_template_kwargs={name: 1})
+
+
+def test_a_conversation_is_a_list_of_dicts():
+    with LLM(max_model_len=128, max_num_seqs=1, enforce_eager=True) as llm:
+        for wrong in ("hi", ["hi", "you"], {"role": "user", "content": "hi"}, [["hi"]]):
+            with pytest.raises(RequestError, match="give a list of dicts"):
+                llm.chat(wrong)
 
 
 def test_ctrl_c_while_a_stream_begins_leaves_the_engine_usable(llm, monkeypatch):
@@ -381,6 +399,8 @@ def test_two_engines_one_after_the_other_agree(model):
         (5, GREEDY, "int"),
         ([[1], [2]], [GREEDY], "1 sampling parameters for 2 prompts"),
         ([[1]], ["greedy"], "SamplingParams"),
+        ([[1]], 3, "sampling_params is 3"),
+        ([[1]], {"max_tokens": 3}, "sampling_params is {'max_tokens': 3}"),
         ([[1]], SamplingParams(logprobs=21), "20"),
         ([[1]], SamplingParams(logit_bias={10**6: 1.0}), "1000000"),
         ([[1]], SamplingParams(bad_words=["x"]), "tokenizer"),
@@ -393,6 +413,12 @@ def test_what_cannot_be_served_is_refused_and_loses_nothing(llm, prompts, params
     assert len(generate(llm, [[1, 2, 3]], GREEDY)[0][0]) == 8
 
 
+@pytest.mark.parametrize(("priority", "message"), [(1, "priority is 1"), ([1, 2], "2 priorities for 1 prompts")])
+def test_a_priority_for_each_prompt_is_asked_for(llm, priority, message):
+    with pytest.raises(RequestError, match=message):
+        llm.generate([[1]], GREEDY, use_tqdm=False, priority=priority)
+
+
 def test_a_full_step_starts_before_the_last_prompt_is_checked(llm, monkeypatch):
     events, engine = [], llm._engine
     prepare, dispatch = engine.prepare, engine.replicas[0].runner.dispatch
@@ -402,8 +428,43 @@ def test_a_full_step_starts_before_the_last_prompt_is_checked(llm, monkeypatch):
     )
     prompts = [[index] * 40 for index in range(1, 7)]
     outputs = generate(llm, prompts, GREEDY)
-    assert events[:7] == ["prepare"] * 2 + ["dispatch"] + ["prepare"] * 4
+    assert events[:4] == ["prepare"] * 2 + ["dispatch", "prepare"]
     assert outputs == [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
+
+
+def test_steps_go_on_while_prompts_are_tokenised(llm, monkeypatch):
+    events, engine = [], llm._engine
+    prepare, dispatch = engine.prepare, engine.replicas[0].runner.dispatch
+
+    def tokenise(*args, **kwargs):
+        engine.wait()  # as long as the devices work
+        events.append("prepare")
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "prepare", tokenise)
+    monkeypatch.setattr(
+        engine.replicas[0].runner, "dispatch", lambda schedule: events.append("dispatch") or dispatch(schedule)
+    )
+    prompts = [[index] * 40 for index in range(201, 221)]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    while events[-1] == "dispatch":
+        events.pop()
+    assert events.count("dispatch") > len(prompts) / 2  # a step for each prompt, but where all rows have ended
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    assert tokens(outputs) == [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
+
+
+def test_a_prompt_that_is_refused_amid_others_that_ended_leaves_the_engine_usable(llm, monkeypatch):
+    ended, engine = [], llm._engine
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda **kwargs: [ended.append(out) or out for out in step(**kwargs)])
+    monkeypatch.setattr(engine, "prepare", lambda *args, p=engine.prepare, **kw: engine.wait() or p(*args, **kw))
+    prompts = [[index] * 40 for index in range(1, 41)]
+    with pytest.raises(RequestError, match="1000000"):
+        llm.generate([*prompts, [10**6], *prompts], GREEDY, use_tqdm=False)
+    assert ended
+    assert not llm.has_unfinished()
+    assert [len(samples[0]) for samples in generate(llm, prompts[:3], GREEDY)] == [8] * 3
 
 
 def test_no_garbage_is_collected_before_the_first_step(llm, monkeypatch):
@@ -438,10 +499,13 @@ def test_a_prompt_that_is_refused_after_a_step_started_loses_nothing(llm):
     [
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
+        ({"gpu_memory_utilization": True}, "gpu_memory_utilization is True"),
+        ({"max_num_seqs": 2.0}, "max_num_seqs is 2.0"),
         ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization is '0.5'"),
         ({"max_logprobs": -1}, "max_logprobs is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"block_size": 7}, "block_size is 7"),
+        ({"max_model_len": 1}, "max_model_len is 1"),
         ({"tensor_parallel_size": 3}, "does not divide"),
         ({"data_parallel_size": 0}, "data_parallel_size is 0"),
         ({"max_model_len": 10**6}, "256"),
@@ -456,13 +520,31 @@ def test_wrong_arguments_are_named(model, arguments, message):
         LLM(model, **SETTINGS | arguments)
 
 
+def test_sizes_may_be_numpys():
+    config = EngineConfig(max_num_seqs=np.int64(4), seed=np.uint32(1))
+    assert config == EngineConfig(max_num_seqs=4, seed=1)
+    assert type(config.max_num_seqs) is int
+
+
 def test_more_shards_than_devices_are_refused(model):
-    with pytest.raises(DeviceError, match="tensor_parallel_size 16 needs 16 devices, but JAX sees 8"):
+    with pytest.raises(
+        DeviceError, match=r"tensor_parallel_size 16 needs 16 devices, but JAX sees 8 .*device_count=16"
+    ):
         LLM(model, **SETTINGS, tensor_parallel_size=16)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"tensor_parallel_size": 16}, {"tensor_parallel_size": 3}, {"max_model_len": 10**6}]
+)
+def test_sizes_that_cannot_be_are_told_before_anything_is_read(model, monkeypatch, arguments):
+    for slow in ("load_tokenizer", "load_params"):
+        monkeypatch.setattr(build, slow, lambda *args: pytest.fail("it was read"))
+    with pytest.raises((ConfigError, DeviceError)):
+        LLM(model, **SETTINGS | {"skip_tokenizer_init": False} | arguments)
+
+
 def test_too_few_blocks_are_refused(model):
-    with pytest.raises(DeviceError, match="max_num_seqs"):
+    with pytest.raises(DeviceError, match="raise num_gpu_blocks_override or lower max_num_seqs"):
         LLM(model, **SETTINGS, num_gpu_blocks_override=3)
 
 

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from nanovllm_jax.cli.bench import MAX_TOKEN_ID, length_range, print_table, random_requests
+from nanovllm_jax.cli.bench import length_range
 from nanovllm_jax.cli.options import check_folder
 from nanovllm_jax.cli.terminal import note, show_error, stderr, write
 from nanovllm_jax.errors import ConfigError, NanoVLLMError
+from nanovllm_jax.loadtest.offline import MAX_TOKEN_ID, print_table, random_requests
 
 _LOAD, _OUTPUT, _SERVER = "Load", "Output", "Server"
 

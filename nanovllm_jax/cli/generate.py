@@ -58,6 +58,7 @@ def generate(
       nanovllm-jax generate --model Qwen/Qwen3-0.6B --file prompts.txt --json > answers.jsonl
     """  # noqa: D301
     texts = _read_prompts(prompts or [], file)
+    max_num_seqs = min(_MAX_SEQUENCES, len(texts) * n)
     with open_session(
         model,
         verbose=verbose,
@@ -70,8 +71,8 @@ def generate(
         gpu_memory_utilization=gpu_memory_utilization,
         attention_backend=attention_backend,
         enforce_eager=enforce_eager,
-        max_num_seqs=min(_MAX_SEQUENCES, len(texts) * n),
-        max_num_batched_tokens=prefill_size(_most_tokens(texts)),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=prefill_size(max(_most_tokens(texts), max_num_seqs)),
     ) as session:
         params = sampling_params(
             session.llm,
@@ -105,6 +106,8 @@ def _read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
         texts += [line for line in content.splitlines() if line.strip()]
     if not texts:
         raise typer.BadParameter("there is no prompt; give one, or --file with one a line.")
+    if "" in texts:
+        raise typer.BadParameter("a prompt is empty; give at least 1 character.")
     return texts
 
 

@@ -11,6 +11,7 @@ import typer
 from nanovllm_jax.cli import options
 from nanovllm_jax.cli.terminal import note, set_up_logging, stderr, write
 from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.model_names import EMBEDDED
 
 _LOG_WIDTH = 140  # where the terminal's is not known
 _CONFIG_FILES = ["config.json", "generation_config.json"]
@@ -18,7 +19,10 @@ _CONFIG_FILES = ["config.json", "generation_config.json"]
 
 def inspect(
     model: Annotated[
-        str | None, typer.Argument(help="Directory, hub id, .gguf file or 'smollm2'; none: the built-in model.")
+        str | None,
+        typer.Argument(
+            callback=options.check_name, help="Directory, hub id, .gguf file or 'smollm2'; none: the built-in model."
+        ),
     ] = None,
     phase: Annotated[
         Literal["decode", "prefill", "mixed"] | None, typer.Option(show_default="all", help="Only this kind of step.")
@@ -117,7 +121,7 @@ def _model_config(model: str | None, no_weights: bool) -> Any:
     from nanovllm_jax.weights import load_model_config, locate
     from nanovllm_jax.weights.source import ModelSource, download
 
-    on_disk = model is None or model == "smollm2" or Path(model).expanduser().exists()
+    on_disk = model is None or model in (EMBEDDED, "smollm2") or Path(model).expanduser().exists()
     if on_disk:
         path = Path(model).expanduser() if model else None
         if path is not None and path.is_file() and path.suffix == ".json":

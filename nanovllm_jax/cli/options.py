@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from nanovllm_jax.model_names import check_model_name
+
 _ENGINE, _SAMPLING = "Engine", "Sampling"
 
 
@@ -17,18 +19,26 @@ def check_folder(path: Path | None) -> Path | None:
     return path
 
 
+def check_name(model: str | None) -> str | None:
+    """A model that may be there: what cannot be is told before JAX is imported, which takes seconds."""
+    if model is not None:
+        check_model_name(model)
+    return model
+
+
 Model = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
+        callback=check_name,
         show_default="the built-in model",
         help="Directory, hub id, .gguf file, Orbax directory or 'smollm2'.",
     ),
 ]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(show_default="the model's", help="Directory or hub id.", rich_help_panel=_ENGINE),
+    typer.Option(callback=check_name, show_default="the model's", help="Directory or hub id.", rich_help_panel=_ENGINE),
 ]
 DType = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
@@ -41,7 +51,7 @@ KvCacheDType = Annotated[
 MaxModelLen = Annotated[
     int | None,
     typer.Option(
-        min=1,
+        min=2,
         show_default="the model's limit",
         help="Longest prompt and output together, in tokens.",
         rich_help_panel=_ENGINE,

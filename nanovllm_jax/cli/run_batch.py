@@ -12,6 +12,7 @@ from nanovllm_jax.cli import options
 from nanovllm_jax.cli.serve import import_server
 from nanovllm_jax.cli.terminal import note, set_up_logging, stderr
 from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.model_names import EMBEDDED
 
 
 def run_batch(
@@ -91,7 +92,7 @@ def run_batch(
             status.update(f"{ended} lines done")
 
         try:
-            config = server.ServeConfig(served_model_name or model or "tiny")
+            config = server.ServeConfig(served_model_name or model or EMBEDDED)
             counts = asyncio.run(batch.run_batch(llm, config, source, output, show))
         finally:
             llm.close()

@@ -10,6 +10,7 @@ import typer
 from nanovllm_jax.cli import options
 from nanovllm_jax.cli.terminal import note, set_up_logging, stderr
 from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.model_names import EMBEDDED
 
 _SERVER = "Server"
 _BACKLOG = 2048  # connections that wait to be accepted; uvicorn's
@@ -17,7 +18,8 @@ _BACKLOG = 2048  # connections that wait to be accepted; uvicorn's
 
 def serve(
     model_argument: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="As --model.")
+        str | None,
+        typer.Argument(metavar="[MODEL]", callback=options.check_name, show_default=False, help="As --model."),
     ] = None,
     model: options.Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all.", rich_help_panel=_SERVER)] = (
@@ -70,6 +72,9 @@ def serve(
 ) -> None:
     """Serves a model to OpenAI's clients. Ctrl-C finishes what runs; a second one stops at once.
 
+    While a request with logprobs, logit_bias, bad words, min_tokens or a penalty runs, all rows of a step get one token
+    instead of several: slower for everyone.
+
     [bold]Examples[/bold]
 
     \b
@@ -83,7 +88,7 @@ def serve(
     server = import_server()
     model = model_argument or model
     config = server.ServeConfig(
-        served_model_name or model or "tiny", tuple(api_key or ()), max_queue=max_queue, max_body_size=max_body_size
+        served_model_name or model or EMBEDDED, tuple(api_key or ()), max_queue=max_queue, max_body_size=max_body_size
     )
     opened = server.open_socket(host, port)
     with stderr().status(f"Loading {model or 'the built-in model'}, compiling"):

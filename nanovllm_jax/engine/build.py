@@ -23,17 +23,16 @@ from nanovllm_jax.engine.plan import (
     abstract_weights,
     cache_dtype,
     describe_programs,
-    length_remedy,
+    scheduler_limits,
     smallest_shape,
     weight_dtype,
 )
 from nanovllm_jax.engine.replica import Replica
-from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params, param_bytes, random_params
 from nanovllm_jax.parallel.collectives import can_exchange, check_exchange, exchange_params
-from nanovllm_jax.parallel.mesh import make_mesh, param_shardings, replica_meshes, split_heads
+from nanovllm_jax.parallel.mesh import check_devices, make_mesh, param_shardings, replica_meshes, split_heads
 from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.compile_workers import CompileWorkers
 from nanovllm_jax.step.memory import (
@@ -83,6 +82,12 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     claim_device_memory(config.gpu_memory_utilization)
     source = locate(model)
     whole, defaults = load_model_config(source), load_generation_defaults(source)
+    # What cannot be is told before anything slow is begun.
+    if config.tensor_parallel_size * config.data_parallel_size > 1:
+        _check_gpu_is_used()
+        check_devices(config.tensor_parallel_size, config.data_parallel_size)
+    model_config = split_heads(whole, config.tensor_parallel_size)
+    smallest_shape(model_config, config)
     use_persistent_cache()
     with ThreadPoolExecutor(2) as pool:
         # The tokenizer and the weights are read while JAX starts the device and programs are loaded or compiled.
@@ -90,7 +95,6 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         _check_gpu_is_used()
         mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
         meshes = replica_meshes(mesh)
-        model_config = split_heads(whole, config.tensor_parallel_size)
         dtype = weight_dtype(config.dtype, model_config, on_gpu=mesh.devices.flat[0].platform != "cpu")
         exchanged = all(map(can_exchange, meshes))
         held = bytes_held(list(mesh.devices.flat))  # before anything is loaded: a shape must not depend on the moment
@@ -117,18 +121,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         for params in weights:
             check_exchange(params)
     _log_holdings(mesh, programs[0].catalogue)
-    limits = SchedulerConfig(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=shape.max_model_len,
-        block_size=config.block_size,
-        num_blocks=shape.num_blocks,
-        scheduling_policy=config.scheduling_policy,
-        batching=config.batching,
-        enable_prefix_caching=config.enable_prefix_caching,
-        decode_steps=programs[0].catalogue.config.decode_steps,
-        length_remedy=length_remedy(model_config, config, shape),
-    )
+    limits = scheduler_limits(model_config, config, shape, programs[0].catalogue.config.decode_steps)
     engine = Engine(
         [Replica(Scheduler(limits), runner, None if compiled else runner.compile) for runner in runners],
         words,
@@ -209,9 +202,11 @@ def _plan(
             num_blocks = min(num_blocks, config.max_num_seqs * shape.blocks_per_row)
     capacity = num_blocks * config.block_size
     if num_blocks < config.max_num_seqs:
+        given = config.num_gpu_blocks_override is not None
+        remedy = "num_gpu_blocks_override" if given else "gpu_memory_utilization"
         raise DeviceError(
             f"The KV cache has {num_blocks} blocks of {one_block / 1e6:.2f} MB, fewer than one for each of the "
-            f"max_num_seqs {config.max_num_seqs} requests: raise gpu_memory_utilization or lower max_num_seqs."
+            f"max_num_seqs {config.max_num_seqs} requests: raise {remedy} or lower max_num_seqs."
         )
     if capacity < max_model_len:
         if config.max_model_len is not None and config.num_gpu_blocks_override is None:

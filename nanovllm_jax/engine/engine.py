@@ -220,10 +220,11 @@ class Engine:
         stats.num_preemptions = sum(scheduler.num_preemptions for scheduler in schedulers)
         return stats
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, *, wait: bool = True) -> list[RequestOutput]:
         """Dispatch the next step of each replica that has none waiting, and read those that are done.
 
-        Waits for the first one if all replicas that work have a step waiting behind the one that runs.
+        Args:
+            wait: for the first one, if all replicas that work have a step waiting behind the one that runs.
 
         Returns:
             Outputs of requests that finished, and of those that stream and got tokens.
@@ -239,8 +240,8 @@ class Engine:
             started = self._dispatch()
             working = [replica for replica in self.replicas if replica.in_flight]
             due = [replica for replica in working if len(replica.in_flight) > 1 or replica not in started]
-            if len(working) > 1:
-                due = self._wait_for_one(due) if len(due) == len(working) else _those_done(due)
+            if len(working) > 1 or not wait:
+                due = self._wait_for_one(due) if wait and len(due) == len(working) else _those_done(due)
             for replica in due:
                 self._undelivered += self._read(replica)
         outputs, self._undelivered = self._undelivered, []

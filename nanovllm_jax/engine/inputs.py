@@ -140,6 +140,9 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
     if not messages:
         message = "The conversation has no messages; give at least one, with 'role' and 'content'."
         raise RequestError(message, param="messages")
+    if isinstance(messages, str | Mapping) or not all(isinstance(message, Mapping) for message in messages):
+        message = f"The conversation is {str(messages)[:80]!r}; give a list of dicts, each with 'role' and 'content'."
+        raise RequestError(message, param="messages")
     try:
         rendered = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **template_args)
     except Exception as error:  # templates are programs of the model's authors: they raise what they like

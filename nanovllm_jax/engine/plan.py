@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.sampling_plan import MAX_ADJUSTMENTS
+from nanovllm_jax.engine.schedule import SchedulerConfig
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.models.params import Params, ParamSpec, abstract_params
 from nanovllm_jax.parallel.mesh import MODEL_AXIS, param_shardings
@@ -73,6 +74,22 @@ def length_remedy(model: ModelConfig, config: EngineConfig, shape: StateShape) -
     if shape.max_model_len == config.max_model_len:
         return "raise max_model_len"
     return f"raise {'gpu_memory_utilization' if config.num_gpu_blocks_override is None else 'num_gpu_blocks_override'}"
+
+
+def scheduler_limits(model: ModelConfig, config: EngineConfig, shape: StateShape, num_steps: int) -> SchedulerConfig:
+    """The scheduler's limits beside a device state of this shape, with `num_steps` tokens a row in a decode step."""
+    return SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=shape.max_model_len,
+        block_size=config.block_size,
+        num_blocks=shape.num_blocks,
+        scheduling_policy=config.scheduling_policy,
+        batching=config.batching,
+        enable_prefix_caching=config.enable_prefix_caching,
+        decode_steps=num_steps,
+        length_remedy=length_remedy(model, config, shape),
+    )
 
 
 def describe_programs(

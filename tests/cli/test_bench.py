@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from nanovllm_jax.cli.bench import random_requests, timed_run
 from nanovllm_jax.errors import NanoVLLMError
+from nanovllm_jax.loadtest.offline import random_requests, timed_run
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -27,6 +27,11 @@ def test_throughput_prints_a_table_and_a_json_line(cli, fakes):
     ids = [prompt["prompt_token_ids"] for prompt in fakes.llm.prompts]
     assert len({tuple(prompt) for prompt in ids}) == len(ids)
     assert max(map(max, ids)) < fakes.llm.model_config.vocab_size
+
+
+def test_the_built_in_model_is_named_in_the_figures(cli):
+    result = cli("bench throughput --num-prompts 1 --output-len 20 --repeats 1")
+    assert json.loads(result.stdout)["model"] == "tiny"
 
 
 def test_lengths_out_of_order_are_refused(cli, fakes):

@@ -40,6 +40,11 @@ def test_json_gives_one_line_a_sample(cli, fakes):
     assert fakes.llm.arguments["max_num_seqs"] == 4
 
 
+def test_many_samples_of_a_short_prompt_fit_a_step(cli, fakes):
+    assert cli("generate x --n 1000 --temperature 1").exit_code == 0
+    assert fakes.llm.arguments["max_num_batched_tokens"] >= fakes.llm.arguments["max_num_seqs"] == 256
+
+
 def test_prompts_come_from_a_file_and_from_stdin(cli, fakes, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("eins\n\nzwei\n", encoding="utf-8")
@@ -58,6 +63,12 @@ def test_without_a_prompt_it_says_what_to_do(cli, fakes):
     result = cli("generate")
     assert result.exit_code == 2
     assert "--file" in result.stderr
+    assert not fakes.made
+
+
+@pytest.mark.parametrize("line", ["''", "a ''", "a --model /no/such", "a --tokenizer ./none", "a --max-model-len 1"])
+def test_what_cannot_work_is_told_before_a_model_is_opened(cli, fakes, line):
+    assert cli(f"generate {line}").exit_code == 2
     assert not fakes.made
 
 

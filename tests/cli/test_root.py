@@ -44,3 +44,14 @@ def test_a_folder_that_is_missing_is_told_before_the_work(cli, command):
     result = cli(f"{command} missing/out")
     assert result.exit_code == 2
     assert "the folder missing does not exist" in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["serve /no/such", "serve -m /no/such", "chat -m /no/such", "inspect ./none.gguf"])
+def test_a_missing_model_is_told_before_jax_is_imported(cli, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "jax", None)  # importing it raises
+    result = cli(command)
+    assert (result.exit_code, "no such file or directory" in result.stderr) == (2, True)
+
+
+def test_help_of_serve_says_which_requests_slow_all_rows(cli):
+    assert "one token instead of several" in " ".join(cli("serve --help").stdout.split())

@@ -126,6 +126,42 @@ def test_a_replica_that_is_done_is_read_while_another_works():
     engine.close()
 
 
+def test_nobody_waits_for_a_step_that_is_not_to_be_waited_for():
+    engine = make_engine(1)
+    (replica,) = engine.replicas
+    engine.add_request("first", {"prompt_token_ids": [1] * 5}, SamplingParams(max_tokens=2))
+    assert replica.wants_attention
+    replica.runner.done = False
+    assert engine.step(wait=False) == []
+    assert not replica.wants_attention  # what may still come should be part of the next step
+    for i in range(3):
+        engine.add_request(str(i), {"prompt_token_ids": [1] * 5}, SamplingParams(max_tokens=2))
+    assert engine.step(wait=False) == engine.step(wait=False) == []
+    assert len(replica.runner.dispatched) == 2
+    replica.runner.done = True
+    assert replica.wants_attention
+    finished = []
+    while engine.has_unfinished:
+        finished += engine.step(wait=False)
+    assert sorted(output.request_id for output in finished) == ["0", "1", "2", "first"]
+    engine.close()
+
+
+def test_a_step_may_wait_behind_another_once_all_rows_are_taken():
+    engine = make_engine(1)
+    (replica,) = engine.replicas
+    for i in range(4):
+        engine.add_request(str(i), {"prompt_token_ids": [1] * 5}, SamplingParams(max_tokens=4))
+    replica.runner.done = False
+    engine.step(wait=False)
+    assert replica.wants_attention
+    engine.step(wait=False)
+    assert not replica.wants_attention
+    assert len(replica.runner.dispatched) == 2
+    replica.runner.done = True
+    engine.close()
+
+
 def test_a_replica_that_fails_ends_the_engine():
     engine = make_engine(2)
     for i in range(2):

@@ -4,8 +4,9 @@ from functools import partial
 import pytest
 import schedulers
 
+from nanovllm_jax.engine.engine import PreparedRequest
 from nanovllm_jax.engine.request import Request
-from nanovllm_jax.engine.step_filling import StepFilling
+from nanovllm_jax.engine.step_filling import HeldBack, StepFilling
 from nanovllm_jax.sampling_params import SamplingParams
 
 make_scheduler = partial(schedulers.make_scheduler, max_num_seqs=8, num_blocks=128)
@@ -65,3 +66,31 @@ def test_what_an_earlier_step_or_the_same_one_computes_takes_no_room():
     assert not filling.is_full
     filling.add(Request("last", [8], SamplingParams()))
     assert filling.is_full
+
+
+def held_until_due(prompt_len, running=2):
+    """How many requests are held until they are queued, beside some that run, with 8 rows and steps of 64 tokens."""
+    scheduler = make_scheduler(decode_steps=1)
+    for index in range(running):
+        scheduler.add(Request(f"running-{index}", [index] * 4, SamplingParams(max_tokens=8)))
+    scheduler.schedule()
+    held = HeldBack([scheduler])
+    for index in range(40):
+        requests = [Request(str(index), [index] * prompt_len, SamplingParams())]
+        held.add(PreparedRequest(str(index), requests, None, False, 0.0))
+        if held.is_due:
+            break
+    taken = held.take()
+    assert [prepared.request_id for prepared in taken] == [str(index) for index in range(len(taken))]
+    assert held.take() == []
+    return len(taken)
+
+
+def test_prompts_are_held_back_until_they_fill_the_free_rows_or_a_step():
+    assert held_until_due(prompt_len=2) == 6
+    assert held_until_due(prompt_len=20) == 4
+
+
+def test_prompts_are_not_held_back_from_a_replica_that_stands_idle_or_is_full():
+    assert held_until_due(prompt_len=2, running=0) == 1
+    assert held_until_due(prompt_len=2, running=8) == 1

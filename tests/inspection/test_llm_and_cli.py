@@ -43,6 +43,12 @@ def test_command_writes_a_report_and_compares_it(tmp_path):
     assert done.exit_code == 0, done.output
     assert "a100 (sm_80)" in done.stdout
     assert "needs a GPU" in done.stdout
+    table = [line.split("│") for line in done.stdout[done.stdout.index("on one device") :].splitlines()]
+    sizes = {row[1].strip(): row[2].strip().replace(",", "") for row in table if len(row) == 4}
+    parts = ("weights", "cache", "rows", "extras")
+    assert sizes["temporaries"] == "–"
+    assert abs(float(sizes["together"]) - sum(float(sizes[part]) for part in parts)) < 0.3  # rounded
+    assert float(sizes["the device has"]) > float(sizes["together"])
     page = tmp_path / "report.html"
     done = CliRunner().invoke(
         app, [*common, "--gpu", "a100", "--context", "256", "--diff", str(file), "--html", str(page)]

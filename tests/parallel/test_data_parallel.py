@@ -67,7 +67,8 @@ def devices_of(llm):
 def test_outputs_come_in_the_order_of_the_prompts_and_both_replicas_work(two):
     running = []
     step = two._engine.step
-    two._engine.step = lambda: running.append([r.scheduler.num_running for r in two._engine.replicas]) or step()
+    replicas = two._engine.replicas
+    two._engine.step = lambda **kw: running.append([r.scheduler.num_running for r in replicas]) or step(**kw)
     lengths = [9, 2, 12, 1, 7, 3, 11, 5]
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
     outputs = two.generate(PROMPTS, params, use_tqdm=False)

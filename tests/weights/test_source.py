@@ -20,6 +20,12 @@ def test_a_directory_and_a_gguf_file_are_known_by_their_files(tmp_path):
     assert locate(str(tmp_path)).kind == "orbax"
 
 
+def test_the_embedded_model_has_a_name_that_may_be_given(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("went to the hub"))
+    assert locate("tiny") == locate(None)
+    assert locate(locate(None).name) == locate(None)
+
+
 def test_places_without_a_model_are_refused_with_what_was_expected(tmp_path):
     with pytest.raises(ConfigError, match=r"neither config\.json"):
         locate(str(tmp_path))
