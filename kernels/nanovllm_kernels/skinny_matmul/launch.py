@@ -55,17 +55,22 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Of the Mosaic kernel: a program's tile, and tiles in flight.
+    """Of the Mosaic kernel: a program's tile, tiles in flight, and steps of K that a second program takes.
+
+    With `helped_steps` each tile has a helper, which takes so many of the last steps, of `tile_inputs` each: few enough
+    that it is through before the tile's own program is.
 
     Raises:
         ValueError: if the consumers cannot share the tile out, or would wait for ever. With up to 64 rows they take
             the stages in turn, and each stage of the ring must belong to one of them; each looks one stage ahead.
+            Only such tiles are helped.
     """
 
     tile_rows: int
     tile_cols: int
     tile_inputs: int
     num_stages: int
+    helped_steps: int = 0
 
     def __post_init__(self) -> None:
         owners = CONSUMERS if self.splits_inputs else 1
@@ -74,6 +79,11 @@ class Tiling:
             raise ValueError(
                 f"a tile of {self.tile_rows} rows with {self.num_stages} stages; it must have {most} rows and 2 stages "
                 f"or more, or one of {few} rows and {2 * CONSUMERS}, {3 * CONSUMERS}, ... stages."
+            )
+        if self.helped_steps and (self.helped_steps < self.num_stages or self.helped_steps % owners or owners == 1):
+            raise ValueError(
+                f"{self.helped_steps} helped steps of a tile of {self.tile_rows} rows with {self.num_stages} stages; "
+                f"it must be an even number of at least the stages, and of a tile of up to {CONSUMER_ROWS} rows."
             )
 
     @property
@@ -86,9 +96,12 @@ class Tiling:
         return self.tile_inputs * (self.tile_rows + self.tile_cols * (1 + gated)) * 2
 
     def fits(self, *, rows: int, inputs: int, outputs: int) -> bool:
-        """Whether whole tiles cover K and N, and TMA can move x."""
+        """Whether whole tiles cover K and N, TMA can move x, and who is helped still fills its ring."""
         shared_inputs = self.tile_inputs * (CONSUMERS if self.splits_inputs else 1)
-        return rows % ROW_ALIGNMENT == 0 and inputs % shared_inputs == 0 and outputs % self.tile_cols == 0
+        own_steps = inputs // self.tile_inputs - self.helped_steps
+        fills_ring = not self.helped_steps or own_steps >= self.num_stages
+        whole = rows % ROW_ALIGNMENT == 0 and inputs % shared_inputs == 0 and outputs % self.tile_cols == 0
+        return whole and fills_ring
 
 
 @dataclass(frozen=True)

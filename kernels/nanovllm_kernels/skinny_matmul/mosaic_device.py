@@ -9,11 +9,15 @@ stored: rows of the product do not touch each other, and to fetch zeros instead 
 As in the Triton kernel, (x * norm) @ w is scaled by the row's 1 / rms at the end. x * norm is formed in registers, from
 where wgmma takes its left side, unless x comes as this product: then wgmma takes it from shared memory as it is.
 
+Where tiles are fewer than half the multiprocessors, each may have a second program, a helper, that takes the last steps
+of K. It is through before the other one is, whose producer fetches the helper's sums like a residual.
+
 Refs and scalars of a kernel have no Python type that says more than Any.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -24,49 +28,70 @@ from jaxtyping import Array, Float
 
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS
 from nanovllm_kernels.skinny_matmul.mosaic_finish import COL_LAYOUT, ROW_LAYOUT, finish, given_squares
-from nanovllm_kernels.skinny_matmul.mosaic_shape import ProductShape
+from nanovllm_kernels.skinny_matmul.mosaic_help import announce_help, wait_for_help
+from nanovllm_kernels.skinny_matmul.mosaic_shape import ProductShape, Share
 
 
-def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, first_row: Any, first_col: Any) -> None:
+@dataclass(frozen=True)
+class Place:
+    """A program's tile, by its first row and the numbers of its columns and of itself, and its share of K."""
+
+    first_row: Any
+    col: Any
+    tile: Any
+    share: Share
+
+
+def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, place: Place) -> None:
     """Fetches everything that the program reads."""
-    tile = shape.tiling
+    tile, share, first_row, first_col = shape.tiling, place.share, place.first_row, place.col * shape.tiling.tile_cols
     rows, cols = pl.ds(first_row, tile.tile_rows), pl.ds(first_col, tile.tile_cols)
     if shape.norm:
         plgpu.copy_gmem_to_smem(others["norm"], scratch["norm"], scratch["norm_ready"])
 
     def fetch(step: Any, stage: Any) -> Any:
         pl.when(step >= tile.num_stages)(lambda: plgpu.barrier_wait(scratch["free"].at[stage]))
-        inputs, ready = pl.ds(step * tile.tile_inputs, tile.tile_inputs), scratch["ready"].at[stage]
+        inputs = pl.ds((share.first_step + step) * tile.tile_inputs, tile.tile_inputs)
+        ready = scratch["ready"].at[stage]
         for part in range(shape.parts):
             source = w.at[inputs, part, cols] if shape.gated else w.at[inputs, cols]
             plgpu.copy_gmem_to_smem(source, scratch["w"].at[stage, part], ready)
-        place = scratch["x"].at[pl.ds(stage * tile.tile_rows, tile.tile_rows)]
-        plgpu.copy_gmem_to_smem(x.at[rows, inputs], place, ready)
+        into = scratch["x"].at[pl.ds(stage * tile.tile_rows, tile.tile_rows)]
+        plgpu.copy_gmem_to_smem(x.at[rows, inputs], into, ready)
         return jnp.where(stage + 1 == tile.num_stages, 0, stage + 1)
 
-    lax.fori_loop(0, shape.steps, fetch, jnp.int32(0))
-    if shape.bias:
-        for part in range(shape.parts):
-            plgpu.copy_gmem_to_smem(others["bias"].at[part, cols], scratch["bias"].at[part], scratch["bias_ready"])
-    if shape.residual:
-        place = scratch["out"].at[pl.ds(0, tile.tile_rows)]
-        plgpu.copy_gmem_to_smem(others["residual"].at[rows, cols], place, scratch["residual_ready"])
-    if shape.next_norm:
-        plgpu.copy_gmem_to_smem(others["next_norm"].at[cols], scratch["next_norm"], scratch["next_norm_ready"])
+    lax.fori_loop(0, share.num_steps, fetch, jnp.int32(0))
+
+    @pl.when(share.finishes)
+    def _() -> None:
+        if shape.bias:
+            for part in range(shape.parts):
+                plgpu.copy_gmem_to_smem(others["bias"].at[part, cols], scratch["bias"].at[part], scratch["bias_ready"])
+        if shape.residual:
+            into = scratch["out"].at[pl.ds(0, tile.tile_rows)]
+            plgpu.copy_gmem_to_smem(others["residual"].at[rows, cols], into, scratch["residual_ready"])
+        if shape.next_norm:
+            plgpu.copy_gmem_to_smem(others["next_norm"].at[cols], scratch["next_norm"], scratch["next_norm_ready"])
+        if tile.helped_steps:
+            wait_for_help(others["counters"].at[pl.ds(place.tile, 1)], interpreted=shape.interpreted)
+            plgpu.copy_gmem_to_smem(others["help"].at[place.tile], scratch["help"], scratch["help_ready"])
+
     # Nothing is left unobserved: a barrier must not be taken down under an arrival to come.
-    for step in range(max(0, shape.steps - tile.num_stages), shape.steps):
-        plgpu.barrier_wait(scratch["free"].at[step % tile.num_stages])
+    for stage in range(min(tile.num_stages, shape.steps)):
+        plgpu.barrier_wait(scratch["free"].at[stage])
 
 
-def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer: Any, first_row: Any, col: Any) -> None:
+def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer: Any, place: Place) -> None:
     """One consumer's part of the tile: half of its rows, or, of up to 64 rows, the sums over half of the inputs."""
     accumulators = [plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, shape.tiling.tile_cols), jnp.float32)] * shape.parts
     row = 0 if shape.tiling.splits_inputs else consumer * CONSUMER_ROWS
+    first_row, col, steps = place.first_row, place.col, place.share.num_steps
+    steps = steps // CONSUMERS if shape.tiling.splits_inputs else steps
     # Asked for before anything is there to be multiplied.
     given = given_squares(others["squares"], shape, first_row + row) if shape.square_parts else None
 
     def accumulate(*accs: Any) -> tuple[list[Array], Any]:
-        squares = (_multiply_scaled if shape.norm else _multiply)(accs, scratch, shape, consumer)
+        squares = (_multiply_scaled if shape.norm else _multiply)(accs, scratch, shape, consumer, steps)
         return [acc[...] for acc in accs], squares
 
     sums, squares = pl.run_scoped(accumulate, *accumulators)
@@ -91,7 +116,20 @@ def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer:
         total_squares = given
         if shape.norm:
             total_squares = squares + plgpu.load(scratch["squares"], layout=ROW_LAYOUT, optimized=False)
-        finish(totals, total_squares, outs, scratch, shape, 0, first_row, col)
+        if not shape.tiling.helped_steps:
+            finish(totals, total_squares, outs, scratch, shape, 0, first_row, col)
+            return
+
+        @pl.when(place.share.helps)
+        def _() -> None:
+            others["help"].at[place.tile][...] = totals[0]
+            announce_help(others["counters"].at[pl.ds(place.tile, 1)], interpreted=shape.interpreted)
+
+        @pl.when(place.share.finishes)
+        def _() -> None:
+            plgpu.barrier_wait(scratch["help_ready"])
+            whole = totals[0] + plgpu.load(scratch["help"], layout=plgpu.Layout.WGMMA)
+            finish([whole], total_squares, outs, scratch, shape, 0, first_row, col)
 
 
 def _x_tile(scratch: Any, shape: ProductShape, stage: Any, consumer: Any) -> Any:
@@ -110,7 +148,7 @@ def _first_stage(shape: ProductShape, consumer: Any) -> Any:
     return consumer if shape.tiling.splits_inputs else jnp.int32(0)
 
 
-def _multiply(accs: Any, scratch: Any, shape: ProductShape, consumer: Any) -> None:
+def _multiply(accs: Any, scratch: Any, shape: ProductShape, consumer: Any, steps: Any) -> None:
     """The product from shared memory; a stage is handed back when the product after it is under way."""
 
     def step(index: Any, stages: Any) -> Any:
@@ -123,12 +161,12 @@ def _multiply(accs: Any, scratch: Any, shape: ProductShape, consumer: Any) -> No
         return _next_stage(stage, shape), stage
 
     first = _first_stage(shape, consumer)
-    _, last = lax.fori_loop(0, shape.consumer_steps, step, (first, first))
+    _, last = lax.fori_loop(0, steps, step, (first, first))
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(scratch["free"].at[last])
 
 
-def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any) -> Float[Array, " rows"]:
+def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any, steps: Any) -> Float[Array, " rows"]:
     """(x * norm) @ w with x from registers; returns the sums of x squared over the inputs that it took.
 
     While a step's product runs, the next step's x is fetched from shared memory. It is scaled after that product only:
@@ -170,7 +208,7 @@ def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any
     squares = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), ROW_LAYOUT)
     x, norm, squares = fetch(first, first, squares)
     carry = (x, norm, first, first, squares)
-    x, norm, _, stage, squares = lax.fori_loop(0, shape.consumer_steps - 1, step, carry)
+    x, norm, _, stage, squares = lax.fori_loop(0, steps - 1, step, carry)
     multiply(x, norm, stage)
     finish(stage)
     return squares

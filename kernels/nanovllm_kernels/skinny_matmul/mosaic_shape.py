@@ -8,7 +8,9 @@ from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
+from nanovllm_kernels._device import ceil_div
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, swizzled
 from nanovllm_kernels.skinny_matmul.launch import Tiling
 
@@ -37,14 +39,34 @@ class ProductShape:
         return 1 + self.gated
 
     @property
-    def consumer_steps(self) -> int:
-        """Stages that a consumer takes."""
-        return self.steps // CONSUMERS if self.tiling.splits_inputs else self.steps
+    def steps(self) -> int:
+        """Of K: stages that pass through the ring of who has no helper."""
+        return self.num_inputs // self.tiling.tile_inputs
 
     @property
-    def steps(self) -> int:
-        """Stages that pass through the ring."""
-        return self.num_inputs // self.tiling.tile_inputs
+    def tiles(self) -> tuple[int, int]:
+        """Of columns and of rows."""
+        return self.num_outputs // self.tiling.tile_cols, ceil_div(self.num_rows, self.tiling.tile_rows)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A program's steps of K, and whether it is the helper of its tile, or the one who finishes it."""
+
+    first_step: Any
+    num_steps: Any
+    helps: Any
+    finishes: Any
+
+
+def share_of(role: Any, shape: ProductShape) -> Share:
+    """Of two programs a tile the helper comes first in the grid: it is there before who waits for it."""
+    helped = shape.tiling.helped_steps
+    own_steps = shape.steps - helped
+    if not helped:
+        return Share(0, own_steps, False, True)
+    helps = role == 0
+    return Share(lax.select(helps, own_steps, 0), lax.select(helps, helped, own_steps), helps, role == 1)
 
 
 def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
@@ -77,6 +99,12 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
             "sums": plgpu.SMEM(sums, jnp.float32, transforms=swizzled(jnp.float32, tile.tile_cols)),
             "squares": plgpu.SMEM((CONSUMER_ROWS,), jnp.float32),
             "sums_ready": plgpu.Barrier(),
+        }
+    if tile.helped_steps:
+        help_ = (CONSUMER_ROWS, tile.tile_cols)
+        types |= {
+            "help": plgpu.SMEM(help_, jnp.float32, transforms=swizzled(jnp.float32, tile.tile_cols)),
+            "help_ready": plgpu.Barrier(),
         }
     if shape.norm:
         types |= {"norm": plgpu.SMEM((shape.steps, tile.tile_inputs), shape.dtype), "norm_ready": plgpu.Barrier()}
