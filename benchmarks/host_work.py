@@ -89,9 +89,13 @@ class Tokens:
         """Whether the device has done it."""
         return time.perf_counter() >= self._done_at
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def block_until_ready(self) -> None:
+        """Until the device has done it."""
         if (left := self._done_at - time.perf_counter()) > 0:
             time.sleep(left)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        self.block_until_ready()
         return self._tokens
 
 

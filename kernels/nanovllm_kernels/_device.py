@@ -38,14 +38,6 @@ def dot_itemsize(q_dtype: np.dtype, cache_dtype: np.dtype) -> int:
     return 4 if dot_dtype(q_dtype, cache_dtype) is tl.float32 else 2
 
 
-def next_power_of_2(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
-
-
-def ceil_div(value: int, divisor: int) -> int:
-    return -(-value // divisor)
-
-
 @triton.jit
 @no_type_check
 def offsets_in_blocks(blocks, positions, num_kv_heads, kv_head, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):

@@ -12,7 +12,7 @@ from jaxtyping import config as jaxtyping_config
 from kernel_oracle import passed_on_oracle, relative_error, skinny_oracle
 
 from nanovllm_kernels import Scaled, lowering_for, scaled, skinny_matmul, skinny_matmul_scaled
-from nanovllm_kernels._device import ceil_div
+from nanovllm_kernels._integers import ceil_div
 from nanovllm_kernels.skinny_matmul import launch
 from nanovllm_kernels.skinny_matmul.cases import CASES, PRODUCTS, SkinnyCase, product_of, skinny_inputs
 

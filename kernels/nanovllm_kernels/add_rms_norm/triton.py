@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Array, Float
 
 from nanovllm_kernels._compat import triton_call
-from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels._integers import ceil_div, next_power_of_2
 
 _TILE_ELEMENTS = 4096
 _MOST_ELEMENTS_A_WARP = 2048  # 64 float32 registers a thread

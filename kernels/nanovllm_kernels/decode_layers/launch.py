@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 
 from nanovllm_kernels._compat import Target
-from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels._integers import ceil_div, next_power_of_2
 
 _LEAST_SPLIT = 256  # inputs of a split: below, adding the splits costs more than the products
 _SPLIT_COLS = 32

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import current_target, triton_call, update_in_place
-from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels._integers import ceil_div, next_power_of_2
 from nanovllm_kernels.decode_layers.device import decode_layers_kernel
 from nanovllm_kernels.decode_layers.launch import Launch, Tilings, launch_parameters, tilings
 

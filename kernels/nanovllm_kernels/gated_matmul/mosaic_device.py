@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from nanovllm_kernels._device import ceil_div
+from nanovllm_kernels._integers import ceil_div
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT
 
 TILE_ROWS = CONSUMERS * CONSUMER_ROWS

@@ -12,7 +12,8 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import current_target, triton_call, update_in_place
-from nanovllm_kernels._device import ceil_div, load_scale, next_power_of_2, to_cache
+from nanovllm_kernels._device import load_scale, to_cache
+from nanovllm_kernels._integers import ceil_div, next_power_of_2
 
 _NUM_WARPS = 4
 # Elements of half a head a program: one 16-byte load for each of its 128 threads in bfloat16.

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import current_target, triton_call, update_in_place
-from nanovllm_kernels._device import FP8, ceil_div, dot_dtype, dot_itemsize, next_power_of_2
+from nanovllm_kernels._device import FP8, dot_dtype, dot_itemsize
+from nanovllm_kernels._integers import ceil_div, next_power_of_2
 from nanovllm_kernels.paged_decode.plan import Plan
 from nanovllm_kernels.paged_decode.triton import (
     FULL,

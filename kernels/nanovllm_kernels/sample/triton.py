@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, UInt32
 
 from nanovllm_kernels._compat import current_target, triton_call
-from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels._integers import ceil_div, next_power_of_2
 from nanovllm_kernels.sample.device_filtered import scan_kernel, select_kernel
 from nanovllm_kernels.sample.device_plain import merge_kernel, plain_kernel
 from nanovllm_kernels.sample.device_search import HELD_GROUPS

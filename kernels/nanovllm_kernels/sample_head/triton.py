@@ -17,7 +17,7 @@ import triton.language as tl
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from nanovllm_kernels._compat import current_target, triton_call
-from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels._integers import ceil_div, next_power_of_2
 from nanovllm_kernels.sample.device import MINUS_INF, NO_ID, PLUS_INF, gumbel, noise_words, take_better
 from nanovllm_kernels.sample.device_plain import load_temperature, merge_kernel
 from nanovllm_kernels.skinny_matmul.device import load_tile

@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Array, Float
 
 from nanovllm_kernels._compat import triton_call
-from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels._integers import ceil_div, next_power_of_2
 
 _TILE = 4096
 _ELEMENTS_A_WARP = 256  # a 16-byte load for each thread, in bfloat16

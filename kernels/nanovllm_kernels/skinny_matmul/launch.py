@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm_kernels._compat import Target
-from nanovllm_kernels._device import ceil_div, next_power_of_2
+from nanovllm_kernels._integers import ceil_div, next_power_of_2
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT
 
 TABLES = Path(__file__).parent / "tuning"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from nanovllm_kernels._device import ceil_div
+from nanovllm_kernels._integers import ceil_div
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, Registers, Roles, warpgroup_kernel
 from nanovllm_kernels.skinny_matmul.launch import Tiling, padded_rows
 from nanovllm_kernels.skinny_matmul.mosaic_device import Place, consume, produce

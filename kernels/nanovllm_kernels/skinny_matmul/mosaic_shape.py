@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from nanovllm_kernels._device import ceil_div
+from nanovllm_kernels._integers import ceil_div
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, swizzled
 from nanovllm_kernels.skinny_matmul.launch import Tiling
 

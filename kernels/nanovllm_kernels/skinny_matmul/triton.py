@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nanovllm_kernels._compat import triton_call
-from nanovllm_kernels._device import ceil_div, dot_dtype, next_power_of_2
+from nanovllm_kernels._device import dot_dtype
+from nanovllm_kernels._integers import ceil_div, next_power_of_2
 from nanovllm_kernels.skinny_matmul.device import product_kernel
 from nanovllm_kernels.skinny_matmul.device_finish import merge_splits_kernel
 from nanovllm_kernels.skinny_matmul.launch import Launch, padded_rows
