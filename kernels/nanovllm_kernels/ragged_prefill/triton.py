@@ -19,13 +19,8 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import Target, current_target, triton_call
-from nanovllm_kernels._device import (
-    dot_dtype,
-    dot_itemsize,
-    load_rows,
-    load_scale,
-    next_power_of_2,
-)
+from nanovllm_kernels._device import dot_dtype, dot_itemsize, load_rows, load_scale
+from nanovllm_kernels._integers import next_power_of_2
 from nanovllm_kernels.ragged_prefill.attend import attend_range
 
 _MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
