@@ -12,19 +12,17 @@ from nanovllm_kernels.add_rms_norm.cases import CASES, add_rms_norm_inputs
 
 TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-6}
 
+jitted = jax.jit(lambda *arrays: add_rms_norm(*arrays, eps=1e-6, backend="xla"))
+
 
 @pytest.mark.parametrize("added", [True, False], ids=["sum", "alone"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_sum_and_its_norm_are_those_of_the_oracle(case, added):
     x, update, weight = add_rms_norm_inputs(case)
     arrays = x, update if added else None, weight
-    got = jax.jit(lambda *arrays: add_rms_norm(*arrays, eps=1e-6, backend="xla"))(*arrays)
-    for one, expected in zip(got, add_rms_norm_oracle(*arrays, eps=1e-6), strict=True):
+    for one, expected in zip(jitted(*arrays), add_rms_norm_oracle(*arrays, eps=1e-6), strict=True):
         assert one.dtype == jnp.dtype(case.dtype)
         assert relative_error(one, expected) < TOLERANCE[case.dtype]
-
-
-jitted = jax.jit(lambda *arrays: add_rms_norm(*arrays, eps=1e-6, backend="xla"))
 
 
 @settings(deadline=None, max_examples=30)

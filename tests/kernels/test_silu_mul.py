@@ -12,17 +12,16 @@ from nanovllm_kernels.silu_mul.cases import CASES, silu_mul_inputs
 
 TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3, "float32": 1e-6}
 
+jitted = jax.jit(lambda gate_up: silu_mul(gate_up, backend="xla"))
+
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_gated_values_are_those_of_the_oracle(case, seed):
     gate_up = silu_mul_inputs(case, seed)
-    got = jax.jit(lambda gate_up: silu_mul(gate_up, backend="xla"))(gate_up)
+    got = jitted(gate_up)
     assert got.dtype == jnp.dtype(case.dtype)
     assert relative_error(got, silu_mul_oracle(gate_up)) < TOLERANCE[case.dtype]
-
-
-jitted = jax.jit(lambda gate_up: silu_mul(gate_up, backend="xla"))
 
 
 @settings(deadline=None, max_examples=30)
