@@ -153,22 +153,34 @@ class Runner:
 
     def _keys(self, schedule: Schedule) -> list[ProgramKey]:
         """The programs that `dispatch` is about to call, but those of biases and bans."""
-        catalogue, sequences = self.programs.catalogue, schedule.sequences
+        sequences = schedule.sequences
         variants = {s.request.plan.variant for s in sequences}
         if schedule.is_decode and self._runs_in_one_program(sequences, variants):
-            filtered = "filtered" in variants
-            size = bucket_for(len(sequences), catalogue.filtered_sizes if filtered else catalogue.decode_sizes)
-            return [ProgramKey("decode_filtered" if filtered else "decode", size)]
-        size = bucket_for(len(sequences), catalogue.sampling_sizes)
-        drawn = {s.request.plan.variant for s in sequences if s.samples}
-        draw_key = ProgramKey(next((kind for kind in ("full", "filtered") if kind in drawn), "plain"), size)
+            return [self._decode_key(sequences, filtered="filtered" in variants)]
         if schedule.is_decode:
-            return [ProgramKey("decode_forward", size), draw_key]
-        num_tokens = bucket_for(sum(s.num_tokens for s in sequences), catalogue.prefill_sizes)
-        keys = [ProgramKey("update_rows"), ProgramKey("prefill", num_tokens), draw_key]
+            return [self._decode_forward_key(sequences), self._draw_key(sequences)]
+        prefill = self._prefill_key(sequences)
+        keys = [ProgramKey("update_rows"), prefill, self._draw_key(sequences)]
         if any(s.request.skip_prefix_cache_read for s in sequences):
-            keys.append(ProgramKey("prompt_logprobs", num_tokens))
+            keys.append(ProgramKey("prompt_logprobs", prefill.size))
         return keys
+
+    def _decode_key(self, sequences: Sequence[ScheduledSequence], *, filtered: bool) -> ProgramKey:
+        catalogue = self.programs.catalogue
+        sizes = catalogue.filtered_sizes if filtered else catalogue.decode_sizes
+        return ProgramKey("decode_filtered" if filtered else "decode", bucket_for(len(sequences), sizes))
+
+    def _decode_forward_key(self, sequences: Sequence[ScheduledSequence]) -> ProgramKey:
+        return ProgramKey("decode_forward", bucket_for(len(sequences), self.programs.catalogue.sampling_sizes))
+
+    def _prefill_key(self, sequences: Sequence[ScheduledSequence]) -> ProgramKey:
+        num_tokens = sum(s.num_tokens for s in sequences)
+        return ProgramKey("prefill", bucket_for(num_tokens, self.programs.catalogue.prefill_sizes))
+
+    def _draw_key(self, sequences: Sequence[ScheduledSequence]) -> ProgramKey:
+        variants = {s.request.plan.variant for s in sequences if s.samples}
+        kind = next((kind for kind in ("full", "filtered") if kind in variants), "plain")
+        return ProgramKey(kind, bucket_for(len(sequences), self.programs.catalogue.sampling_sizes))
 
     def _runs_in_one_program(self, sequences: Sequence[ScheduledSequence], variants: set[str]) -> bool:
         """Whether the decode program samples all that the rows ask for, and has more than one token to compute."""
@@ -176,17 +188,15 @@ class Runner:
         return worth_it and "full" not in variants
 
     def _decode(self, sequences: Sequence[ScheduledSequence], *, filtered: bool) -> jax.Array:
-        catalogue = self.programs.catalogue
-        size = bucket_for(len(sequences), catalogue.filtered_sizes if filtered else catalogue.decode_sizes)
-        step = self.programs[ProgramKey("decode_filtered" if filtered else "decode", size)]
-        delta = self._decode_delta(sequences, size)
+        key = self._decode_key(sequences, filtered=filtered)
+        step, delta = self.programs[key], self._decode_delta(sequences, key.size)
         self._caches, self._device_rows, tokens = step(self._params, self._caches, self._device_rows, delta)
         return tokens
 
     def _decode_forward(self, sequences: Sequence[ScheduledSequence]) -> tuple[jax.Array, jax.Array]:
-        size = bucket_for(len(sequences), self.programs.catalogue.sampling_sizes)
+        key = self._decode_forward_key(sequences)
         self._update_bans(sequences)
-        step, delta = self.programs[ProgramKey("decode_forward", size)], self._decode_delta(sequences, size)
+        step, delta = self.programs[key], self._decode_delta(sequences, key.size)
         self._caches, self._device_rows, hidden, sampled_rows = step(
             self._params, self._caches, self._device_rows, delta
         )
@@ -210,9 +220,8 @@ class Runner:
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...] | None]:
         self._send_rows(sequences)
         self._update_bans(sequences)
-        num_tokens = sum(s.num_tokens for s in sequences)
-        size = bucket_for(num_tokens, self.programs.catalogue.prefill_sizes)
-        layout = PrefillDelta(size, self._config.shape.max_num_seqs)
+        key = self._prefill_key(sequences)
+        layout = PrefillDelta(key.size, self._config.shape.max_num_seqs)
         # A decode's token may only be known on the device yet.
         tokens = [_UNREAD if s.is_decode else s.request.token_ids[s.start : s.start + s.num_tokens] for s in sequences]
         delta = layout.pack(
@@ -222,33 +231,28 @@ class Runner:
             [s.start for s in sequences],
             [s.samples for s in sequences],
         )
-        step = self.programs[ProgramKey("prefill", size)]
-        self._caches, self._device_rows, hidden, sampled_rows, unfinished = step(
+        self._caches, self._device_rows, hidden, sampled_rows, unfinished = self.programs[key](
             self._params, self._caches, self._device_rows, delta
         )
         prompt = None
         if any(s.request.skip_prefix_cache_read for s in sequences):
-            targets = np.zeros(size, np.int32)
+            targets = np.zeros(key.size, np.int32)
             start = 0
             for s in sequences:
                 following = s.request.token_ids[s.start + 1 : s.start + 1 + s.num_tokens]
                 targets[start : start + len(following)] = following
                 start += s.num_tokens
-            prompt = self.programs[ProgramKey("prompt_logprobs", size)](self._tail, unfinished, targets)
+            prompt = self.programs[ProgramKey("prompt_logprobs", key.size)](self._tail, unfinished, targets)
         return hidden, sampled_rows, prompt
 
     def _draw(
         self, sequences: Sequence[ScheduledSequence], hidden: jax.Array, sampled_rows: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
-        variants = {s.request.plan.variant for s in sequences if s.samples}
-        size = bucket_for(len(sequences), self.programs.catalogue.sampling_sizes)
-        if "full" not in variants:
-            kind = "filtered" if "filtered" in variants else "plain"
-            self._device_rows, tokens = self.programs[ProgramKey(kind, size)](
-                self._head, self._device_rows, hidden, sampled_rows
-            )
+        key = self._draw_key(sequences)
+        if key.kind != "full":
+            self._device_rows, tokens = self.programs[key](self._head, self._device_rows, hidden, sampled_rows)
             return tokens, None
-        self._device_rows, self._extras, sampled = self.programs[ProgramKey("full", size)](
+        self._device_rows, self._extras, sampled = self.programs[key](
             self._head, self._device_rows, self._extras, hidden, sampled_rows
         )
         wanted = any(s.request.params.logprobs is not None for s in sequences)
