@@ -25,6 +25,7 @@ from nanovllm_kernels import split_counters
 from nanovllm_kernels._compat import current_target, import_jax_triton
 from nanovllm_kernels._integers import ceil_div, next_power_of_2
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT
+from nanovllm_kernels.add_shards import parts_of_row
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel, passes_on
 from nanovllm_kernels.skinny_matmul import launch as launches
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, WHOLE_MODELS, SkinnyCase, as_in_a_layer, product_of
@@ -35,6 +36,7 @@ ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
 PASSED_ON_COLUMNS = 32  # of a tile of a product that passes on sums of squares
 MAX_CALLS, MIN_CALLS, RUNS = 48, 8, 4
 MAX_CANDIDATES, MAX_TILINGS = 20, 5
+HELPED = (0.42, 0.46)  # shares of the steps of K that a helper takes
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,19 @@ def tilings(case: SkinnyCase) -> list[Tiling]:
         fits = one.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)
         if fits and stages >= 2 * CONSUMERS and tiles_of(case, one) <= target.multiprocessors:
             found.append(replace(one, num_stages=stages))
-    return sorted(found, key=lambda one: -tiles_of(case, one))[:MAX_TILINGS]
+    found = sorted(found, key=lambda one: -tiles_of(case, one))[:MAX_TILINGS]
+    return found + [with_help for one in found for with_help in helped(case, one)]
+
+
+def helped(case: SkinnyCase, one: Tiling) -> list[Tiling]:
+    """The same with a helper for each tile, where the kernel has them and that leaves no multiprocessor with three."""
+    if case.gated or case.norm or not one.splits_inputs or 2 * tiles_of(case, one) > current_target().multiprocessors:
+        return []
+    steps = case.inputs // one.tile_inputs
+    wanted = dict.fromkeys(CONSUMERS * round(share * steps / CONSUMERS) for share in HELPED)
+    others = {"rows": case.rows, "inputs": case.inputs, "outputs": case.outputs}
+    tries = [replace(one, helped_steps=number) for number in wanted if number >= one.num_stages]
+    return [one for one in tries if one.fits(**others)]
 
 
 def tiles_of(case: SkinnyCase, one: Launch | Tiling) -> int:
@@ -129,6 +143,10 @@ def shape_of(case: SkinnyCase) -> dict:
     }
 
 
+def key_of(case: SkinnyCase) -> dict:
+    return shape_of(case) | {"normed": case.norm}
+
+
 def xla_product(arrays, w):
     """The same as a model without fused kernels writes it: every step in the operands' dtype."""
     x = arrays["x"]
@@ -142,12 +160,17 @@ def xla_product(arrays, w):
 
 
 def in_the_engine(case: SkinnyCase) -> SkinnyCase:
-    """The product as a model on one GPU runs it: one before a norm may pass on what the one after it takes."""
-    # A shard's products are summed before a norm sees them.
-    whole = any(replace(case, rows=1) in PRODUCTS[model] for model in WHOLE_MODELS)
+    """The product as a model runs it: products, or sums over shards, pass on what the one after a norm takes."""
+    if of_a_shard(case):
+        return replace(case, norm=False, scaled=case.norm)
     width = case.outputs if case.residual else case.inputs
     hidden = jax.ShapeDtypeStruct((case.rows, width), case.dtype)
-    return as_in_a_layer(case) if whole and passes_on(hidden) else case
+    return as_in_a_layer(case) if passes_on(hidden) else case
+
+
+def of_a_shard(case: SkinnyCase) -> bool:
+    whole = [product for model in WHOLE_MODELS for product in PRODUCTS[model]]
+    return (case.name, case.inputs, case.outputs) not in [(each.name, each.inputs, each.outputs) for each in whole]
 
 
 def shapes_of(case: SkinnyCase):
@@ -157,7 +180,8 @@ def shapes_of(case: SkinnyCase):
     if case.norm:
         arrays["norm"] = of(case.inputs)
     if case.scaled:
-        parts = ceil_div(case.inputs, PASSED_ON_COLUMNS)
+        sums = parts_of_row(arrays["x"]) if of_a_shard(case) else None
+        parts = sums or ceil_div(case.inputs, PASSED_ON_COLUMNS)
         arrays["squares"] = jax.ShapeDtypeStruct((parts, launches.padded_rows(case.rows)), jnp.float32)
     if case.residual:
         arrays["residual"] = of(case.rows, case.outputs)
@@ -224,7 +248,7 @@ def call_with(one: Launch | Tiling, in_kernel_merge: bool):
 def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float]:
     """All candidates, best first, and XLA's seconds."""
     launches_tried = candidates(case)
-    now = launches.launch_parameters(current_target(), **shape_of(case), mosaic=has_mosaic_kernel())
+    now = launches.launch_parameters(current_target(), **key_of(case), mosaic=has_mosaic_kernel())
     wanted = [(one, True) for one in dict.fromkeys([now, *launches_tried])]
     # What the merge inside the kernel is worth: the first that splits, with a second kernel instead.
     wanted += [(one, False) for one in launches_tried if one.splits > 1][:1]
@@ -275,7 +299,7 @@ def short(each: Timed) -> str:
     one = each.launch
     tile = f"{one.tile_rows} x {one.tile_cols} x {one.tile_inputs}"
     if isinstance(one, Tiling):
-        return f"{tile}, {one.num_stages} stages, Mosaic"
+        return f"{tile}, {one.num_stages} stages, {one.helped_steps} helped, Mosaic"
     tile += " swapped" if one.swap else ""
     merge = "" if one.splits == 1 or each.in_kernel_merge else " (second kernel merges)"
     return f"{tile}, {one.splits} splits{merge}, {one.num_warps} warps, {one.num_stages} stages"
@@ -290,7 +314,9 @@ def tune_skinny_matmul(options: argparse.Namespace) -> None:
     models = list(PRODUCTS) if options.model == "all" else [options.model]
     kept: dict[tuple, list[Entry]] = {}
     for entry in launches.load_table(path):
-        kept.setdefault((entry.rows, entry.inputs, entry.outputs, entry.gated, entry.w_bytes), []).append(entry)
+        kept.setdefault((entry.rows, entry.inputs, entry.outputs, entry.gated, entry.w_bytes, entry.normed), []).append(
+            entry
+        )
     ratios: dict[str, list[float]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Rows first, so that a short run covers every product at some of them.
@@ -302,7 +328,7 @@ def tune_skinny_matmul(options: argparse.Namespace) -> None:
                 case = replace(product, rows=rows)
                 timed, xla = tune(case, pool)
                 best = report(model, case, timed, xla, verbose=options.verbose)
-                kept[tuple(shape_of(case).values())] = entries_of(case, timed)
+                kept[tuple(key_of(case).values())] = entries_of(case, timed)
                 ratios.setdefault(f"{model} x {rows}", []).append(xla / best.seconds)
     for name, values in ratios.items():
         print(f"{name}: geometric mean {math.prod(values) ** (1 / len(values)):.2f} x XLA over {len(values)} products")
@@ -314,7 +340,7 @@ def entries_of(case: SkinnyCase, timed: list[Timed]) -> list[Entry]:
     """The best launch, and beside one of the Mosaic kernel the best of Triton, for what the other does not take."""
     merged = [each.launch for each in timed if each.in_kernel_merge]
     in_triton = next(one for one in merged if isinstance(one, Launch))
-    return [Entry(**shape_of(case), launch=one) for one in dict.fromkeys((merged[0], in_triton))]
+    return [Entry(**key_of(case), launch=one) for one in dict.fromkeys((merged[0], in_triton))]
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def test_skinny_matmul_lowers_to_the_kernel_that_the_table_names(compiled, case,
     case = dataclasses.replace(as_in_a_layer(case) if in_a_layer else case, rows=rows)
     sizes = {"rows": rows, "inputs": case.inputs, "outputs": case.outputs, "gated": case.gated, "w_bytes": 2}
     with lowering_for(90) as target:
-        chosen = launch_parameters(target, **sizes, mosaic=True)
+        chosen = launch_parameters(target, **sizes, normed=case.norm or case.scaled, mosaic=True)
     text, _ = lower_skinny(case, 90, in_kernel_merge=True)
     assert text.count("custom_call @mosaic_gpu_v2") == isinstance(chosen, Tiling)
     assert len(compiled) == isinstance(chosen, Launch)

@@ -137,23 +137,28 @@ def test_untuned_launches_fill_the_chip_and_fit_in_it(architecture, rows):
 def test_a_tuned_shape_is_used_for_the_nearest_shapes_and_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "TABLES", tmp_path)
     one, sixteen, many = (launch.Launch(rows, 32, 64, 2, 4, 3) for rows in (1, 16, 64))
-    entries = [launch.Entry(rows, 1024, 4096, False, 2, it) for rows, it in ((64, many), (16, sixteen), (1, one))]
+    entries = [launch.Entry(rows, 1024, 4096, False, 2, True, it) for rows, it in ((64, many), (16, sixteen), (1, one))]
     launch.save_table(launch.table_path("NVIDIA H200"), entries, device="NVIDIA H200")
     assert json.loads((tmp_path / "h200.json").read_text())["device"] == "NVIDIA H200"
     try:
         with lowering_for(90) as target:
 
-            def chosen(rows, inputs=1024, outputs=4096, gated=False):
-                return launch.launch_parameters(
-                    target, rows=rows, inputs=inputs, outputs=outputs, gated=gated, w_bytes=2
-                )
+            def chosen(rows, inputs=1024, outputs=4096, gated=False, normed=True):
+                options = {"inputs": inputs, "outputs": outputs, "gated": gated, "w_bytes": 2, "normed": normed}
+                return launch.launch_parameters(target, rows=rows, **options)
 
             assert [chosen(rows) for rows in (1, 2, 16, 17, 64)] == [one, sixteen, sixteen, many, many]
             assert chosen(8, outputs=3072) == sixteen
             untuned = {"rows": 8, "inputs": 1024, "outputs": 512, "gated": False, "w_bytes": 2}
-            assert launch.launch_parameters(target, **untuned) == launch.default_launch(target, **untuned)
+            assert launch.launch_parameters(target, **untuned, normed=True) == launch.default_launch(target, **untuned)
             assert chosen(8, gated=True) not in (one, sixteen, many)
             assert chosen(65) not in (one, sixteen, many)
+            # Of equal shapes those with a norm before them, or without, are preferred.
+            assert chosen(8, normed=False) == sixteen
+            plain = launch.Entry(16, 1024, 4096, False, 2, False, many)
+            launch.save_table(launch.table_path("NVIDIA H200"), [*entries, plain])
+            assert (chosen(8), chosen(8, normed=False), chosen(64, normed=False)) == (sixteen, many, many)
+            assert chosen(8, outputs=3072, normed=False) == many
     finally:
         launch.load_table.cache_clear()
 
@@ -161,11 +166,13 @@ def test_a_tuned_shape_is_used_for_the_nearest_shapes_and_no_others(tmp_path, mo
 def test_a_tuned_mosaic_tile_is_used_where_the_operands_suit_it(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "TABLES", tmp_path)
     mosaic, triton = launch.Tiling(64, 64, 64, 8), launch.Launch(64, 32, 64, 2, 4, 3)
-    entries = [launch.Entry(128, 1024, 4096, False, 2, it) for it in (triton, mosaic)]
+    entries = [launch.Entry(128, 1024, 4096, False, 2, True, it) for it in (triton, mosaic)]
     launch.save_table(launch.table_path("NVIDIA H200"), entries)
     try:
         with lowering_for(90) as target:
-            chosen = functools.partial(launch.launch_parameters, target, inputs=1024, gated=False, w_bytes=2)
+            chosen = functools.partial(
+                launch.launch_parameters, target, inputs=1024, gated=False, w_bytes=2, normed=True
+            )
             assert chosen(rows=128, outputs=4096, mosaic=True) == mosaic
             assert chosen(rows=128, outputs=4096) == triton
             assert chosen(rows=100, outputs=4096, mosaic=True) == triton  # TMA moves rows by eights
@@ -178,12 +185,14 @@ def test_a_gpu_without_an_entry_takes_that_of_one_with_the_same_chip(tmp_path, m
     monkeypatch.setattr(launch, "TABLES", tmp_path)
     of_h200, of_h100 = launch.Launch(64, 32, 64, 2, 4, 3), launch.Launch(64, 64, 64, 1, 4, 3)
     launch.save_table(
-        launch.table_path("NVIDIA H200"), [launch.Entry(64, n, 4096, False, 2, of_h200) for n in (512, 4096)]
+        launch.table_path("NVIDIA H200"), [launch.Entry(64, n, 4096, False, 2, True, of_h200) for n in (512, 4096)]
     )
     try:
-        launch.save_table(launch.table_path("NVIDIA H100"), [launch.Entry(64, 512, 4096, False, 2, of_h100)])
+        launch.save_table(launch.table_path("NVIDIA H100"), [launch.Entry(64, 512, 4096, False, 2, True, of_h100)])
         target = launch.Target(90, 132, 227 * 1024, "NVIDIA H100 80GB HBM3")
-        chosen = functools.partial(launch.launch_parameters, target, rows=64, outputs=4096, gated=False, w_bytes=2)
+        chosen = functools.partial(
+            launch.launch_parameters, target, rows=64, outputs=4096, gated=False, w_bytes=2, normed=True
+        )
         assert (chosen(inputs=512), chosen(inputs=4096)) == (of_h100, of_h200)
         a_part = launch.Target(90, 16, 227 * 1024, "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
         for other in (
@@ -209,7 +218,7 @@ def test_rows_past_what_32_bits_count_are_refused(rows, inputs, outputs):
 
 def test_a_table_of_another_format_is_refused(tmp_path):
     (tmp_path / "h200.json").write_text('{"format": 0, "entries": []}')
-    with pytest.raises(ValueError, match="format 0; this version reads 1: tune again"):
+    with pytest.raises(ValueError, match="format 0; this version reads 2: tune again"):
         launch.load_table(tmp_path / "h200.json")
 
 

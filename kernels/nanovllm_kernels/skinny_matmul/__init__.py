@@ -160,6 +160,7 @@ def _results(
         outputs=num_outputs,
         gated=w.ndim == 3,
         w_bytes=w.dtype.itemsize,
+        normed=options["norm"] is not None or squares is not None,
         mosaic=has_mosaic_kernel() and w_layout == "kn" and w.dtype == x.dtype and dtype == x.dtype,
     )
     if isinstance(launch, Tiling):

@@ -21,7 +21,7 @@ from nanovllm_kernels._integers import ceil_div, next_power_of_2
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT
 
 TABLES = Path(__file__).parent / "tuning"
-FORMAT = 1
+FORMAT = 2
 _MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
 # A tuned entry serves a shape whose K and N together differ from its own by at most this factor.
 _NEAREST = 2.0
@@ -106,13 +106,14 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tuned shape: K, N, what the weight is, and the most rows the parameters are meant for."""
+    """A tuned shape: K, N, what the weight is, whether a norm comes before, and the most rows it is meant for."""
 
     rows: int
     inputs: int
     outputs: int
     gated: bool
     w_bytes: int
+    normed: bool
     launch: Launch | Tiling
 
     def distance(self, inputs: int, outputs: int) -> float:
@@ -121,11 +122,20 @@ class Entry:
 
 
 def launch_parameters(
-    target: Target, *, rows: int, inputs: int, outputs: int, gated: bool, w_bytes: int, mosaic: bool = False
+    target: Target,
+    *,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    gated: bool,
+    w_bytes: int,
+    normed: bool,
+    mosaic: bool = False,
 ) -> Launch | Tiling:
     """Those of the nearest shape in the tables of the GPU's chip, else `default_launch`.
 
-    A `Tiling` only with `mosaic`.
+    A `Tiling` only with `mosaic`. Of equal shapes those with, or without, a norm before them count if there are such: a
+    quarter of Qwen3-8B's o is as large as Qwen3-0.6B's qkv.
     """
 
     def usable(launch: Launch | Tiling) -> bool:
@@ -144,12 +154,17 @@ def launch_parameters(
     if not candidates:
         return default_launch(target, rows=rows, inputs=inputs, outputs=outputs, gated=gated, w_bytes=w_bytes)
 
-    def preference(entry: Entry) -> tuple[float, int, bool]:
+    def preference(entry: Entry) -> tuple[float, bool, int, bool]:
         """Where a shape has parameters for both kernels, Triton's are for what Mosaic's does not take.
 
         So a GPU takes Mosaic's from its like's table where its own has Triton's alone; of equals its own come first.
         """
-        return entry.distance(inputs, outputs), entry.rows, isinstance(entry.launch, Launch)
+        return (
+            entry.distance(inputs, outputs),
+            entry.normed != normed,
+            entry.rows,
+            isinstance(entry.launch, Launch),
+        )
 
     return min(candidates, key=preference).launch
 
@@ -223,7 +238,7 @@ def _parse(launch: dict[str, Any]) -> Launch | Tiling:
 
 def save_table(path: Path, entries: list[Entry], **about: Any) -> None:
     """Writes a table, one entry a line; `about` says where it was measured."""
-    ordered = sorted(entries, key=lambda e: (e.w_bytes, e.gated, e.inputs, e.outputs, e.rows))
+    ordered = sorted(entries, key=lambda e: (e.w_bytes, e.gated, e.inputs, e.outputs, e.normed, e.rows))
     lines = ",\n".join(f"    {json.dumps(asdict(entry))}" for entry in ordered)
     head = json.dumps({"format": FORMAT, **about}, indent=2).removesuffix("\n}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS
 from nanovllm_kernels.skinny_matmul.mosaic_finish import COL_LAYOUT, ROW_LAYOUT, finish, given_squares
@@ -91,7 +91,9 @@ def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer:
     given = given_squares(others["squares"], shape, first_row + row) if shape.square_parts else None
 
     def accumulate(*accs: Any) -> tuple[list[Array], Any]:
-        squares = (_multiply_scaled if shape.norm else _multiply)(accs, scratch, shape, consumer, steps)
+        squares = (_multiply_from_registers if shape.x_in_registers else _multiply)(
+            accs, scratch, shape, consumer, steps
+        )
         return [acc[...] for acc in accs], squares
 
     sums, squares = pl.run_scoped(accumulate, *accumulators)
@@ -166,24 +168,27 @@ def _multiply(accs: Any, scratch: Any, shape: ProductShape, consumer: Any, steps
     plgpu.barrier_arrive(scratch["free"].at[last])
 
 
-def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any, steps: Any) -> Float[Array, " rows"]:
-    """(x * norm) @ w with x from registers; returns the sums of x squared over the inputs that it took.
+def _multiply_from_registers(accs: Any, scratch: Any, shape: ProductShape, consumer: Any, steps: Any) -> Any:
+    """The product with x from registers; with a norm it is x * norm, and x's sums of squares are returned.
 
     While a step's product runs, the next step's x is fetched from shared memory. It is scaled after that product only:
     ptxas runs wgmma one by one if what one of them reads is written while another is under way.
     """
     stride = CONSUMERS if shape.tiling.splits_inputs else 1
-    plgpu.barrier_wait(scratch["norm_ready"])
+    if shape.norm:
+        plgpu.barrier_wait(scratch["norm_ready"])
 
-    def fetch(position: Any, stage: Any, squares: Any) -> tuple[Array, Array, Any]:
+    def fetch(position: Any, stage: Any, squares: Any) -> tuple[Array, Any, Any]:
         plgpu.barrier_wait(scratch["ready"].at[stage])
         x = plgpu.load(_x_tile(scratch, shape, stage, consumer), layout=plgpu.Layout.WGMMA)
+        if not shape.norm:
+            return x, None, None
         norm = plgpu.load(scratch["norm"].at[position], layout=COL_LAYOUT, optimized=False)
         wide = x.astype(jnp.float32)
         return x, norm, squares + jnp.sum(wide * wide, axis=1)
 
-    def multiply(x: Array, norm: Array, stage: Any) -> None:
-        operand = x * lax.broadcast_in_dim(norm, x.shape, [1])
+    def multiply(x: Array, norm: Any, stage: Any) -> None:
+        operand = x * lax.broadcast_in_dim(norm, x.shape, [1]) if shape.norm else x
         if shape.interpreted:  # the interpreter knows wgmma on two references only
             own = min(CONSUMER_ROWS, shape.tiling.tile_rows)
             x_tile = _x_tile(scratch, shape, stage, consumer)
@@ -205,8 +210,8 @@ def _multiply_scaled(accs: Any, scratch: Any, shape: ProductShape, consumer: Any
         return x, norm, position, following, squares
 
     first = _first_stage(shape, consumer)
-    squares = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), ROW_LAYOUT)
-    x, norm, squares = fetch(first, first, squares)
+    zeros = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), ROW_LAYOUT) if shape.norm else None
+    x, norm, squares = fetch(first, first, zeros)
     carry = (x, norm, first, first, squares)
     x, norm, _, stage, squares = lax.fori_loop(0, steps - 1, step, carry)
     multiply(x, norm, stage)
