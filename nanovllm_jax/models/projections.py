@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nanovllm_jax.models.params import Params
-from nanovllm_jax.parallel.collectives import sum_shards
+from nanovllm_jax.parallel.collectives import parts_passed_on, sum_shards, sum_shards_scaled
 from nanovllm_kernels import (
     Scaled,
     add_rms_norm,
@@ -62,13 +62,20 @@ def fused_counters(backend: Backend, num_tokens: int, dtype: DTypeLike) -> Int[A
 
 
 def pass_on(
-    x: Float[Array, "T E"], layer: Params, axis_name: str | None, counters: Int[Array, " tiles"] | None
+    x: Float[Array, "T E"],
+    layer: Params,
+    axis_name: str | None,
+    table: Int[Array, "*mesh entries"] | None,
+    counters: Int[Array, " tiles"] | None,
 ) -> Residual:
-    """Hidden states before the first layer, scaled for its norm where products pass that on.
-
-    They do where that is worth it and no sum over shards comes before the norm.
-    """
-    if counters is None or axis_name is not None or not passes_on(x):
+    """Hidden states before the first layer, scaled for its norm where products, or sums over shards, pass that on."""
+    if counters is None:
+        return Residual(x)
+    if axis_name is not None:
+        biased = "o_bias" in layer or "down_bias" in layer  # which would be added after the sum
+        parts = None if biased else parts_passed_on(x, table)
+        return Residual(x, scaled=None if parts is None else scaled(x, layer["input_norm"], parts))
+    if not passes_on(x):
         return Residual(x)
 
     def last_product(x: Array, weight: Array, norm: Array, counters: Array) -> Scaled:
@@ -188,6 +195,11 @@ def _add_fused(
     x, options = residual.x, {"counters": counters, "backend": "triton"}
     if residual.scaled is not None:
         assert next_norm is not None
+        if axis_name is not None:
+            assert table is not None
+            update = skinny_matmul(inputs, weight, **options)
+            total, passed_on = sum_shards_scaled(update, x, next_norm, axis_name, table)
+            return Residual(typed_as(x, total), scaled=passed_on)
         options |= {"bias": bias, "residual": x, "next_norm": next_norm}
         total, passed_on = skinny_matmul_scaled(inputs, weight, **options)
         return Residual(typed_as(x, total), scaled=passed_on)

@@ -170,7 +170,7 @@ class _Layers:
         if waits:
             self.residuals = [Residual(x, typed_as(x, jnp.zeros_like(x))) for x in parts]
         else:
-            self.residuals = [pass_on(x, self._params[0], axis_name, counters) for x in parts]
+            self.residuals = [pass_on(x, self._params[0], axis_name, self._table, counters) for x in parts]
         self._ropes = [rope_tables(each, config.head_dim, config.rope) for each in jnp.split(positions, count)]
         # A jitted layer is traced and lowered once, then called L times; XLA inlines the calls.
         shared = {"config": config, "backend": backend}

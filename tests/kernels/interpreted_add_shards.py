@@ -51,14 +51,21 @@ def drawn(case, index, shards):
 def add_all(rank, table, shards, failed):
     """What one shard does: all sums, each checked."""
     for index, case in enumerate(CASES):
-        arrays = drawn(case, index, shards)
+        arrays, norm = drawn(case, index, shards), None
+        if case.residual:
+            norm = np.random.default_rng(case.width).normal(size=case.width).astype(arrays.dtype)
         with lowering_for(90):
-            got = device.add_shards_triton(arrays[rank], arrays[-1] if case.residual else None, table)
+            got, *passed_on = device.add_shards_triton(arrays[rank], arrays[-1] if case.residual else None, table, norm)
         want = arrays[: shards + case.residual].astype(np.float32).sum(axis=0)
         error = np.abs(got.astype(np.float32) - want).max()
         print(f"shard {rank} {case} {error:.1e}", flush=True)
         if not error < 0.04:  # half a unit in the last place of a bfloat16 of up to 8, and NaN is none
             failed.value += 1
+        if passed_on:
+            scaled, squares = passed_on
+            want, norm = got.astype(np.float32), norm.astype(np.float32)
+            failed.value += not np.allclose(scaled.astype(np.float32), want * norm, rtol=2**-7)
+            failed.value += not np.allclose(squares[:, : case.rows].sum(axis=0), (want * want).sum(axis=1), rtol=1e-5)
 
 
 def main():
@@ -85,9 +92,9 @@ def alone(shards):
     table, ones = tables(arrays)[0], np.ones((1, 512), ml_dtypes.bfloat16)
     device.MAX_LOOKS = 3
     with lowering_for(90):
-        first = device.add_shards_triton(ones, ones, table)
+        (first,) = device.add_shards_triton(ones, ones, table)
         arrays[0][: -exchange.MAX_PROGRAMS] = 0  # its peers' parts, too late
-        second = device.add_shards_triton(ones, ones, table)
+        (second,) = device.add_shards_triton(ones, ones, table)
     nan = [bool(np.isnan(each.astype(np.float32)).all()) for each in (first, second)]
     print(f"alone: {nan=}")
     return all(nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -11,6 +12,7 @@ from nanovllm_kernels._checks import check_backend, check_float, check_shape
 from nanovllm_kernels._compat import import_jax_triton
 from nanovllm_kernels.add_shards.exchange import Exchange, make_exchange, words_per_program
 from nanovllm_kernels.add_shards.reference import add_shards_xla
+from nanovllm_kernels.skinny_matmul import Scaled
 
 __all__ = ["Exchange", "add_shards", "exchanges", "make_exchange"]
 
@@ -51,9 +53,37 @@ def add_shards(
     import_jax_triton()
     from nanovllm_kernels.add_shards.triton import add_shards_triton
 
-    return add_shards_triton(part, residual, table.reshape(-1))
+    (total,) = add_shards_triton(part, residual, table.reshape(-1))
+    return total
 
 
-def exchanges(part: Float[Array, "*shape"]) -> bool:
+def add_shards_scaled(
+    part: Float[Array, "M N"],
+    residual: Float[Array, "M N"],
+    *,
+    next_norm: Float[Array, " N"],
+    axis_name: str,
+    table: Int[Array, "*mesh entries"],
+) -> tuple[Float[Array, "M N"], Scaled]:
+    """`add_shards` by its Triton kernel, and the sum for the norm that follows, with weight `next_norm`.
+
+    For parts that have `parts_of_row`; that many parts of the sums of squares are passed on.
+    """
+    from nanovllm_kernels.add_shards.triton import add_shards_triton
+
+    import_jax_triton()
+    total, *passed_on = add_shards_triton(part, residual, table.reshape(-1), next_norm.astype(part.dtype))
+    return total, Scaled(*passed_on)
+
+
+def parts_of_row(part: jax.ShapeDtypeStruct | Array) -> int | None:
+    """How many programs of the Triton kernel add a row of part [M, N]; None where not each has all of its row alone."""
+    if not exchanges(part):
+        return None
+    words = words_per_program(part.size // 2) or 1
+    return part.shape[1] // 2 // words if part.shape[1] // 2 % words == 0 else None
+
+
+def exchanges(part: jax.ShapeDtypeStruct | Array) -> bool:
     """Whether the Triton kernel adds such arrays: 16-bit elements, at most 1 MB, in whole programs."""
     return jnp.dtype(part.dtype).itemsize == 2 and part.size % 2 == 0 and words_per_program(part.size // 2) is not None
