@@ -28,6 +28,7 @@ from nanovllm_kernels import (
 )
 from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
 from nanovllm_kernels.add_rms_norm.cases import add_rms_norm_inputs
+from nanovllm_kernels.add_shards import add_shards_scaled, parts_of_row
 from nanovllm_kernels.add_shards.cases import CASES as SUM_CASES
 from nanovllm_kernels.add_shards.exchange import make_exchange, programs_that_failed
 from nanovllm_kernels.decode_layers.cases import CASES as LAYER_CASES
@@ -146,21 +147,32 @@ def test_add_shards():
     def add(parts, residuals, table):
         wanted = [residual if case.residual else None for case, residual in zip(SUM_CASES, residuals, strict=True)]
         options = {"axis_name": "model", "table": table, "backend": "triton"}
-        sums, earlier = [], jnp.float32(0)
+        sums, passed_on, earlier = [], [], jnp.float32(0)
         for part, residual in zip(parts, wanted, strict=True):
             part, _ = jax.lax.optimization_barrier((part[0], earlier))  # one after the other on every shard
-            sums.append(add_shards(part, residual, **options))
+            if residual is not None and part.dtype == jnp.bfloat16 and parts_of_row(part):
+                norm = jnp.linspace(0.5, 2, part.shape[1], dtype=part.dtype)
+                total, scaled = add_shards_scaled(part, residual, next_norm=norm, axis_name="model", table=table)
+                wide = total.astype(jnp.float32)
+                passed_on.append((scaled.x, (wide * norm.astype(jnp.float32)).astype(part.dtype)))
+                passed_on.append((scaled.squares[:, : len(part)].sum(axis=0), (wide * wide).sum(axis=1)))
+            else:
+                total = add_shards(part, residual, **options)
+            sums.append(total)
             earlier = sums[-1].astype(jnp.float32).sum()
-        return [each[None] for each in sums]
+        return jax.tree.map(lambda each: each[None], (sums, passed_on))
 
     specs = (split, same, split)
     step = jax.jit(jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
     for seed in range(100):
         random = np.random.default_rng(seed)
         arrays = [random.normal(size=(shards + 1, case.rows, case.width)).astype(case.dtype) for case in SUM_CASES]
-        sums = step([each[:-1] for each in arrays], [each[-1] for each in arrays], exchange.table)
+        sums, passed_on = step([each[:-1] for each in arrays], [each[-1] for each in arrays], exchange.table)
         for case, drawn, got in zip(SUM_CASES, arrays, map(np.asarray, sums), strict=True):
             assert (got.view(np.uint16) == got[:1].view(np.uint16)).all(), case
             want = drawn[: shards + case.residual].astype(np.float64).sum(axis=0)
             assert relative_error(got[0], want) < GPU_TOLERANCE[case.dtype], case
+        assert passed_on
+        for got, want in passed_on:
+            assert relative_error(got, want) < 1e-5
     assert programs_that_failed(exchange) == 0
