@@ -88,6 +88,20 @@ def patch_interpreter():
     interpreter._patch_lang_tensor = patched
 
 
+def drawn_of_shards(logits, *options):
+    """Tokens of a vocabulary in two parts, each raced alone."""
+    middle = logits.shape[1] // 3 + 1
+    parts = [
+        launch.race_triton(part, *options, np.array([first], np.int32))
+        for part, first in ((logits[:, :middle], 0), (logits[:, middle:], middle))
+        if part.shape[1]
+    ]
+    scores, ids = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
+    best = scores.max(axis=1)
+    tokens = np.where(scores == best[:, None], ids, np.iinfo(np.int32).max).min(axis=1)
+    return np.where(np.isfinite(best), tokens, -1)
+
+
 def main(stride, *vocab_sizes):
     patch_interpreter()
     launch.triton_call = interpret
@@ -111,6 +125,7 @@ def main(stride, *vocab_sizes):
             filters = {name: value[::stride] for name, value in filters.items()}
             assert_draws(launch.sample_triton(*args, None), *args)
             assert_draws(launch.sample_triton(*args, tuple(filters.values())), *args, **filters)
+            assert_draws(drawn_of_shards(*args), *args)
     assert passes > 0  # or no row took the path of many candidates
 
 

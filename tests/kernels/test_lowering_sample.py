@@ -36,6 +36,23 @@ def test_sampling_kernels_compile_and_fit_in_shared_memory(compiled, architectur
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shards_of_a_vocabulary_race_in_a_kernel_and_gather_a_score_and_an_id_a_row(compiled, architecture):
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    of = jax.ShapeDtypeStruct
+    args = of((64, 151_936), jnp.float32), of((64,), jnp.float32), of((64, 2), jnp.uint32), of((64,), jnp.int32)
+    same = jax.sharding.PartitionSpec()
+    specs = jax.sharding.PartitionSpec(None, "model"), same, same, same
+    draw = functools.partial(sample, axis_name="model", backend="triton")
+    with lowering_for(architecture) as target:
+        over_shards = jax.shard_map(draw, mesh=mesh, in_specs=specs, out_specs=same, check_vma=False)
+        text = jax.jit(over_shards).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert [name for name, _ in compiled] == ["plain_kernel"]
+    assert all(shared <= target.shared_bytes for _, shared in compiled)
+    gathered = [line.rpartition("->")[2] for line in text.splitlines() if "all_gather" in line and "->" in line]
+    assert [shape.split("<")[1].split("x")[:2] for shape in gathered] == [["64", "4"]] * 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("rows", "vocab_size", "width", "dtype"),
     [(32, 151_936, 1024, "bfloat16"), (1, 151_936, 1024, "bfloat16"), (256, 32_001, 576, "float16")],

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float32, Int32, UInt32
 from nanovllm_kernels._checks import check_backend, check_shape
 from nanovllm_kernels._compat import import_jax_triton
 from nanovllm_kernels.sample.reference import sample_xla
+from nanovllm_kernels.sample.vocab import best_of, vocab_offset
 
 
 def sample(
@@ -42,8 +43,8 @@ def sample(
         top_k: 0, or V and more: all.
         top_p: 1 or more: all.
         min_p: at most 1; 0: all.
-        axis_name: the mesh axis over which V is split, if any. With it the XLA implementation runs on any backend:
-            an exact threshold needs sums over the shards at every step of its search.
+        axis_name: the mesh axis over which V is split, if any. With it rows with filters run through XLA on any
+            backend: an exact threshold needs sums over the shards at every step of its search.
         backend: "xla" anywhere, "triton" on NVIDIA GPUs from sm_80 up.
 
     Returns:
@@ -76,9 +77,13 @@ def sample(
     if rows == (0,):
         return jnp.zeros(rows, jnp.int32)
     filters = None if top_k is None or top_p is None or min_p is None else (top_k, top_p, min_p)
-    if backend == "xla" or axis_name is not None:
+    if backend == "xla" or (axis_name is not None and filters is not None):
         return sample_xla(logits, temperature, key, position, filters, axis_name)
     import_jax_triton()
-    from nanovllm_kernels.sample.triton import sample_triton
+    from nanovllm_kernels.sample.triton import race_triton, sample_triton
 
+    if axis_name is not None:
+        first_id = vocab_offset(logits.shape[1], axis_name).reshape(1)
+        best, token = best_of(*race_triton(logits, temperature, key, position, first_id), axis_name)
+        return jnp.where(jnp.isfinite(best), token, -1)
     return sample_triton(logits, temperature, key, position, filters)

@@ -79,7 +79,7 @@ def scan_kernel(
     row_ptr = logits_ptr + row * VOCAB
     if draws_from_all(greedy, top_k, top_p, min_p):
         score, token = race(
-            row_ptr, begin, end, greedy, inverse, key_ptr, position_ptr, row, VOCAB, SCAN_GROUPS * GROUP
+            row_ptr, begin, end, greedy, inverse, key_ptr, position_ptr, row, 0, VOCAB, SCAN_GROUPS * GROUP
         )
         part = row * tl.num_programs(1) + split
         tl.store(score_ptr + part, score)

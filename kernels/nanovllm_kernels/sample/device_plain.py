@@ -34,8 +34,23 @@ def load_temperature(temperature_ptr, row):
 
 @triton.jit
 @no_type_check
-def race(logits_ptr, begin, end, greedy, inverse, key_ptr, position_ptr, row, VOCAB: tl.constexpr, TILE: tl.constexpr):
-    """The best score and its id of the ids in [begin, end); +inf if one is NaN."""
+def race(
+    logits_ptr,
+    begin,
+    end,
+    greedy,
+    inverse,
+    key_ptr,
+    position_ptr,
+    row,
+    first_id,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The best score of the logits in [begin, end), of which the first of all has the id `first_id`, and its id.
+
+    The score is +inf if one is NaN.
+    """
     best = tl.full([TILE], MINUS_INF, tl.float32)
     best_ids = tl.full([TILE], NO_ID, tl.int32)
     word0, word1 = noise_words(key_ptr, position_ptr, row)
@@ -45,10 +60,11 @@ def race(logits_ptr, begin, end, greedy, inverse, key_ptr, position_ptr, row, VO
         if greedy:
             score = x
         else:
-            score = x * inverse + gumbel(ids, word0, word1)
+            score = x * inverse + gumbel(first_id + ids, word0, word1)
         score = tl.where(x == x, score, PLUS_INF)
         best, best_ids = take_better(score, ids, best, best_ids)
-    return best_of(best, best_ids)
+    score, token = best_of(best, best_ids)
+    return score, tl.where(token == NO_ID, NO_ID, first_id + token)
 
 
 @triton.jit
@@ -58,20 +74,25 @@ def plain_kernel(
     temperature_ptr,
     key_ptr,
     position_ptr,
+    first_id_ptr,  # int32 [1], of a shard of the vocabulary
     split_groups,
     score_ptr,  # float32 [B, splits]
     id_ptr,  # int32 [B, splits]
     VOCAB: tl.constexpr,
     GROUP: tl.constexpr,
     SCAN_GROUPS: tl.constexpr,
+    SHARD: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     greedy, inverse = load_temperature(temperature_ptr, row)
     begin = split * (split_groups * GROUP)
     end = tl.minimum(begin + split_groups * GROUP, VOCAB)
-    TILE: tl.constexpr = SCAN_GROUPS * GROUP
-    score, token = race(logits_ptr + row * VOCAB, begin, end, greedy, inverse, key_ptr, position_ptr, row, VOCAB, TILE)
+    first_id = tl.load(first_id_ptr) if SHARD else 0
+    score, token = race(
+        logits_ptr + row * VOCAB, begin, end, greedy, inverse, key_ptr, position_ptr, row, first_id, VOCAB,
+        SCAN_GROUPS * GROUP,
+    )  # fmt: skip
     part = row * tl.num_programs(1) + split
     tl.store(score_ptr + part, score)
     tl.store(id_ptr + part, token)

@@ -34,6 +34,45 @@ def split_tiles(multiprocessors: int, *, num_rows: int, vocab_size: int) -> int:
     return max(1, min(_MAX_SPLIT_TILES, wanted))
 
 
+def race_triton(
+    logits: Float32[Array, "B V"],
+    temperature: Float32[Array, " B"],
+    key: UInt32[Array, "B 2"],
+    position: Int32[Array, " B"],
+    first_id: Int32[Array, " 1"] | None,
+) -> tuple[Float32[Array, "B splits"], Int32[Array, "B splits"]]:
+    """The best noisy score of each part of a row, without filters, and its id; the first logit is that of `first_id`.
+
+    A score of +inf says that a logit is NaN or +inf.
+    """
+    num_rows, vocab_size = logits.shape
+    split_groups, splits = _splits_of(num_rows, vocab_size)
+    shape = jax.ShapeDtypeStruct((num_rows, splits), jnp.float32), jax.ShapeDtypeStruct((num_rows, splits), jnp.int32)
+    return triton_call(
+        logits,
+        temperature,
+        key,
+        position,
+        position if first_id is None else first_id,  # not read where there is none
+        split_groups,
+        kernel=plain_kernel,
+        out_type=shape,
+        grid=(num_rows, splits),
+        num_warps=_SCAN_WARPS,
+        num_stages=1,
+        VOCAB=vocab_size,
+        GROUP=GROUP,
+        SCAN_GROUPS=_SCAN_GROUPS,
+        SHARD=first_id is not None,
+    )
+
+
+def _splits_of(num_rows: int, vocab_size: int) -> tuple[int, int]:
+    """Groups a program of the scan, and programs a row."""
+    tiles = split_tiles(current_target().multiprocessors, num_rows=num_rows, vocab_size=vocab_size)
+    return _SCAN_GROUPS * tiles, ceil_div(vocab_size, _SCAN_GROUPS * tiles * GROUP)
+
+
 def sample_triton(
     logits: Float32[Array, "B V"],
     temperature: Float32[Array, " B"],
@@ -43,21 +82,19 @@ def sample_triton(
 ) -> Int32[Array, " B"]:
     num_rows, vocab_size = logits.shape
     # What follows from the number of rows is an argument, so that all row counts share one compiled kernel.
-    split_groups = _SCAN_GROUPS * split_tiles(
-        current_target().multiprocessors, num_rows=num_rows, vocab_size=vocab_size
-    )
-    splits, groups = ceil_div(vocab_size, split_groups * GROUP), ceil_div(vocab_size, GROUP)
+    split_groups, splits = _splits_of(num_rows, vocab_size)
+    groups = ceil_div(vocab_size, GROUP)
     most_splits, all_groups = next_power_of_2(ceil_div(groups, _SCAN_GROUPS)), next_power_of_2(groups)
     shape = jax.ShapeDtypeStruct
     tokens = shape((num_rows,), jnp.int32)
-    parts = shape((num_rows, splits), jnp.float32), shape((num_rows, splits), jnp.int32)
-    tiles = {"num_stages": 1, "VOCAB": vocab_size, "GROUP": GROUP}
-    scan = {"grid": (num_rows, splits), "num_warps": _SCAN_WARPS, "SCAN_GROUPS": _SCAN_GROUPS, **tiles}
     merge = {"grid": (num_rows,), "TILE_SPLITS": most_splits}
     rows = logits, temperature, key, position
     if filters is None:
-        scores = triton_call(*rows, split_groups, kernel=plain_kernel, out_type=parts, **scan)
+        scores = race_triton(*rows, None)
         return triton_call(*scores, splits, kernel=merge_kernel, out_type=tokens, num_warps=1, num_stages=1, **merge)
+    parts = shape((num_rows, splits), jnp.float32), shape((num_rows, splits), jnp.int32)
+    tiles = {"num_stages": 1, "VOCAB": vocab_size, "GROUP": GROUP}
+    scan = {"grid": (num_rows, splits), "num_warps": _SCAN_WARPS, "SCAN_GROUPS": _SCAN_GROUPS, **tiles}
     rows += filters
     of_groups = (shape((num_rows, groups), jnp.float32),) * 2
     found = triton_call(*rows, split_groups, kernel=scan_kernel, out_type=(*parts, *of_groups), **scan)

@@ -43,7 +43,14 @@ def argmax(
 ) -> tuple[Float32[Array, " B"], Int32[Array, " B"]]:
     """The largest score of each row, a NaN before all, and its vocabulary id, the lowest among equals."""
     ids = lax.broadcasted_iota(jnp.int32, score.shape, 1) + vocab_offset(score.shape[1], axis_name)
-    best = _reduce_argmax(before_reduction(score), ids)
+    return best_of(before_reduction(score), ids, axis_name)
+
+
+def best_of(
+    score: Float32[Array, "B parts"], ids: Int32[Array, "B parts"], axis_name: str | None
+) -> tuple[Float32[Array, " B"], Int32[Array, " B"]]:
+    """The largest score of each row and its id, the lowest among equals."""
+    best = _reduce_argmax(score, ids)
     if axis_name is None:
         return best
     gathered = [lax.all_gather(part, axis_name, axis=1) for part in best]  # (B, shards)
