@@ -1,7 +1,4 @@
-"""Loading a model over several devices keeps no second copy of it on the host.
-
-Orbax reads its arrays side by side, up to a gigabyte of them: more than a test can load to tell that from all.
-"""
+"""Loading a model over several devices keeps no second copy of it on the host."""
 
 import json
 import os
@@ -10,10 +7,18 @@ import sys
 from pathlib import Path
 
 import gguf
+import jax.numpy as jnp
 import pytest
 from checkpoint_files import LLAMA, hf_tensors, write_gguf, write_hf
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from nanovllm_jax.models.families import model_config_from_hf
+from nanovllm_jax.models.params import random_params
+from nanovllm_jax.parallel.mesh import make_mesh, param_shardings
+from nanovllm_jax.weights import save_orbax
+from nanovllm_jax.weights.generation import GenerationDefaults
 
 SCRIPT = Path(__file__).with_name("host_memory.py")
 # 105 MB in bfloat16, of which no array has more than 4 MB.
@@ -28,6 +33,8 @@ LARGE = LLAMA | {
     "torch_dtype": "bfloat16",
 }
 SMALL = LARGE | {"num_hidden_layers": 1}
+# 4.3 GB: Orbax reads arrays side by side, up to a gigabyte of them.
+LARGEST = LARGE | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 32}
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much memory is in use")
 
@@ -40,13 +47,25 @@ def write_quantised(path, config, _):
     return write_gguf(path, config, hf_tensors(config), gguf.GGMLQuantizationType.Q8_0)
 
 
+def write_orbax(directory, config, _):
+    params = random_params(config, jnp.bfloat16, 0, param_shardings(config, make_mesh(1, 1)))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({"a": 0}, [])), eos_token="a")
+    save_orbax(params, config, tokenizer, GenerationDefaults(), directory)
+    return directory
+
+
 @pytest.mark.parametrize(
-    ("write", "ending"), [(write_safetensors, ""), (write_quantised, ".gguf")], ids=["safetensors", "gguf"]
+    ("write", "ending", "large"),
+    [
+        pytest.param(write_safetensors, "", LARGE, id="safetensors"),
+        pytest.param(write_quantised, ".gguf", LARGE, id="gguf"),
+        pytest.param(write_orbax, "", LARGEST, id="orbax", marks=pytest.mark.slow),
+    ],
 )
-def test_a_model_split_over_two_devices_is_never_on_the_host_twice(tmp_path, write, ending):
+def test_a_model_split_over_two_devices_is_never_on_the_host_twice(tmp_path, write, ending, large):
     models = [
         str(write(tmp_path / f"{name}{ending}", model_config_from_hf(raw), raw))
-        for name, raw in (("small", SMALL), ("large", LARGE))
+        for name, raw in (("small", SMALL), ("large", large))
     ]
     command = [sys.executable, str(SCRIPT), *models]
     run = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
