@@ -84,6 +84,25 @@ def test_rope_paged_decode_is_one_kernel_where_rows_fill_the_chip_and_updates_ca
     assert text.count("tf.aliasing_output") == 2
 
 
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+@pytest.mark.parametrize("group", [1, 2, 4, 6])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rope_paged_decode_of_64_rows_is_one_mosaic_kernel_that_updates_caches_in_place(dtype, group, block_size):
+    def call(*args):
+        counters = jax.new_ref(split_counters())
+        norms = {"q_norm": jnp.ones(128, dtype), "k_norm": jnp.ones(128, dtype)}
+        return rope_paged_decode(*args, scale=0.1, **norms, counters=counters, backend="triton")
+
+    with lowering_for(90):
+        sizes = {"group": group, "head_dim": 128, "block_size": block_size, "dtype": dtype}
+        shapes = arguments(rope_paged_decode, **sizes, kv_heads=8, rows=64)
+        traced = jax.jit(call, donate_argnums=(3, 4)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+    assert "triton_kernel_call" not in text
+    assert text.count("tf.aliasing_output") == 2
+
+
 @pytest.mark.parametrize("fill", [0.5, 2.5, 5, 10])
 @pytest.mark.parametrize(
     ("architecture", "changes"),

@@ -18,11 +18,13 @@ from nanovllm_kernels._checks import (
     check_scores,
     check_shape,
 )
-from nanovllm_kernels._compat import import_jax_triton
+from nanovllm_kernels._compat import current_target, import_jax_triton
 from nanovllm_kernels.paged_decode.plan import Plan
 from nanovllm_kernels.rope_paged_decode.reference import rope_paged_decode_xla
 
-__all__ = ["Plan", "plan_rope_paged_decode", "rope_paged_decode"]
+__all__ = ["Plan", "mosaic_supports", "plan_rope_paged_decode", "rope_paged_decode"]
+
+_LEAST_FILL, _MOST_FILL = 3, 7  # rows' KV heads a multiprocessor for which Mosaic's kernel is taken
 
 
 def rope_paged_decode(
@@ -104,6 +106,17 @@ def rope_paged_decode(
     if backend == "xla":
         return rope_paged_decode_xla(*args, **options)
     import_jax_triton()
+    if counters is not None and k_scale is None and mosaic_supports(qkv, k_cache, sliding_window, soft_cap):
+        from nanovllm_kernels.rope_paged_decode.triton import plan_triton
+
+        width = block_tables.shape[1]
+        plan = plan or plan_triton(context_lens, k_cache, width, dtype=qkv.dtype, window=0)
+        pieces, cuts = plan
+        if len(cuts) * num_kv_heads <= len(counters):
+            from nanovllm_kernels.rope_paged_decode.mosaic import rope_paged_decode_mosaic
+
+            norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
+            return rope_paged_decode_mosaic(*args[:6], pieces, scale=scale, **norms, counters=counters)
     from nanovllm_kernels.rope_paged_decode.triton import rope_paged_decode_triton
 
     return rope_paged_decode_triton(*args, **options, counters=counters, plan=plan)
@@ -128,6 +141,29 @@ def plan_rope_paged_decode(
     from nanovllm_kernels.rope_paged_decode.triton import plan_triton
 
     return plan_triton(context_lens, k_cache, table_width, dtype=dtype, window=sliding_window or 0)
+
+
+def mosaic_supports(
+    qkv: Float[Array, "B K heads D"] | jax.ShapeDtypeStruct,
+    k_cache: Float[Array, "N K block_size D"] | jax.ShapeDtypeStruct,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> bool:
+    """Whether Mosaic's kernel, of sm_90, takes it, given counters and a cache without scales, and is the faster one."""
+    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    target = current_target()
+    return (
+        target.compute_capability == 90
+        and qkv.dtype == k_cache.dtype
+        and qkv.dtype in (jnp.dtype("bfloat16"), jnp.dtype("float16"))
+        and head_dim == 128
+        and qkv.shape[2] <= 8
+        and block_size in (8, 16, 32)
+        and num_blocks * num_kv_heads > 1  # of a single page Mosaic makes no dimension that could be run past
+        and sliding_window is None
+        and soft_cap is None
+        and _LEAST_FILL <= len(qkv) * num_kv_heads / target.multiprocessors < _MOST_FILL
+    )
 
 
 def _check_plan(plan: Plan) -> None:

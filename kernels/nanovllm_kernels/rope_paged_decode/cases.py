@@ -12,12 +12,17 @@ from nanovllm_kernels.paged_decode.cases import CASES as DECODE_CASES
 
 # About two programs for each of an H100's multiprocessors: no row is cut but the longest ones.
 _UNEVEN = (0, 1, 64, 65, *range(100, 700, 24), 3000, 9, 1500)
+# Enough for Mosaic's kernel on an H100, with rows of one tile and one that is cut.
+_MANY = (0, 1, 15, 16, 17, 64, 65, 128, 129, 3000, *range(100, 640, 10))
 CASES = (
     *(case for case in DECODE_CASES if case.num_queries is None),
     AttentionCase("32_uneven_rows", _UNEVEN, 16, 8, 128),
+    AttentionCase("many_rows", _MANY, 32, 8, 128),
+    AttentionCase("many_rows_group_of_2", _MANY, 16, 8, 128, block_size=8),
+    AttentionCase("many_rows_float16", _MANY, 24, 8, 128, block_size=32, dtype="float16"),
     AttentionCase("float8_many_rows", tuple(range(0, 350, 5)), 16, 8, 128, cache_dtype="float8_e4m3fn"),
 )
-_WITHOUT_NORM = ("smollm2", "multi_head", "float32")
+_WITHOUT_NORM = ("many_rows_float16", "smollm2", "multi_head", "float32")
 
 
 def rope_paged_decode_inputs(

@@ -1,0 +1,107 @@
+"""What pieces of a row that is cut leave in memory, and how the last of them is merged with the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, vector
+
+from nanovllm_kernels._mosaic import CONSUMER_ROWS
+from nanovllm_kernels.rope_paged_decode.mosaic_shape import Arrays, KernelShape, Piece
+
+_LAYOUT = plgpu.Layout.WGMMA
+_THREADS, _COLUMNS = 128, 8  # of a warpgroup; of a tile of the layout, two a thread
+
+
+def store_rows(target: Any, values: Any, shape: KernelShape) -> None:
+    """The first rows of [64, columns], at most 8, to `target` in global memory: one warp has them in registers."""
+    count = target.shape[0]
+    if shape.interpreted:
+        target[...] = values[:count]
+        return
+
+    def store(_: Any, target: Any, values: Any) -> None:
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        thread, four = arith.remui(utils.thread_idx(), utils.c(_THREADS, i32)), utils.c(4, i32)
+        row = arith.divui(thread, four)
+        column = arith.muli(arith.remui(thread, four), utils.c(2, i32))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, row, utils.c(count, i32))):
+            for tile in range(values.shape[1] // _COLUMNS):
+                pair = values.registers[(0, tile, *(0,) * (values.registers.ndim - 2))]
+                place = row, arith.addi(column, utils.c(tile * _COLUMNS, i32))
+                vector.store(pair, target, [arith.index_cast(index, each) for each in place])
+
+    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _LAYOUT))(store)
+    inlined(target, plgpu.layout_cast(values, _LAYOUT))
+
+
+def leave_part(arrays: Arrays, piece: Piece, values: Any, lse: Any, shape: KernelShape) -> None:
+    """Stores a piece's attention, float32 [64, D], and its log-sum-exp, [64]."""
+    rows = pl.ds(_first_row(piece, piece.ordinal, shape), shape.group)
+    store_rows(arrays.parts.at[rows], values, shape)
+    store_rows(arrays.lse.at[rows], lax.broadcast_in_dim(lse, (CONSUMER_ROWS, _COLUMNS), [0]), shape)
+
+
+def _first_row(piece: Piece, ordinal: Any, shape: KernelShape) -> Any:
+    return (ordinal * shape.num_kv_heads + piece.head) * shape.group
+
+
+def arrive(arrays: Arrays, piece: Piece, arrived: Any, shape: KernelShape) -> Any:
+    """How many of the row's pieces came here before; if all others, what they left can be read, and the counter is 0.
+
+    `arrived`: a word of shared memory.
+    """
+    counter = arrays.counters.at[pl.ds(piece.cuts_before * shape.num_kv_heads + piece.head, 1)]
+    if shape.interpreted:  # programs follow each other there
+        before = counter[0]
+        counter[0] = jnp.where(before == piece.count - 1, 0, before + 1)
+        return before
+    arrived[0] = piece.count - 1
+
+    def count(_: Any, counter: Any, arrived: Any) -> None:
+        i32, zero = ir.IntegerType.get_signless(32), arith.constant(ir.IndexType.get(), 0)
+        # The barrier orders the warpgroup's stores before the release, and what it reads after the acquire.
+        utils.warpgroup_barrier()
+        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+            before = utils.inline_ptx(
+                "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;",
+                utils.memref_ptr(counter),
+                memref.load(arrived, [zero]),
+                result_types=i32,
+                has_side_effects=True,
+            )
+            memref.store(before, arrived, [zero])
+        utils.warpgroup_barrier()
+
+    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(count)
+    inlined(counter, arrived)
+    return arrived[0]
+
+
+def merge(arrays: Arrays, piece: Piece, shape: KernelShape) -> Any:
+    """The row's attention for the piece's KV head from all pieces, [64, D] in float32; rows past the group are any."""
+    size = (CONSUMER_ROWS, shape.head_dim)
+
+    def add(ordinal: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        acc, maximum, total = state
+        rows = pl.ds(_first_row(piece, ordinal, shape), CONSUMER_ROWS)
+        lse = plgpu.load(arrays.lse.at[rows, 0], layout=_LAYOUT.reduce(1), optimized=False)
+        values = plgpu.load(arrays.parts.at[rows], layout=_LAYOUT, optimized=False)
+        new_maximum = jnp.maximum(maximum, lse)
+        decay, weight = jnp.exp2(maximum - new_maximum), jnp.exp2(lse - new_maximum)
+        acc = acc * lax.broadcast_in_dim(decay, size, [0]) + values * lax.broadcast_in_dim(weight, size, [0])
+        return acc, new_maximum, total * decay + weight
+
+    zeros = plgpu.layout_cast(jnp.zeros(size, jnp.float32), _LAYOUT)
+    start = [
+        plgpu.layout_cast(jnp.full((CONSUMER_ROWS,), value, jnp.float32), _LAYOUT.reduce(1))
+        for value in (-jnp.inf, 0.0)
+    ]
+    acc, _, total = lax.fori_loop(piece.first, piece.first + piece.count, add, (zeros, *start))
+    return acc * lax.broadcast_in_dim(1 / total, size, [0])
