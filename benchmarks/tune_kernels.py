@@ -29,14 +29,14 @@ from nanovllm_kernels.add_shards import parts_of_row
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel, passes_on
 from nanovllm_kernels.skinny_matmul import launch as launches
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, WHOLE_MODELS, SkinnyCase, as_in_a_layer, product_of
-from nanovllm_kernels.skinny_matmul.launch import TILE_ROWS, Entry, Launch, Tiling
+from nanovllm_kernels.skinny_matmul.launch import LEAST_COLUMNS, TILE_ROWS, Entry, Launch, Tiling
 
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
-PASSED_ON_COLUMNS = 32  # of a tile of a product that passes on sums of squares
+PASSED_ON_COLUMNS = 16  # that a program finishes of a product that passes on sums of squares
 MAX_CALLS, MIN_CALLS, RUNS = 48, 8, 4
 MAX_CANDIDATES, MAX_TILINGS = 20, 5
-HELPED = (0.42, 0.46)  # shares of the steps of K that a helper takes
+CLUSTERS = {2: 66, 4: 16}  # programs that K is split over, and how many such clusters surely run at once
 
 
 @dataclass(frozen=True)
@@ -111,18 +111,19 @@ def tilings(case: SkinnyCase) -> list[Tiling]:
         if fits and stages >= 2 * CONSUMERS and tiles_of(case, one) <= target.multiprocessors:
             found.append(replace(one, num_stages=stages))
     found = sorted(found, key=lambda one: -tiles_of(case, one))[:MAX_TILINGS]
-    return found + [with_help for one in found for with_help in helped(case, one)]
+    return found + [split for one in found for split in split_over_clusters(case, one)]
 
 
-def helped(case: SkinnyCase, one: Tiling) -> list[Tiling]:
-    """The same with a helper for each tile, where the kernel has them and that leaves no multiprocessor with three."""
-    if case.gated or case.norm or not one.splits_inputs or 2 * tiles_of(case, one) > current_target().multiprocessors:
+def split_over_clusters(case: SkinnyCase, one: Tiling) -> list[Tiling]:
+    """The same with K split, where the kernel does that; four programs on 32 of an H200's multiprocessors wait."""
+    if case.gated or case.norm:
         return []
-    steps = case.inputs // one.tile_inputs
-    wanted = dict.fromkeys(CONSUMERS * round(share * steps / CONSUMERS) for share in HELPED)
-    others = {"rows": case.rows, "inputs": case.inputs, "outputs": case.outputs}
-    tries = [replace(one, helped_steps=number) for number in wanted if number >= one.num_stages]
-    return [one for one in tries if one.fits(**others)]
+    tries = [
+        replace(one, splits=splits)
+        for splits, most in CLUSTERS.items()
+        if tiles_of(case, one) <= most and one.tile_cols % (splits * LEAST_COLUMNS) == 0
+    ]
+    return [one for one in tries if one.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)]
 
 
 def tiles_of(case: SkinnyCase, one: Launch | Tiling) -> int:
@@ -251,7 +252,7 @@ def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float
     now = launches.launch_parameters(current_target(), **key_of(case), mosaic=has_mosaic_kernel())
     wanted = [(one, True) for one in dict.fromkeys([now, *launches_tried])]
     # What the merge inside the kernel is worth: the first that splits, with a second kernel instead.
-    wanted += [(one, False) for one in launches_tried if one.splits > 1][:1]
+    wanted += [(one, False) for one in launches_tried if isinstance(one, Launch) and one.splits > 1][:1]
     wanted += [(one, True) for one in tilings(case) if one != now]
     # Tracing holds Python's lock; Triton, XLA and ptxas run in threads.
     ours = in_the_engine(case)
@@ -299,7 +300,7 @@ def short(each: Timed) -> str:
     one = each.launch
     tile = f"{one.tile_rows} x {one.tile_cols} x {one.tile_inputs}"
     if isinstance(one, Tiling):
-        return f"{tile}, {one.num_stages} stages, {one.helped_steps} helped, Mosaic"
+        return f"{tile}, {one.num_stages} stages, {one.splits} splits, Mosaic"
     tile += " swapped" if one.swap else ""
     merge = "" if one.splits == 1 or each.in_kernel_merge else " (second kernel merges)"
     return f"{tile}, {one.splits} splits{merge}, {one.num_warps} warps, {one.num_stages} stages"

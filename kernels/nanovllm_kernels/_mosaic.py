@@ -63,11 +63,13 @@ def warpgroup_kernel(
     out_type: Any,
     grid: dict[str, int],
     interpret: Any,
+    cluster: dict[str, int] | None = None,
 ) -> Callable[..., Any]:
     """A function of arrays that launches `program` over `grid`, whose axes are named.
 
     `program` takes references to the arrays, the output and the scratch. Warpgroups touch shared memory between
     explicit barriers and commits only: a barrier before every copy would cost `ragged_prefill`'s producer 16 a tile.
+    `cluster`: another axis, whose programs run at the same time and reach each other's shared memory.
     `interpret`: parameters of Mosaic's interpreter.
     """
     import jax.experimental.pallas as pl
@@ -93,6 +95,8 @@ def warpgroup_kernel(
         scratch_types=[scratch_types],
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=tuple((cluster or {}).values()),
+        cluster_names=tuple(cluster or {}),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),

@@ -30,7 +30,7 @@ def lower_skinny(case, architecture, *, in_kernel_merge):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["one_row_gated", "qkv_bias", "down", "fp8_channel"])
+@pytest.mark.parametrize("name", ["one_row_gated", "qkv_bias", "o", "fp8_channel"])
 def test_skinny_matmul_compiles_and_splits_are_merged_inside_with_counters(compiled, architecture, name):
     case = next(case for case in SKINNY_CASES if case.name == name)
     old = name == "fp8_channel" and architecture < 89
@@ -57,7 +57,7 @@ def test_skinny_matmul_lowers_to_the_kernel_that_the_table_names(compiled, case,
 
 
 def test_skinny_matmul_merges_splits_in_a_second_kernel_without_counters(compiled):
-    case = next(case for case in SKINNY_CASES if case.name == "down")
+    case = next(case for case in SKINNY_CASES if case.name == "o")
     lower_skinny(case, 90, in_kernel_merge=False)
     assert [kernel for kernel, _ in compiled] == ["product_kernel", "merge_splits_kernel"]
 

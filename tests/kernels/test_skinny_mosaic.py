@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from kernel_oracle import passed_on_oracle, relative_error, skinny_oracle
 
-from nanovllm_kernels import split_counters
 from nanovllm_kernels.skinny_matmul.cases import SkinnyCase, skinny_inputs
 from nanovllm_kernels.skinny_matmul.launch import Target, Tiling, table_of
 from nanovllm_kernels.skinny_matmul.mosaic import scratch_types_of, skinny_matmul_mosaic
@@ -41,11 +40,8 @@ TUNED = [entry for entry in ENTRIES if isinstance(entry.launch, Tiling)]
         (SkinnyCase("passed_on_few", 40, 256, 64, bias=True, next_norm=True), Tiling(32, 32, 64, 4)),
         (SkinnyCase("passed_on_many", 200, 256, 64, scaled=True, gated=True, next_norm=True), Tiling(128, 32, 64, 3)),
         (SkinnyCase("float16", 136, 384, 64, residual=True, dtype="float16"), Tiling(128, 32, 128, 2)),
-        # Each tile has a helper, unless there is a norm or there are gate and up.
-        (SkinnyCase("helped", 64, 640, 128, residual=True), Tiling(64, 64, 64, 4, 4)),
-        (SkinnyCase("helped_bias", 24, 1024, 64, bias=True, residual=True), Tiling(32, 32, 64, 6, 8)),
-        (SkinnyCase("helped_tiles", 72, 1024, 64, residual=True), Tiling(64, 64, 64, 4, 6)),
-        (SkinnyCase("norm_unhelped", 64, 640, 64, norm=True, residual=True), Tiling(64, 64, 64, 4, 4)),
+        # The interpreter has no clusters: there nothing is split.
+        (SkinnyCase("unsplit", 64, 512, 128, residual=True), Tiling(64, 64, 64, 4, 2)),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -54,16 +50,14 @@ def test_interpreted_kernel_matches_the_oracle(case, tiling):
     options = dict.fromkeys(("norm", "bias", "residual")) | {name: arrays[name] for name in arrays if name != "x"}
     assert tiling.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)
     call = jax.jit(
-        lambda x, options, counters: skinny_matmul_mosaic(
-            x, **options, eps=1e-6, tiling=tiling, counters=counters, interpret=plgpu.InterpretGPUParams()
+        lambda x, options: skinny_matmul_mosaic(
+            x, **options, eps=1e-6, tiling=tiling, interpret=plgpu.InterpretGPUParams()
         )
     )
-    counters = jax.new_ref(split_counters())
-    got, *passed_on = call(arrays["x"], options, counters)
-    assert not counters[...].any()
+    got, *passed_on = call(arrays["x"], options)
     assert got.dtype == arrays["x"].dtype
     assert relative_error(got, skinny_oracle(arrays, case)) < 5e-3
-    np.testing.assert_array_equal(np.asarray(call(arrays["x"], options, counters)[0]), np.asarray(got))
+    np.testing.assert_array_equal(np.asarray(call(arrays["x"], options)[0]), np.asarray(got))
     if case.next_norm:
         scaled, squares = passed_on_oracle(got, arrays["next_norm"])
         assert relative_error(passed_on[0], scaled) < 5e-3
@@ -76,23 +70,17 @@ def test_a_tile_that_the_consumers_cannot_share_is_refused(rows, stages):
         Tiling(rows, 64, 64, stages)
 
 
-@pytest.mark.parametrize(("rows", "steps"), [(64, 2), (64, 5), (128, 4)])
-def test_help_that_the_consumers_cannot_share_is_refused(rows, steps):
-    with pytest.raises(ValueError, match=f"{steps} helped steps of a tile of {rows} rows with 4 stages; it must be an"):
-        Tiling(rows, 64, 64, 4, steps)
+@pytest.mark.parametrize(("columns", "splits"), [(64, 8), (32, 4), (96, 4)])
+def test_columns_that_a_cluster_cannot_share_are_refused(columns, splits):
+    with pytest.raises(
+        ValueError, match=f"{splits} splits of K in tiles of {columns} columns; there must be at most 4"
+    ):
+        Tiling(64, columns, 64, 4, splits)
 
 
-@pytest.mark.parametrize(("inputs", "fits"), [(640, True), (512, False)])
-def test_who_is_helped_still_fills_its_ring(inputs, fits):
-    assert Tiling(64, 64, 64, 4, 6).fits(rows=64, inputs=inputs, outputs=256) == fits
-
-
-def test_without_counters_nobody_helps():
-    case = SkinnyCase("alone", 64, 640, 128, residual=True)
-    arrays, tiling = skinny_inputs(case), Tiling(64, 64, 64, 4, 4)
-    options = {"norm": None, "bias": None, "eps": 1e-6, "tiling": tiling, "interpret": plgpu.InterpretGPUParams()}
-    got = jax.jit(lambda arrays: skinny_matmul_mosaic(**arrays, **options)[0])(arrays)
-    assert relative_error(got, skinny_oracle(arrays, case)) < 5e-3
+@pytest.mark.parametrize(("splits", "fits"), [(1, True), (2, True), (4, False)])
+def test_each_consumer_of_a_cluster_has_as_many_steps(splits, fits):
+    assert Tiling(64, 64, 64, 4, splits).fits(rows=64, inputs=768, outputs=256) == fits
 
 
 @pytest.mark.parametrize(
@@ -115,7 +103,7 @@ def test_tuned_tiles_fit_in_shared_memory_with_every_option(entry):
         num_inputs=entry.inputs,
         num_outputs=entry.outputs,
         gated=entry.gated,
-        norm=not entry.launch.helped_steps,  # which has none
+        norm=entry.launch.splits == 1,
         bias=True,
         residual=True,
         eps=1e-6,
@@ -131,19 +119,45 @@ def test_tuned_tiles_fit_in_shared_memory_with_every_option(entry):
 @pytest.mark.parametrize("entry", TUNED, ids=str)
 def test_tuned_tiles_match_the_oracle_on_a_gpu(entry):
     tiling = entry.launch
-    inputs, outputs = min(2 * tiling.num_stages * tiling.tile_inputs, entry.inputs), 2 * tiling.tile_cols
-    if tiling.helped_steps:
-        inputs = entry.inputs
-    norm = not tiling.helped_steps  # which has none
+    inputs = min(2 * tiling.splits * tiling.num_stages * tiling.tile_inputs, entry.inputs)
+    outputs, norm = 2 * tiling.tile_cols, tiling.splits == 1  # with a norm K is not split
     case = SkinnyCase("tuned", entry.rows, inputs, outputs, norm=norm, residual=True, gated=entry.gated)
     arrays = skinny_inputs(case)
-    counters = jax.new_ref(split_counters())
     call = jax.jit(
-        lambda arrays, counters: skinny_matmul_mosaic(
-            **{"norm": None, "bias": None} | arrays, eps=1e-6, tiling=tiling, counters=counters
-        )[0]
+        lambda arrays: skinny_matmul_mosaic(**{"norm": None, "bias": None} | arrays, eps=1e-6, tiling=tiling)[0]
     )
-    got = call(arrays, counters)
+    got = call(arrays)
     assert relative_error(got, skinny_oracle(arrays, case)) < 5e-3
-    np.testing.assert_array_equal(np.asarray(call(arrays, counters)), np.asarray(got))
-    assert not counters[...].any()
+    np.testing.assert_array_equal(np.asarray(call(arrays)), np.asarray(got))
+
+
+SPLIT = [
+    (SkinnyCase("two", 64, 512, 128, residual=True), Tiling(64, 64, 64, 4, 2)),
+    (SkinnyCase("four", 64, 1024, 256, bias=True, residual=True), Tiling(64, 64, 64, 4, 4)),
+    (SkinnyCase("few_rows", 24, 1024, 192, residual=True), Tiling(32, 96, 64, 4, 2)),
+    (SkinnyCase("sixteen_rows", 16, 512, 64), Tiling(16, 64, 64, 4, 2)),
+    (SkinnyCase("rows_past_the_end", 136, 512, 128, bias=True), Tiling(128, 64, 64, 3, 2)),
+    (SkinnyCase("passed_on", 200, 1024, 256, residual=True, next_norm=True), Tiling(128, 64, 64, 4, 4)),
+    (SkinnyCase("between_norms", 72, 512, 128, scaled=True, residual=True, next_norm=True), Tiling(64, 64, 64, 4, 2)),
+    (SkinnyCase("float16", 64, 512, 128, residual=True, dtype="float16"), Tiling(64, 128, 64, 4, 4)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "tiling"), SPLIT, ids=lambda value: getattr(value, "name", ""))
+def test_sums_of_a_cluster_match_the_oracle_on_a_gpu(case, tiling):
+    arrays = skinny_inputs(case)
+    assert tiling.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)
+
+    def calls(arrays):
+        options = dict.fromkeys(("norm", "bias", "residual")) | arrays
+        return [skinny_matmul_mosaic(**options, eps=1e-6, tiling=tiling) for _ in range(20)]
+
+    (got, *passed_on), *others = jax.jit(calls)(arrays)
+    assert relative_error(got, skinny_oracle(arrays, case)) < 5e-3
+    for other in others:
+        np.testing.assert_array_equal(np.asarray(other[0]), np.asarray(got))
+    if case.next_norm:
+        scaled, squares = passed_on_oracle(got, arrays["next_norm"])
+        assert relative_error(passed_on[0], scaled) < 5e-3
+        assert relative_error(np.asarray(passed_on[1]).sum(axis=0)[: case.rows], squares) < 1e-5

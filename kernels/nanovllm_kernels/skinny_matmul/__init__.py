@@ -167,7 +167,7 @@ def _results(
         from nanovllm_kernels.skinny_matmul.mosaic import skinny_matmul_mosaic
 
         names = ("norm", "eps", "bias", "residual", "squares", "next_norm")
-        return skinny_matmul_mosaic(x, w, **{name: options[name] for name in names}, tiling=launch, counters=counters)
+        return skinny_matmul_mosaic(x, w, **{name: options[name] for name in names}, tiling=launch)
     from nanovllm_kernels.skinny_matmul.triton import skinny_matmul_triton
 
     return skinny_matmul_triton(x, w, **options, counters=counters, launch=launch)

@@ -142,8 +142,8 @@ def skinny_inputs(case: SkinnyCase, seed: int = 0) -> dict[str, np.ndarray]:
     if case.norm:
         arrays["norm"] = rng.uniform(0.5, 2.0, case.inputs).astype(dtype)
     if case.scaled:
-        halves = np.array_split(arrays["x"].astype(np.float32) ** 2, 2, axis=1)
-        squares = np.stack([half.sum(axis=1) for half in halves])
+        parts = np.array_split(arrays["x"].astype(np.float32) ** 2, 10, axis=1)
+        squares = np.stack([part.sum(axis=1) for part in parts])
         arrays["squares"] = np.pad(squares, ((0, 0), (0, padded_rows(case.rows) - case.rows)), constant_values=np.nan)
         arrays["x"] = (arrays["x"] * rng.uniform(0.5, 2.0, case.inputs)).astype(dtype)
     if case.next_norm:

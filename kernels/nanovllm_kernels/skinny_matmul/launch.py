@@ -27,6 +27,7 @@ _MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
 _NEAREST = 2.0
 # Of the Mosaic kernel.
 TILE_ROWS = (16, 32, CONSUMER_ROWS, CONSUMERS * CONSUMER_ROWS)
+MOST_SPLITS, LEAST_COLUMNS = 4, 16  # programs of a cluster, and columns that each finishes: the narrowest swizzle
 # GPUs with the same chip share their tables, whatever their memory: each was tuned for some of the shapes.
 _SAME_CHIP, _ITS_MULTIPROCESSORS = {"h100": "h200", "h200": "h100"}, 132
 _LEAST_SPLIT = 256  # inputs a program: below, adding the splits costs more than the products
@@ -55,22 +56,21 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Of the Mosaic kernel: a program's tile, tiles in flight, and steps of K that a second program takes.
+    """Of the Mosaic kernel: a program's tile, tiles in flight, and over how many programs of a cluster K is split.
 
-    With `helped_steps` each tile has a helper, which takes so many of the last steps, of `tile_inputs` each: few enough
-    that it is through before the tile's own program is.
+    Each of those programs finishes an equal part of the tile's columns.
 
     Raises:
         ValueError: if the consumers cannot share the tile out, or would wait for ever. With up to 64 rows they take
             the stages in turn, and each stage of the ring must belong to one of them; each looks one stage ahead.
-            Only such tiles are helped.
+            Or if the programs of a cluster cannot share the columns out.
     """
 
     tile_rows: int
     tile_cols: int
     tile_inputs: int
     num_stages: int
-    helped_steps: int = 0
+    splits: int = 1
 
     def __post_init__(self) -> None:
         owners = CONSUMERS if self.splits_inputs else 1
@@ -80,10 +80,10 @@ class Tiling:
                 f"a tile of {self.tile_rows} rows with {self.num_stages} stages; it must have {most} rows and 2 stages "
                 f"or more, or one of {few} rows and {2 * CONSUMERS}, {3 * CONSUMERS}, ... stages."
             )
-        if self.helped_steps and (self.helped_steps < self.num_stages or self.helped_steps % owners or owners == 1):
+        if self.splits > 1 and (self.splits > MOST_SPLITS or self.tile_cols % (self.splits * LEAST_COLUMNS)):
             raise ValueError(
-                f"{self.helped_steps} helped steps of a tile of {self.tile_rows} rows with {self.num_stages} stages; "
-                f"it must be an even number of at least the stages, and of a tile of up to {CONSUMER_ROWS} rows."
+                f"{self.splits} splits of K in tiles of {self.tile_cols} columns; there must be at most {MOST_SPLITS}, "
+                f"with a multiple of {LEAST_COLUMNS} columns for each."
             )
 
     @property
@@ -96,12 +96,9 @@ class Tiling:
         return self.tile_inputs * (self.tile_rows + self.tile_cols * (1 + gated)) * 2
 
     def fits(self, *, rows: int, inputs: int, outputs: int) -> bool:
-        """Whether whole tiles cover K and N, TMA can move x, and who is helped still fills its ring."""
-        shared_inputs = self.tile_inputs * (CONSUMERS if self.splits_inputs else 1)
-        own_steps = inputs // self.tile_inputs - self.helped_steps
-        fills_ring = not self.helped_steps or own_steps >= self.num_stages
-        whole = rows % ROW_ALIGNMENT == 0 and inputs % shared_inputs == 0 and outputs % self.tile_cols == 0
-        return whole and fills_ring
+        """Whether whole tiles cover K and N, and TMA can move x."""
+        shared_inputs = self.splits * self.tile_inputs * (CONSUMERS if self.splits_inputs else 1)
+        return rows % ROW_ALIGNMENT == 0 and inputs % shared_inputs == 0 and outputs % self.tile_cols == 0
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ stored: rows of the product do not touch each other, and to fetch zeros instead 
 As in the Triton kernel, (x * norm) @ w is scaled by the row's 1 / rms at the end. x * norm is formed in registers, from
 where wgmma takes its left side, unless x comes as this product: then wgmma takes it from shared memory as it is.
 
-Where tiles are fewer than half the multiprocessors, each may have a second program, a helper, that takes the last steps
-of K. It is through before the other one is, whose producer fetches the helper's sums like a residual.
+Where tiles are fewer than half the multiprocessors, K may be split over the programs of a cluster, each of which
+finishes a part of the tile's columns.
 
 Refs and scalars of a kernel have no Python type that says more than Any.
 """
@@ -27,31 +27,35 @@ from jax import lax
 from jaxtyping import Array
 
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS
+from nanovllm_kernels.skinny_matmul.mosaic_cluster import collect_columns, leave_halves, send_columns
 from nanovllm_kernels.skinny_matmul.mosaic_finish import COL_LAYOUT, ROW_LAYOUT, finish, given_squares
-from nanovllm_kernels.skinny_matmul.mosaic_help import announce_help, wait_for_help
-from nanovllm_kernels.skinny_matmul.mosaic_shape import ProductShape, Share
+from nanovllm_kernels.skinny_matmul.mosaic_shape import ProductShape
 
 
 @dataclass(frozen=True)
 class Place:
-    """A program's tile, by its first row and the numbers of its columns and of itself, and its share of K."""
+    """A program's tile, by its first row and the number of its columns, and the program's number in its cluster."""
 
     first_row: Any
     col: Any
-    tile: Any
-    share: Share
+    split: Any
+
+    def own_col(self, shape: ProductShape) -> Any:
+        """Among all parts of columns that programs finish, the number of this program's."""
+        return self.col * shape.tiling.splits + self.split
 
 
 def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, place: Place) -> None:
     """Fetches everything that the program reads."""
-    tile, share, first_row, first_col = shape.tiling, place.share, place.first_row, place.col * shape.tiling.tile_cols
-    rows, cols = pl.ds(first_row, tile.tile_rows), pl.ds(first_col, tile.tile_cols)
+    tile, rows = shape.tiling, pl.ds(place.first_row, shape.tiling.tile_rows)
+    cols = pl.ds(place.col * tile.tile_cols, tile.tile_cols)
+    own_cols = pl.ds(place.own_col(shape) * shape.own_cols, shape.own_cols)
     if shape.norm:
         plgpu.copy_gmem_to_smem(others["norm"], scratch["norm"], scratch["norm_ready"])
 
     def fetch(step: Any, stage: Any) -> Any:
         pl.when(step >= tile.num_stages)(lambda: plgpu.barrier_wait(scratch["free"].at[stage]))
-        inputs = pl.ds((share.first_step + step) * tile.tile_inputs, tile.tile_inputs)
+        inputs = pl.ds((place.split * shape.steps + step) * tile.tile_inputs, tile.tile_inputs)
         ready = scratch["ready"].at[stage]
         for part in range(shape.parts):
             source = w.at[inputs, part, cols] if shape.gated else w.at[inputs, cols]
@@ -60,22 +64,15 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, plac
         plgpu.copy_gmem_to_smem(x.at[rows, inputs], into, ready)
         return jnp.where(stage + 1 == tile.num_stages, 0, stage + 1)
 
-    lax.fori_loop(0, share.num_steps, fetch, jnp.int32(0))
-
-    @pl.when(share.finishes)
-    def _() -> None:
-        if shape.bias:
-            for part in range(shape.parts):
-                plgpu.copy_gmem_to_smem(others["bias"].at[part, cols], scratch["bias"].at[part], scratch["bias_ready"])
-        if shape.residual:
-            into = scratch["out"].at[pl.ds(0, tile.tile_rows)]
-            plgpu.copy_gmem_to_smem(others["residual"].at[rows, cols], into, scratch["residual_ready"])
-        if shape.next_norm:
-            plgpu.copy_gmem_to_smem(others["next_norm"].at[cols], scratch["next_norm"], scratch["next_norm_ready"])
-        if tile.helped_steps:
-            wait_for_help(others["counters"].at[pl.ds(place.tile, 1)], interpreted=shape.interpreted)
-            plgpu.copy_gmem_to_smem(others["help"].at[place.tile], scratch["help"], scratch["help_ready"])
-
+    lax.fori_loop(0, shape.steps, fetch, jnp.int32(0))
+    if shape.bias:
+        for part in range(shape.parts):
+            plgpu.copy_gmem_to_smem(others["bias"].at[part, own_cols], scratch["bias"].at[part], scratch["bias_ready"])
+    if shape.residual:
+        into = scratch["out"].at[pl.ds(0, tile.tile_rows)]
+        plgpu.copy_gmem_to_smem(others["residual"].at[rows, own_cols], into, scratch["residual_ready"])
+    if shape.next_norm:
+        plgpu.copy_gmem_to_smem(others["next_norm"].at[own_cols], scratch["next_norm"], scratch["next_norm_ready"])
     # Nothing is left unobserved: a barrier must not be taken down under an arrival to come.
     for stage in range(min(tile.num_stages, shape.steps)):
         plgpu.barrier_wait(scratch["free"].at[stage])
@@ -85,8 +82,8 @@ def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer:
     """One consumer's part of the tile: half of its rows, or, of up to 64 rows, the sums over half of the inputs."""
     accumulators = [plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, shape.tiling.tile_cols), jnp.float32)] * shape.parts
     row = 0 if shape.tiling.splits_inputs else consumer * CONSUMER_ROWS
-    first_row, col, steps = place.first_row, place.col, place.share.num_steps
-    steps = steps // CONSUMERS if shape.tiling.splits_inputs else steps
+    first_row, col = place.first_row, place.own_col(shape)
+    steps = shape.steps // CONSUMERS if shape.tiling.splits_inputs else shape.steps
     # Asked for before anything is there to be multiplied.
     given = given_squares(others["squares"], shape, first_row + row) if shape.square_parts else None
 
@@ -97,6 +94,21 @@ def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer:
         return [acc[...] for acc in accs], squares
 
     sums, squares = pl.run_scoped(accumulate, *accumulators)
+    if shape.tiling.splits > 1:
+        (own_sums,) = sums
+
+        def collect() -> None:
+            totals = collect_columns(own_sums, scratch, shape, consumer)
+            finish([totals], given, outs, scratch, shape, row, first_row + row, col)
+
+        if shape.tiling.splits_inputs:
+            leave_halves(own_sums, scratch, shape, consumer)
+            pl.when(consumer == 1)(lambda: send_columns(own_sums, scratch, shape, consumer))
+            pl.when(consumer == 0)(collect)
+        else:
+            send_columns(own_sums, scratch, shape, consumer)
+            collect()
+        return
     if not shape.tiling.splits_inputs:
         finish(sums, squares if shape.norm else given, outs, scratch, shape, row, first_row + row, col)
         return
@@ -118,20 +130,7 @@ def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer:
         total_squares = given
         if shape.norm:
             total_squares = squares + plgpu.load(scratch["squares"], layout=ROW_LAYOUT, optimized=False)
-        if not shape.tiling.helped_steps:
-            finish(totals, total_squares, outs, scratch, shape, 0, first_row, col)
-            return
-
-        @pl.when(place.share.helps)
-        def _() -> None:
-            others["help"].at[place.tile][...] = totals[0]
-            announce_help(others["counters"].at[pl.ds(place.tile, 1)], interpreted=shape.interpreted)
-
-        @pl.when(place.share.finishes)
-        def _() -> None:
-            plgpu.barrier_wait(scratch["help_ready"])
-            whole = totals[0] + plgpu.load(scratch["help"], layout=plgpu.Layout.WGMMA)
-            finish([whole], total_squares, outs, scratch, shape, 0, first_row, col)
+        finish(totals, total_squares, outs, scratch, shape, 0, first_row, col)
 
 
 def _x_tile(scratch: Any, shape: ProductShape, stage: Any, consumer: Any) -> Any:

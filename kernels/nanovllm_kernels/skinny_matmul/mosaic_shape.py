@@ -8,7 +8,6 @@ from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
 from nanovllm_kernels._integers import ceil_div
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, swizzled
@@ -52,33 +51,18 @@ class ProductShape:
 
     @property
     def steps(self) -> int:
-        """Of K: stages that pass through the ring of who has no helper."""
-        return self.num_inputs // self.tiling.tile_inputs
+        """Of K: stages that pass through a program's ring."""
+        return self.num_inputs // self.tiling.tile_inputs // self.tiling.splits
+
+    @property
+    def own_cols(self) -> int:
+        """Columns that a program finishes."""
+        return self.tiling.tile_cols // self.tiling.splits
 
     @property
     def tiles(self) -> tuple[int, int]:
         """Of columns and of rows."""
         return self.num_outputs // self.tiling.tile_cols, ceil_div(self.num_rows, self.tiling.tile_rows)
-
-
-@dataclass(frozen=True)
-class Share:
-    """A program's steps of K, and whether it is the helper of its tile, or the one who finishes it."""
-
-    first_step: Any
-    num_steps: Any
-    helps: Any
-    finishes: Any
-
-
-def share_of(role: Any, shape: ProductShape) -> Share:
-    """Of two programs a tile the helper comes first in the grid: it is there before who waits for it."""
-    helped = shape.tiling.helped_steps
-    own_steps = shape.steps - helped
-    if not helped:
-        return Share(0, own_steps, False, True)
-    helps = role == 0
-    return Share(lax.select(helps, own_steps, 0), lax.select(helps, helped, own_steps), helps, role == 1)
 
 
 def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
@@ -93,7 +77,7 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
     # A consumer reads 64 rows of any stage. Where a tile has fewer, those of the stages after it follow.
     whole_rows = max(tile.tile_rows, CONSUMER_ROWS)
     x_rows = (tile.num_stages - 1) * tile.tile_rows + whole_rows
-    outputs = plgpu.SMEM((whole_rows, tile.tile_cols), shape.dtype, transforms=in_columns)
+    outputs = plgpu.SMEM((whole_rows, shape.own_cols), shape.dtype, transforms=swizzled(shape.dtype, shape.own_cols))
     types = {
         "x": plgpu.SMEM((x_rows, tile.tile_inputs), shape.dtype, transforms=x_transforms),
         "w": plgpu.SMEM(
@@ -105,31 +89,31 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
         "ready": plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=tile.num_stages),
         "free": plgpu.Barrier(num_arrivals=1 if tile.splits_inputs else CONSUMERS, num_barriers=tile.num_stages),
     }
-    if tile.splits_inputs:
+    if tile.splits > 1:
+        # What another program sends to each consumer that adds; what the consumers of a program leave to each other.
+        own_sums = (whole_rows * shape.own_cols,)
+        types["inbox"] = plgpu.SMEM((tile.splits - 1, *own_sums), jnp.float32)
+        if tile.splits_inputs:
+            types["halves"] = plgpu.SMEM((tile.splits, *own_sums), jnp.float32)
+    elif tile.splits_inputs:
         sums = (shape.parts, CONSUMER_ROWS, tile.tile_cols)
         types |= {
             "sums": plgpu.SMEM(sums, jnp.float32, transforms=swizzled(jnp.float32, tile.tile_cols)),
             "squares": plgpu.SMEM((CONSUMER_ROWS,), jnp.float32),
             "sums_ready": plgpu.Barrier(),
         }
-    if tile.helped_steps:
-        help_ = (CONSUMER_ROWS, tile.tile_cols)
-        types |= {
-            "help": plgpu.SMEM(help_, jnp.float32, transforms=swizzled(jnp.float32, tile.tile_cols)),
-            "help_ready": plgpu.Barrier(),
-        }
     if shape.norm:
         types |= {"norm": plgpu.SMEM((shape.steps, tile.tile_inputs), shape.dtype), "norm_ready": plgpu.Barrier()}
     if shape.bias:
         types |= {
-            "bias": plgpu.SMEM((shape.parts, tile.tile_cols), shape.dtype),
+            "bias": plgpu.SMEM((shape.parts, shape.own_cols), shape.dtype),
             "bias_ready": plgpu.Barrier(num_arrivals=shape.parts),
         }
     if shape.residual:
         types["residual_ready"] = plgpu.Barrier()
     if shape.next_norm:
         types |= {
-            "next_norm": plgpu.SMEM((tile.tile_cols,), shape.dtype),
+            "next_norm": plgpu.SMEM((shape.own_cols,), shape.dtype),
             "next_norm_ready": plgpu.Barrier(),
             "scaled": outputs,
             "out_squares": plgpu.SMEM((whole_rows,), jnp.float32),
