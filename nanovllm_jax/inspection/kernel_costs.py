@@ -223,12 +223,13 @@ def _skinny_matmul(call: Call) -> Work:
 
 
 def _add_shards(call: Call) -> Work:
-    """An addition for each shard, and one for the residual; what crosses links stays in the L2 caches."""
-    part, residual, table = call.operands
-    arrays = [part, residual] if residual.shape == part.shape else [part]
-    shards = (math.prod(table.shape) - 1) // 2
-    moved = sum(map(array_bytes, [*arrays, part]))
-    return Work((shards + len(arrays) - 2) * math.prod(part.shape), moved)
+    """An addition for each shard, one for the residual, and what is passed on; what crosses links stays in L2."""
+    part, *others, table = call.operands
+    elements, shards = math.prod(part.shape), (math.prod(table.shape) - 1) // 2
+    residuals = sum(other.shape == part.shape for other in others)
+    passed_on = sum(result.shape == part.shape for result in call.results) - 1
+    # A product with the norm's weight, a square and its addition, of each element that is passed on.
+    return Work((shards - 1 + residuals + 3 * passed_on) * elements, call.bytes)
 
 
 def _rms_norm(call: Call) -> Work:

@@ -1,9 +1,20 @@
 """Totals of flops and bytes against closed formulas, and kernels against counting pair by pair."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 from inspection_reports import SHAPES, inspected
 
-from nanovllm_jax.inspection.kernel_costs import BY_LOAD, Load, Site, keys_read, prefill_load, visible_pairs
+from nanovllm_jax.inspection.kernel_costs import (
+    BY_LOAD,
+    BY_OPERANDS,
+    Call,
+    Load,
+    Site,
+    keys_read,
+    prefill_load,
+    visible_pairs,
+)
 from nanovllm_jax.inspection.plan import ProgramKey
 
 BF16, F32, CONTEXT, BLOCK = 2, 4, 512, 16
@@ -91,3 +102,15 @@ def test_all_layers_in_one_kernel_are_counted_by_their_weights_and_what_they_see
     assert not [kernel for kernel in decode.kernels if kernel.scope.startswith("layer")]
     head_bytes = config.vocab_size * (E * BF16 + 2 * F32)
     assert decode.bytes == pytest.approx(row.bytes + DECODE_STEPS * head_bytes, rel=0.05)
+
+
+def test_sums_over_shards_are_counted_with_and_without_what_they_pass_on():
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    part, table, counted = array(64, 4096), array(9, dtype=jnp.int32), BY_OPERANDS["add_shards_kernel"]
+    alone = counted(Call("add_shards_kernel", (part, table), (part, array(1), array(1))))
+    assert alone.flops == 3 * 64 * 4096
+    assert alone.bytes == pytest.approx(2 * 2 * 64 * 4096, rel=1e-3)
+    results = part, part, array(2, 128, dtype=jnp.float32)
+    passed_on = counted(Call("add_shards_kernel", (part, part, array(4096), table), results))
+    assert passed_on.flops == 7 * 64 * 4096
+    assert passed_on.bytes == pytest.approx(4 * 2 * 64 * 4096, rel=1e-2)
