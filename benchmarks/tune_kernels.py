@@ -28,7 +28,7 @@ from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, ROW_ALIGNMENT
 from nanovllm_kernels.add_shards import parts_of_row
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel, passes_on
 from nanovllm_kernels.skinny_matmul import launch as launches
-from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, WHOLE_MODELS, SkinnyCase, as_in_a_layer, product_of
+from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase, as_in_a_layer, product_of
 from nanovllm_kernels.skinny_matmul.launch import LEAST_COLUMNS, TILE_ROWS, Entry, Launch, Tiling
 
 ROWS = (1, 16, 32, 64, 128, 256)
@@ -162,16 +162,18 @@ def xla_product(arrays, w):
 
 def in_the_engine(case: SkinnyCase) -> SkinnyCase:
     """The product as a model runs it: products, or sums over shards, pass on what the one after a norm takes."""
-    if of_a_shard(case):
+    if shards_with(case) > 1:
         return replace(case, norm=False, scaled=case.norm)
     width = case.outputs if case.residual else case.inputs
     hidden = jax.ShapeDtypeStruct((case.rows, width), case.dtype)
     return as_in_a_layer(case) if passes_on(hidden) else case
 
 
-def of_a_shard(case: SkinnyCase) -> bool:
-    whole = [product for model in WHOLE_MODELS for product in PRODUCTS[model]]
-    return (case.name, case.inputs, case.outputs) not in [(each.name, each.inputs, each.outputs) for each in whole]
+def shards_with(case: SkinnyCase) -> int:
+    """Over how many shards a model is split that has such a product; 1 if it is whole."""
+    same = lambda each: (each.name, each.inputs, each.outputs) == (case.name, case.inputs, case.outputs)  # noqa: E731
+    models = [model for model, products in PRODUCTS.items() if any(map(same, products))]
+    return min(int(model.rpartition("_tp")[2]) if "_tp" in model else 1 for model in models)
 
 
 def shapes_of(case: SkinnyCase):
@@ -181,7 +183,8 @@ def shapes_of(case: SkinnyCase):
     if case.norm:
         arrays["norm"] = of(case.inputs)
     if case.scaled:
-        sums = parts_of_row(arrays["x"]) if of_a_shard(case) else None
+        shards = shards_with(case)
+        sums = parts_of_row(arrays["x"], shards) if shards > 1 else None
         parts = sums or ceil_div(case.inputs, PASSED_ON_COLUMNS)
         arrays["squares"] = jax.ShapeDtypeStruct((parts, launches.padded_rows(case.rows)), jnp.float32)
     if case.residual:

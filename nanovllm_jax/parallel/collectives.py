@@ -23,6 +23,7 @@ from nanovllm_kernels.add_shards.exchange import (
     make_exchange,
     programs_that_failed,
     reach_each_other,
+    shards_of,
 )
 from nanovllm_kernels.sample import vocab
 from nanovllm_kernels.sample.vocab import max_shards
@@ -49,7 +50,7 @@ def sum_shards(
 
 def parts_passed_on(x: Float[Array, "T E"], table: Int[Array, "*mesh entries"] | None) -> int | None:
     """In how many parts `sum_shards_scaled` passes on the sums of squares of such rows; None where it does not."""
-    return None if table is None or x.dtype != jnp.bfloat16 else parts_of_row(x)
+    return None if table is None or x.dtype != jnp.bfloat16 else parts_of_row(x, shards_of(table))
 
 
 def sum_shards_scaled(

@@ -13,6 +13,7 @@ import sys
 import interpreted  # the interpreter, mended for bfloat16
 import ml_dtypes
 import numpy as np
+import triton.language as tl
 
 from nanovllm_kernels import lowering_for
 from nanovllm_kernels.add_shards import exchange
@@ -20,7 +21,37 @@ from nanovllm_kernels.add_shards import triton as device
 from nanovllm_kernels.add_shards.cases import SumCase
 
 # The interpreter takes a millisecond for each line of a program: few programs, each shape twice for both sets of slots.
-CASES = [SumCase(2, 1024), SumCase(1, 512, dtype="float16"), SumCase(3, 512, residual=False), SumCase(2, 1024)] * 2
+CASES = [
+    SumCase(1, 512, dtype="float16"),
+    SumCase(2, 2048),
+    SumCase(2, 512, residual=False),
+    SumCase(2, 2048, residual=False, dtype="float16"),
+    SumCase(1, 1024),
+] * 2
+
+
+def load_quads(at):
+    """Stands for the PTX of `quads.load_quads`."""
+    return tuple(tl.load(at.to(tl.pointer_type(tl.int32)) + word) for word in range(4))
+
+
+def store_quads(at, words):
+    """Stands for the PTX of `quads.store_quads`."""
+    for word in range(4):
+        tl.store(at.to(tl.pointer_type(tl.int32)) + word, words[word])
+
+
+def await_quads(at, stride, rank, words, looks, shards):
+    """Stands for the PTX of `quads.await_quads`."""
+    found = ()
+    for shard in range(int(shards)):
+        quad, left = words, int(looks.handle.data.item())
+        if shard != int(rank.handle.data.item()):
+            quad = load_quads(at + shard * stride)
+            while left > 0 and any((word.handle.data == exchange.EMPTY).any() for word in quad):
+                quad, left = load_quads(at + shard * stride), left - 1
+        found += tuple(quad)
+    return found
 
 
 def shared_buffers(shards):
@@ -70,6 +101,7 @@ def add_all(rank, table, shards, failed):
 
 def main():
     device.triton_call = interpreted.triton_call
+    device.load_quads, device.store_quads, device.await_quads = load_quads, store_quads, await_quads
     shards = int(sys.argv[1])
     arrays = shared_buffers(shards)
     device.MAX_LOOKS = 100_000

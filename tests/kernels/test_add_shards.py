@@ -18,11 +18,13 @@ from nanovllm_kernels._cases import DTYPES
 from nanovllm_kernels.add_shards import exchanges
 from nanovllm_kernels.add_shards.cases import CASES, REFUSED, SumCase
 from nanovllm_kernels.add_shards.exchange import (
+    MAX_PROGRAMS,
+    SLOT_WORDS,
     abstract_exchange,
     buffer_words,
     make_exchange,
+    plan_of,
     programs_that_failed,
-    words_per_program,
 )
 
 SHARDS = 4
@@ -88,17 +90,26 @@ def test_any_sum_is_that_of_float64_but_for_a_rounding_an_addition(mesh, case, s
     np.testing.assert_array_equal(got, np.broadcast_to(got[0], got.shape))
 
 
-def test_small_sums_of_16_bits_in_whole_programs_are_exchanged():
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_small_sums_of_16_bits_in_whole_programs_are_exchanged(shards):
     shape = lambda case: jnp.zeros((case.rows, case.width), case.dtype)  # noqa: E731
-    assert all(exchanges(shape(case)) for case in CASES)
-    assert not any(exchanges(shape(case)) for case in (*REFUSED, SumCase(0, 512)))
+    assert all(exchanges(shape(case), shards) for case in CASES)
+    assert not any(exchanges(shape(case), shards) for case in (*REFUSED, SumCase(0, 512)))
 
 
-@pytest.mark.parametrize("words", [256, 2048, 131072, 262144])
-def test_programs_cover_a_sum(words):
-    each = words_per_program(words)
-    assert words % each == 0
-    assert words // each <= 128
+def test_two_shards_exchange_twice_as_much_as_more():
+    part = jnp.zeros((256, 4096), jnp.bfloat16)
+    assert [exchanges(part, shards) for shards in (2, 4, 8)] == [True, False, False]
+
+
+@pytest.mark.parametrize("width", [1024, 4096, 5120])
+@pytest.mark.parametrize("rows", [1, 8, 32, 64, 102])
+def test_a_plan_covers_a_sum_in_parts_of_rows_that_fit_slots(rows, width):
+    plan = plan_of((rows, width), 4)
+    assert plan.programs <= MAX_PROGRAMS
+    assert plan.elements * plan.programs == rows * width
+    assert plan.elements // 2 <= SLOT_WORDS
+    assert width % plan.elements == 0
 
 
 def test_a_residual_of_another_shape_or_dtype_is_refused():
@@ -146,6 +157,6 @@ def test_the_kernel_compiles_without_a_gpu(mesh, case):
     assert "triton_kernel_call" in lowered.as_text()
 
 
-@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("shards", [2, 4, 8])
 def test_shards_side_by_side_add_in_tritons_interpreter(shards):
     run_interpreted("interpreted_add_shards.py", shards)

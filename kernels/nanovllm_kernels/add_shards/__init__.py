@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_backend, check_float, check_shape
 from nanovllm_kernels._compat import import_jax_triton
-from nanovllm_kernels.add_shards.exchange import Exchange, make_exchange, words_per_program
+from nanovllm_kernels.add_shards.exchange import Exchange, make_exchange, plan_of, shards_of
 from nanovllm_kernels.add_shards.reference import add_shards_xla
 from nanovllm_kernels.skinny_matmul import Scaled
 
@@ -48,10 +48,13 @@ def add_shards(
         check_shape("residual", residual, part.shape, "as part")
         if residual.dtype != part.dtype:
             raise ValueError(f"residual has dtype {residual.dtype}; it must be part's, {part.dtype}.")
-    if backend == "xla" or table is None or not exchanges(part):
+    if backend == "xla" or table is None or not exchanges(part, shards_of(table)):
         return add_shards_xla(part, residual, axis_name)
     import_jax_triton()
     from nanovllm_kernels.add_shards.triton import add_shards_triton
+
+    (total,) = add_shards_triton(part, residual, table.reshape(-1))
+    return total
 
     (total,) = add_shards_triton(part, residual, table.reshape(-1))
     return total
@@ -76,14 +79,12 @@ def add_shards_scaled(
     return total, Scaled(*passed_on)
 
 
-def parts_of_row(part: jax.ShapeDtypeStruct | Array) -> int | None:
+def parts_of_row(part: jax.ShapeDtypeStruct | Array, shards: int) -> int | None:
     """How many programs of the Triton kernel add a row of part [M, N]; None where not each has all of its row alone."""
-    if not exchanges(part):
-        return None
-    words = words_per_program(part.size // 2) or 1
-    return part.shape[1] // 2 // words if part.shape[1] // 2 % words == 0 else None
+    plan = plan_of(part.shape, shards) if exchanges(part, shards) else None
+    return None if plan is None or part.shape[1] % plan.elements else part.shape[1] // plan.elements
 
 
-def exchanges(part: jax.ShapeDtypeStruct | Array) -> bool:
-    """Whether the Triton kernel adds such arrays: 16-bit elements, at most 1 MB, in whole programs."""
-    return jnp.dtype(part.dtype).itemsize == 2 and part.size % 2 == 0 and words_per_program(part.size // 2) is not None
+def exchanges(part: jax.ShapeDtypeStruct | Array, shards: int) -> bool:
+    """Whether the Triton kernel adds such arrays: 16-bit elements, of a shape that `plan_of` cuts into programs."""
+    return jnp.dtype(part.dtype).itemsize == 2 and plan_of(part.shape, shards) is not None

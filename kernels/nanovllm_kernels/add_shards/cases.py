@@ -24,5 +24,8 @@ CASES = (
     SumCase(16, 2560),
     SumCase(1, 512),
     SumCase(64, 4096, residual=False, dtype="float16"),
+    SumCase(64, 5120),
+    SumCase(32, 4096),
+    SumCase(37, 3584),
 )
-REFUSED = (SumCase(1, 100), SumCase(37, 3584), SumCase(256, 4096), SumCase(8, 4096, dtype="float32"))
+REFUSED = (SumCase(1, 100), SumCase(512, 4096), SumCase(8, 4096, dtype="float32"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Words are of 32 bits, two elements. A program adds at least MIN_WORDS and at most SLOT_WORDS, all programs 1 MB.
-MIN_WORDS, SLOT_WORDS, MAX_PROGRAMS = 256, 2048, 128
+# Words are of 32 bits, two elements. Programs of a sum are few, one for each multiprocessor, until they are large.
+SLOT_WORDS, MAX_PROGRAMS, FEW_PROGRAMS = 1024, 512, 128
 EMPTY = -1  # a word of which both halves are NaN of a kind that no GPU computes
 TIMED_OUT = -1  # instead of a program's parity
 
@@ -51,15 +52,40 @@ def reach_each_other(devices: Sequence[Any]) -> bool:
     return True
 
 
-def words_per_program(num_words: int) -> int | None:
-    """How many words each program adds, or None where no number of programs fits.
+@dataclass(frozen=True)
+class SumPlan:
+    """How a sum is cut into programs: `quads` of eight elements for each, one for each of its threads."""
 
-    As few as `MAX_PROGRAMS` allow: about one program for each multiprocessor.
+    programs: int
+    quads: int
+
+    @property
+    def elements(self) -> int:
+        """Of a program."""
+        return 8 * self.quads
+
+
+def plan_of(shape: Sequence[int], shards: int) -> SumPlan | None:
+    """How arrays of 16-bit elements are added, or None where that is left to XLA.
+
+    Programs should not go past the end of a row, be few, and small, in this order. Over two shards 256 rows of 4096
+    take 8.5 us on H200s; over more, each of which sends its part to all others, 1 MB is the most that was measured.
     """
-    words = MIN_WORDS
-    while num_words > words * MAX_PROGRAMS:
-        words *= 2
-    return words if words <= SLOT_WORDS and num_words > 0 and num_words % words == 0 else None
+    elements = math.prod(shape)
+    plans = [SumPlan(elements // (8 * quads), quads) for quads in (64, 128, 256)]
+    plans = [plan for plan in plans if 0 < plan.programs <= MAX_PROGRAMS and elements % plan.elements == 0]
+    if elements > (1 << 20 if shards == 2 else 1 << 19):
+        return None
+
+    def preference(plan: SumPlan) -> tuple[int, ...]:
+        return shape[-1] % plan.elements > 0, max(plan.programs, FEW_PROGRAMS), plan.quads
+
+    return min(plans, key=preference, default=None)
+
+
+def shards_of(table: jax.Array) -> int:
+    """How many shards a device's part of `Exchange.table` speaks of."""
+    return (table.shape[-1] - 1) // 2
 
 
 def buffer_words(shards: int) -> int:

@@ -6,10 +6,11 @@ until it is there. The reader empties the slot again. Slots are doubled: a peer 
 it has seen this shard's next one, and that is sent by a later kernel, which starts when this one has emptied its slots.
 
 Program i of one shard speaks only to program i of the others, whatever shapes come after one another: its slots and
-its parity are its own.
+its parity are its own. Each thread waits for its own words only; the own part stays in registers.
 """
 
 # ruff: noqa: ANN001, ANN201 (what a device function takes are Triton's values, which have no Python type)
+# ruff: noqa: RUF005 (Triton has no starred expressions in tuples)
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import triton_call
-from nanovllm_kernels.add_shards.exchange import EMPTY, MAX_PROGRAMS, SLOT_WORDS, TIMED_OUT, words_per_program
+from nanovllm_kernels.add_shards.exchange import EMPTY, MAX_PROGRAMS, SLOT_WORDS, TIMED_OUT, plan_of, shards_of
+from nanovllm_kernels.add_shards.quads import await_quads, load_quads, store_quads
 from nanovllm_kernels.skinny_matmul.launch import padded_rows
 
 _EMPTY, _TIMED_OUT = tl.constexpr(EMPTY), tl.constexpr(TIMED_OUT)
@@ -33,11 +35,10 @@ MAX_LOOKS = 20_000_000
 
 @triton.jit
 @no_type_check
-def buffer_of(table_ptr, place):
-    """A buffer whose address the table holds in two halves: this shard's at place 0, then those after it."""
+def address_of(table_ptr, place):
+    """The address of a buffer, which the table holds in two halves: this shard's at place 0, then those after it."""
     low = tl.load(table_ptr + 1 + 2 * place).to(tl.int64) & 0xFFFFFFFF
-    high = tl.load(table_ptr + 2 + 2 * place).to(tl.int64)
-    return tl.multiple_of(((high << 32) | low).to(tl.pointer_type(tl.int32)), 16)
+    return (tl.load(table_ptr + 2 + 2 * place).to(tl.int64) << 32) | low
 
 
 @triton.jit
@@ -52,16 +53,52 @@ def halves(words, DTYPE: tl.constexpr):
 @triton.jit
 @no_type_check
 def words_of(low, high, DTYPE: tl.constexpr):
-    """Words of two float32 tiles, rounded to 16-bit elements."""
+    """Words of two float32 tensors, rounded to 16-bit elements."""
     low_bits = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low_bits | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
 @no_type_check
-def any_missing(parts):
-    """Whether a word has not come yet."""
-    return tl.max(tl.max((parts == _EMPTY).to(tl.int32), axis=0), axis=0) != 0
+def sum_of(parts, residual, at: tl.constexpr, DTYPE: tl.constexpr):
+    """Word `at` of the sum of quads, in their order; `residual` is a quad, or nothing."""
+    low, high = halves(parts[at], DTYPE)
+    for shard in tl.static_range(1, len(parts) // 4):
+        part_low, part_high = halves(parts[4 * shard + at], DTYPE)
+        low, high = low + part_low, high + part_high
+    if len(residual) > 0:
+        residual_low, residual_high = halves(residual[at], DTYPE)
+        low, high = low + residual_low, high + residual_high
+    return words_of(low, high, DTYPE)
+
+
+@triton.jit
+@no_type_check
+def without_empty(words):
+    """A quad that may be sent: the NaN that stands for an empty word becomes another one."""
+    sent = ()
+    for word in tl.static_range(4):
+        sent = sent + (tl.where(words[word] == _EMPTY, _NAN_PAIR, words[word]),)
+    return sent
+
+
+@triton.jit
+@no_type_check
+def scaled_of(words, norm, DTYPE: tl.constexpr):
+    """A quad times that of the norm's weights, and the sum of its squares."""
+    scaled, squares = (), tl.zeros(words[0].shape, tl.float32)
+    for word in tl.static_range(4):
+        low, high = halves(words[word], DTYPE)  # rounded, as the norm sees them
+        norm_low, norm_high = halves(norm[word], DTYPE)
+        scaled = scaled + (words_of(low * norm_low, high * norm_high, DTYPE),)
+        squares += low * low + high * high
+    return scaled, squares
+
+
+@triton.jit
+@no_type_check
+def both_sums(one_number, one_count, other_number, other_count):
+    return one_number + other_number, one_count + other_count
 
 
 @triton.jit
@@ -74,9 +111,9 @@ def add_shards_kernel(
     out_ptr,
     scaled_ptr,
     squares_ptr,
-    ROW_WORDS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
     SQUARES_STRIDE: tl.constexpr,
-    WORDS: tl.constexpr,
+    QUADS: tl.constexpr,
     SHARDS: tl.constexpr,
     SLOT_WORDS: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
@@ -84,54 +121,53 @@ def add_shards_kernel(
     HAS_RESIDUAL: tl.constexpr,
     PASSES_ON: tl.constexpr,
 ):
-    """One program: `WORDS` pairs of elements, of one row where it passes on what the norm after the sum needs."""
+    """One program: `QUADS` quads of eight elements, of one row where it passes on what the norm after the sum needs."""
     DTYPE: tl.constexpr = part_ptr.dtype.element_ty
-    SHARD_SLOTS: tl.constexpr = MAX_PROGRAMS * SLOT_WORDS
+    STRIDE: tl.constexpr = 4 * MAX_PROGRAMS * SLOT_WORDS  # bytes between the slots of two shards
     program = tl.program_id(0)
     rank = tl.load(table_ptr)
-    own = buffer_of(table_ptr, 0)
-    parity_ptr = own + 2 * SHARDS * SHARD_SLOTS + program
+    buffers = ()
+    for place in tl.static_range(SHARDS):
+        buffers = buffers + (address_of(table_ptr, place),)
+    parity_ptr = (buffers[0] + 2 * SHARDS * STRIDE + 4 * program).to(tl.pointer_type(tl.int32))
     parity = tl.load(parity_ptr)
     alive = parity != _TIMED_OUT
-    within = tl.arange(0, WORDS)
-    offsets = program * WORDS + within
-    slots = (parity & 1) * SHARDS * SHARD_SLOTS + program * SLOT_WORDS
-    part = tl.load(part_ptr.to(tl.pointer_type(tl.int32)) + offsets)
-    part = tl.where(part == _EMPTY, _NAN_PAIR, part)
+    looks = tl.where(alive, MAX_LOOKS, 0)
+    within = tl.arange(0, QUADS).to(tl.int64) * 16
+    first = program.to(tl.int64) * (QUADS * 16)  # where its elements begin in an array, in bytes
+    offsets = first + within
+    slots = (parity & 1).to(tl.int64) * SHARDS * STRIDE + program.to(tl.int64) * (SLOT_WORDS * 4) + within
+    part = without_empty(load_quads(part_ptr.to(tl.int64) + offsets))
     if alive:
-        for place in tl.static_range(1, SHARDS + 1):  # each shard begins with another one, itself last
-            tl.store(buffer_of(table_ptr, place % SHARDS) + slots + rank * SHARD_SLOTS + within, part)
+        for place in tl.static_range(1, SHARDS):  # each shard begins with another one
+            store_quads(buffers[place] + slots + rank * STRIDE, part)
+    residual, norm = (), ()
     if HAS_RESIDUAL:  # read while the parts are under way
-        residual = tl.load(residual_ptr.to(tl.pointer_type(tl.int32)) + offsets)
+        residual = load_quads(residual_ptr.to(tl.int64) + offsets)
     if PASSES_ON:
-        next_norm = tl.load(next_norm_ptr.to(tl.pointer_type(tl.int32)) + offsets % ROW_WORDS)
-    awaited = own + slots + tl.arange(0, SHARDS)[:, None] * SHARD_SLOTS + within[None, :]
-    parts = tl.load(awaited, volatile=True)
-    missing = any_missing(parts)
-    looks = 0
-    while missing & alive & (looks < MAX_LOOKS):
-        parts = tl.load(awaited, volatile=True)
-        missing = any_missing(parts)
-        looks += 1
-    tl.store(awaited, tl.full([SHARDS, WORDS], _EMPTY, tl.int32))
-    low, high = halves(parts, DTYPE)
-    low, high = tl.sum(low, axis=0), tl.sum(high, axis=0)
-    if HAS_RESIDUAL:
-        residual_low, residual_high = halves(residual, DTYPE)
-        low, high = low + residual_low, high + residual_high
-    failed = missing | (not alive)
-    total = tl.where(failed, _NAN_PAIR, words_of(low, high, DTYPE))
-    tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + offsets, total)
+        norm = load_quads(next_norm_ptr.to(tl.int64) + offsets % ROW_BYTES)
+    parts = await_quads(buffers[0] + slots, STRIDE, rank, part, looks, SHARDS)
+    empty = tl.full(within.shape, _EMPTY, tl.int32)
+    for place in tl.static_range(1, SHARDS):
+        store_quads(buffers[0] + slots + (rank + place) % SHARDS * STRIDE, (empty, empty, empty, empty))
+    late = tl.zeros(within.shape, tl.int32)
+    for word in tl.static_range(4 * SHARDS):
+        late += (parts[word] == _EMPTY).to(tl.int32)
+    failed = (late > 0) | (not alive)
+    total = ()
+    for word in tl.static_range(4):
+        total = total + (tl.where(failed, _NAN_PAIR, sum_of(parts, residual, word, DTYPE)),)
+    store_quads(out_ptr.to(tl.int64) + offsets, total)
     if PASSES_ON:
-        low, high = halves(total, DTYPE)  # rounded, as the norm sees them
-        norm_low, norm_high = halves(next_norm, DTYPE)
-        scaled = words_of(low * norm_low, high * norm_high, DTYPE)
-        tl.store(scaled_ptr.to(tl.pointer_type(tl.int32)) + offsets, scaled)
-        first = program * WORDS
-        place = (first % ROW_WORDS) // WORDS * SQUARES_STRIDE + first // ROW_WORDS
-        tl.store(squares_ptr + place, tl.sum(low * low + high * high, axis=0))
+        scaled, squares = scaled_of(total, norm, DTYPE)
+        store_quads(scaled_ptr.to(tl.int64) + offsets, scaled)
+        squares, late = tl.reduce((squares, late), 0, both_sums)
+        part_of_row = first % ROW_BYTES // (QUADS * 16)
+        tl.store(squares_ptr + part_of_row * SQUARES_STRIDE + first // ROW_BYTES, squares)
+    else:
+        late = tl.sum(late, axis=0)
     # A part that comes too late would be taken for a later one: who has lost one never adds again.
-    tl.store(parity_ptr, tl.where(failed, _TIMED_OUT, 1 - parity))
+    tl.store(parity_ptr, tl.where((late > 0) | (not alive), _TIMED_OUT, 1 - parity))
 
 
 def add_shards_triton(
@@ -141,12 +177,12 @@ def add_shards_triton(
     next_norm: Float[Array, " N"] | None = None,
 ) -> list[Array]:
     """The sum of parts that `exchanges`; with `next_norm` also what `add_shards_scaled` passes on."""
-    words = words_per_program(part.size // 2)
-    if words is None:
-        raise ValueError(f"part has {part.size} elements, which no number of programs adds; use `add_shards`.")
-    row_words, stride = part.shape[-1] // 2, padded_rows(part.size // part.shape[-1])
+    plan, width = plan_of(part.shape, shards_of(table)), part.shape[-1]
+    if plan is None:
+        raise ValueError(f"part has shape {part.shape}, which no number of programs adds; use `add_shards`.")
+    stride = padded_rows(part.size // width)
     like, unused = jax.ShapeDtypeStruct(part.shape, part.dtype), jax.ShapeDtypeStruct((1,), part.dtype)
-    squares = jax.ShapeDtypeStruct((max(1, row_words // words), stride), jnp.float32)
+    squares = jax.ShapeDtypeStruct((max(1, width // plan.elements), stride), jnp.float32)
     results = triton_call(
         part,
         residual,
@@ -154,13 +190,13 @@ def add_shards_triton(
         table,
         kernel=add_shards_kernel,
         out_type=(like, *((unused, unused) if next_norm is None else (like, squares))),
-        grid=(part.size // 2 // words,),
-        num_warps=max(1, min(8, words // 256)),
+        grid=(plan.programs,),
+        num_warps=plan.quads // 32,
         num_stages=1,
-        ROW_WORDS=row_words,
+        ROW_BYTES=2 * width,
         SQUARES_STRIDE=stride,
-        WORDS=words,
-        SHARDS=(table.size - 1) // 2,
+        QUADS=plan.quads,
+        SHARDS=shards_of(table),
         SLOT_WORDS=SLOT_WORDS,
         MAX_PROGRAMS=MAX_PROGRAMS,
         MAX_LOOKS=MAX_LOOKS,

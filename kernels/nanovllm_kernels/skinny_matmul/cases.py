@@ -121,7 +121,6 @@ PRODUCTS = {
         SkinnyCase("down", 1, 6400, 5120),
     ),
 }
-WHOLE_MODELS = ("qwen3_0_6b", "qwen3_8b")  # without the shards
 
 
 def skinny_inputs(case: SkinnyCase, seed: int = 0) -> dict[str, np.ndarray]:
