@@ -18,11 +18,10 @@ CASES = (
     *(case for case in DECODE_CASES if case.num_queries is None),
     AttentionCase("32_uneven_rows", _UNEVEN, 16, 8, 128),
     AttentionCase("many_rows", _MANY, 32, 8, 128),
-    AttentionCase("many_rows_group_of_2", _MANY, 16, 8, 128, block_size=8),
-    AttentionCase("many_rows_float16", _MANY, 24, 8, 128, block_size=32, dtype="float16"),
+    AttentionCase("many_rows_block_8", _MANY, 24, 8, 128, block_size=8),
     AttentionCase("float8_many_rows", tuple(range(0, 350, 5)), 16, 8, 128, cache_dtype="float8_e4m3fn"),
 )
-_WITHOUT_NORM = ("many_rows_float16", "smollm2", "multi_head", "float32")
+_WITHOUT_NORM = ("many_rows_block_8", "smollm2", "multi_head", "float32")
 
 
 def rope_paged_decode_inputs(

@@ -19,7 +19,8 @@ from nanovllm_kernels.rope_paged_decode.mosaic_producer import produce
 from nanovllm_kernels.rope_paged_decode.mosaic_queries import make_queries
 from nanovllm_kernels.rope_paged_decode.mosaic_shape import AREA, Arrays, KernelShape, Launch, Shared
 
-LAUNCH = Launch(tile_tokens=64, stages=3, consumer_registers=192, producer_registers=64, query_registers=64)
+# Measured on an H200: with three stages 64 rows x 1,152 take 1 µs more, and 208 or 176 registers a consumer as long.
+LAUNCH = Launch(tile_tokens=64, stages=2, consumer_registers=192, producer_registers=64, query_registers=64)
 _LSE_COLUMNS = 8  # copies of a float32 that are stored side by side
 
 
@@ -114,7 +115,7 @@ def rope_paged_decode_mosaic(
     programs: int | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "N K block_size D"], Float[Array, "N K block_size D"]]:
-    """As `rope_paged_decode`, for what `mosaic_supports` allows and pieces that begin with a block.
+    """As `rope_paged_decode`, for what `_mosaic_takes` allows and pieces that begin with a block.
 
     `interpret`: parameters of Mosaic's interpreter.
     """

@@ -62,6 +62,7 @@ def arrive(arrays: Arrays, piece: Piece, arrived: Any, shape: KernelShape) -> An
         before = counter[0]
         counter[0] = jnp.where(before == piece.count - 1, 0, before + 1)
         return before
+    plgpu.commit_smem()  # a barrier: the word was read by all when another piece arrived
     arrived[0] = piece.count - 1
 
     def count(_: Any, counter: Any, arrived: Any) -> None:
