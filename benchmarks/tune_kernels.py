@@ -29,14 +29,13 @@ from nanovllm_kernels.add_shards import parts_of_row
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel, passes_on
 from nanovllm_kernels.skinny_matmul import launch as launches
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase, as_in_a_layer, product_of
-from nanovllm_kernels.skinny_matmul.launch import LEAST_COLUMNS, TILE_ROWS, Entry, Launch, Tiling
+from nanovllm_kernels.skinny_matmul.launch import LEAST_COLUMNS, MOST_CLUSTERS, TILE_ROWS, Entry, Launch, Tiling
 
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
 PASSED_ON_COLUMNS = 16  # that a program finishes of a product that passes on sums of squares
 MAX_CALLS, MIN_CALLS, RUNS = 48, 8, 4
 MAX_CANDIDATES, MAX_TILINGS = 20, 5
-CLUSTERS = {2: 66, 4: 16}  # programs that K is split over, and how many such clusters surely run at once
 
 
 @dataclass(frozen=True)
@@ -115,14 +114,10 @@ def tilings(case: SkinnyCase) -> list[Tiling]:
 
 
 def split_over_clusters(case: SkinnyCase, one: Tiling) -> list[Tiling]:
-    """The same with K split, where the kernel does that; four programs on 32 of an H200's multiprocessors wait."""
+    """The same with K split, where the kernel does that; only clusters that run at once fit."""
     if case.gated or case.norm:
         return []
-    tries = [
-        replace(one, splits=splits)
-        for splits, most in CLUSTERS.items()
-        if tiles_of(case, one) <= most and one.tile_cols % (splits * LEAST_COLUMNS) == 0
-    ]
+    tries = [replace(one, splits=splits) for splits in MOST_CLUSTERS if one.tile_cols % (splits * LEAST_COLUMNS) == 0]
     return [one for one in tries if one.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)]
 
 

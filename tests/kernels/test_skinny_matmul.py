@@ -181,6 +181,20 @@ def test_a_tuned_mosaic_tile_is_used_where_the_operands_suit_it(tmp_path, monkey
         launch.load_table.cache_clear()
 
 
+def test_of_tuned_tiles_those_that_split_are_for_shapes_whose_clusters_run_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    whole, split = launch.Tiling(64, 64, 64, 8), launch.Tiling(64, 64, 64, 8, 4)
+    entries = [launch.Entry(64, 2048, 1024, False, 2, False, it) for it in (whole, split)]
+    launch.save_table(launch.table_path("NVIDIA H200"), entries)
+    try:
+        with lowering_for(90) as target:
+            sizes = {"rows": 64, "inputs": 2048, "gated": False, "w_bytes": 2, "normed": False, "mosaic": True}
+            assert launch.launch_parameters(target, outputs=1024, **sizes) == split
+            assert launch.launch_parameters(target, outputs=1536, **sizes) == whole
+    finally:
+        launch.load_table.cache_clear()
+
+
 def test_a_gpu_without_an_entry_takes_that_of_one_with_the_same_chip(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "TABLES", tmp_path)
     of_h200, of_h100 = launch.Launch(64, 32, 64, 2, 4, 3), launch.Launch(64, 64, 64, 1, 4, 3)

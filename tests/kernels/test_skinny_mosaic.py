@@ -70,12 +70,19 @@ def test_a_tile_that_the_consumers_cannot_share_is_refused(rows, stages):
         Tiling(rows, 64, 64, stages)
 
 
-@pytest.mark.parametrize(("columns", "splits"), [(64, 8), (32, 4), (96, 4)])
+@pytest.mark.parametrize(("columns", "splits"), [(64, 3), (128, 8), (32, 4), (96, 4)])
 def test_columns_that_a_cluster_cannot_share_are_refused(columns, splits):
     with pytest.raises(
-        ValueError, match=f"{splits} splits of K in tiles of {columns} columns; there must be at most 4"
+        ValueError, match=f"{splits} splits of K in tiles of {columns} columns; there must be 1, 2 or 4"
     ):
         Tiling(64, columns, 64, 4, splits)
+
+
+@pytest.mark.parametrize(
+    ("rows", "splits", "fits"), [(64, 4, True), (72, 4, False), (256, 2, True), (256, 4, False), (264, 2, False)]
+)
+def test_clusters_that_would_wait_for_others_do_not_fit(rows, splits, fits):
+    assert Tiling(64, 64, 64, 4, splits).fits(rows=rows, inputs=2048, outputs=1024) == fits
 
 
 @pytest.mark.parametrize(("splits", "fits"), [(1, True), (2, True), (4, False)])

@@ -27,7 +27,9 @@ _MIN_DOT = 16  # rows and columns that tl.dot needs for tensor cores
 _NEAREST = 2.0
 # Of the Mosaic kernel.
 TILE_ROWS = (16, 32, CONSUMER_ROWS, CONSUMERS * CONSUMER_ROWS)
-MOST_SPLITS, LEAST_COLUMNS = 4, 16  # programs of a cluster, and columns that each finishes: the narrowest swizzle
+LEAST_COLUMNS = 16  # that a program of a cluster finishes: the narrowest swizzle
+# Clusters of so many programs, one a multiprocessor, that surely run at once: 32 of four do not on an H200.
+MOST_CLUSTERS = {2: 64, 4: 16}
 # GPUs with the same chip share their tables, whatever their memory: each was tuned for some of the shapes.
 _SAME_CHIP, _ITS_MULTIPROCESSORS = {"h100": "h200", "h200": "h100"}, 132
 _LEAST_SPLIT = 256  # inputs a program: below, adding the splits costs more than the products
@@ -80,9 +82,10 @@ class Tiling:
                 f"a tile of {self.tile_rows} rows with {self.num_stages} stages; it must have {most} rows and 2 stages "
                 f"or more, or one of {few} rows and {2 * CONSUMERS}, {3 * CONSUMERS}, ... stages."
             )
-        if self.splits > 1 and (self.splits > MOST_SPLITS or self.tile_cols % (self.splits * LEAST_COLUMNS)):
+        shared_out = self.splits in MOST_CLUSTERS and self.tile_cols % (self.splits * LEAST_COLUMNS) == 0
+        if self.splits != 1 and not shared_out:
             raise ValueError(
-                f"{self.splits} splits of K in tiles of {self.tile_cols} columns; there must be at most {MOST_SPLITS}, "
+                f"{self.splits} splits of K in tiles of {self.tile_cols} columns; there must be 1, 2 or 4, "
                 f"with a multiple of {LEAST_COLUMNS} columns for each."
             )
 
@@ -96,9 +99,11 @@ class Tiling:
         return self.tile_inputs * (self.tile_rows + self.tile_cols * (1 + gated)) * 2
 
     def fits(self, *, rows: int, inputs: int, outputs: int) -> bool:
-        """Whether whole tiles cover K and N, and TMA can move x."""
+        """Whether whole tiles cover K and N, TMA can move x, and clusters do not wait for each other."""
         shared_inputs = self.splits * self.tile_inputs * (CONSUMERS if self.splits_inputs else 1)
-        return rows % ROW_ALIGNMENT == 0 and inputs % shared_inputs == 0 and outputs % self.tile_cols == 0
+        whole = rows % ROW_ALIGNMENT == 0 and inputs % shared_inputs == 0 and outputs % self.tile_cols == 0
+        clusters = ceil_div(rows, self.tile_rows) * outputs // self.tile_cols
+        return whole and (self.splits == 1 or clusters <= MOST_CLUSTERS[self.splits])
 
 
 @dataclass(frozen=True)
@@ -151,8 +156,10 @@ def launch_parameters(
     if not candidates:
         return default_launch(target, rows=rows, inputs=inputs, outputs=outputs, gated=gated, w_bytes=w_bytes)
 
-    def preference(entry: Entry) -> tuple[float, bool, int, bool]:
+    def preference(entry: Entry) -> tuple[float, bool, int, int]:
         """Where a shape has parameters for both kernels, Triton's are for what Mosaic's does not take.
+
+        Those that split K come first: without are for the wider of its neighbours, whose clusters would be too many.
 
         So a GPU takes Mosaic's from its like's table where its own has Triton's alone; of equals its own come first.
         """
@@ -160,7 +167,7 @@ def launch_parameters(
             entry.distance(inputs, outputs),
             entry.normed != normed,
             entry.rows,
-            isinstance(entry.launch, Launch),
+            1 if isinstance(entry.launch, Launch) else -entry.launch.splits,
         )
 
     return min(candidates, key=preference).launch
