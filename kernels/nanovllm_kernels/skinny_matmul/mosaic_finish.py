@@ -11,33 +11,21 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import fragmented_array
 from jaxtyping import Array, Float
 
 from nanovllm_kernels._mosaic import CONSUMER_ROWS
 from nanovllm_kernels.skinny_matmul.mosaic_shape import ProductShape
 
 ROW_LAYOUT, COL_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-# WGMMA's, of whose pairs of columns each element is loaded by itself.
-_SINGLE = fragmented_array.WGMMA_LAYOUT_ACC_32BIT
-_PARTS_LAYOUT = plgpu.Layout.TILED(_SINGLE.tiling, _SINGLE.warp_dims, _SINGLE.lane_dims, _SINGLE.vector_dim)
 
 
 def given_squares(squares: Any, shape: ProductShape, first_row: Any) -> Float[Array, " rows"]:
-    """Sums of squares of 64 rows, of the parts that come with a scaled x.
-
-    Of whole groups of eight parts each of the four threads that share two rows takes a quarter: all of 64 parts in each
-    thread would be 0.36 us more of qkv's 5.4 than 16 are.
-    """
-    rows, grouped = pl.ds(first_row, CONSUMER_ROWS), shape.square_parts // 8 * 8
-    totals = [
-        plgpu.load(squares.at[part, rows], layout=ROW_LAYOUT, optimized=False)
-        for part in range(grouped, shape.square_parts)
+    """Sums of squares of 64 rows, of the parts that come with a scaled x."""
+    parts = [
+        plgpu.load(squares.at[part, pl.ds(first_row, CONSUMER_ROWS)], layout=ROW_LAYOUT, optimized=False)
+        for part in range(shape.square_parts)
     ]
-    if grouped:
-        by_row = squares.at[pl.ds(0, grouped), rows].transpose((1, 0))
-        totals.append(jnp.sum(plgpu.load(by_row, layout=_PARTS_LAYOUT, optimized=False), axis=1))
-    return sum(totals[1:], totals[0])
+    return sum(parts[1:], parts[0])
 
 
 def finish(
