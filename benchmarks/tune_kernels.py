@@ -157,8 +157,10 @@ def xla_product(arrays, w):
 
 def in_the_engine(case: SkinnyCase) -> SkinnyCase:
     """The product as a model runs it: products, or sums over shards, pass on what the one after a norm takes."""
-    if shards_with(case) > 1:
-        return replace(case, norm=False, scaled=case.norm)
+    shards = shards_with(case)
+    if shards > 1:
+        x = jax.ShapeDtypeStruct((case.rows, case.inputs), case.dtype)
+        return replace(case, norm=False, scaled=True) if case.norm and parts_of_row(x, shards) else case
     width = case.outputs if case.residual else case.inputs
     hidden = jax.ShapeDtypeStruct((case.rows, width), case.dtype)
     return as_in_a_layer(case) if passes_on(hidden) else case
@@ -179,8 +181,7 @@ def shapes_of(case: SkinnyCase):
         arrays["norm"] = of(case.inputs)
     if case.scaled:
         shards = shards_with(case)
-        sums = parts_of_row(arrays["x"], shards) if shards > 1 else None
-        parts = sums or ceil_div(case.inputs, PASSED_ON_COLUMNS)
+        parts = parts_of_row(arrays["x"], shards) if shards > 1 else ceil_div(case.inputs, PASSED_ON_COLUMNS)
         arrays["squares"] = jax.ShapeDtypeStruct((parts, launches.padded_rows(case.rows)), jnp.float32)
     if case.residual:
         arrays["residual"] = of(case.rows, case.outputs)
@@ -247,7 +248,8 @@ def call_with(one: Launch | Tiling, in_kernel_merge: bool):
 def tune(case: SkinnyCase, pool: ThreadPoolExecutor) -> tuple[list[Timed], float]:
     """All candidates, best first, and XLA's seconds."""
     launches_tried = candidates(case)
-    now = launches.launch_parameters(current_target(), **key_of(case), mosaic=has_mosaic_kernel())
+    takes = (lambda _: True) if has_mosaic_kernel() else None
+    now = launches.launch_parameters(current_target(), **key_of(case), takes=takes)
     wanted = [(one, True) for one in dict.fromkeys([now, *launches_tried])]
     # What the merge inside the kernel is worth: the first that splits, with a second kernel instead.
     wanted += [(one, False) for one in launches_tried if isinstance(one, Launch) and one.splits > 1][:1]

@@ -34,7 +34,7 @@ Backend = Literal["xla", "triton"]
 class Residual(NamedTuple):
     """Hidden states as a sum whose addition waits for the next norm; nothing waits where `update` is None.
 
-    `scaled` is there where fused products pass on what the product after the next norm takes.
+    `scaled` is there where fused products, or sums over shards, pass on what the product after the next norm takes.
     """
 
     x: Float[Array, "T E"]

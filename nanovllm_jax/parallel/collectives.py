@@ -28,7 +28,16 @@ from nanovllm_kernels.add_shards.exchange import (
 from nanovllm_kernels.sample import vocab
 from nanovllm_kernels.sample.vocab import max_shards
 
-__all__ = ["can_exchange", "check_exchange", "exchange_params", "max_shards", "sum_shards", "table_of"]
+__all__ = [
+    "can_exchange",
+    "check_exchange",
+    "exchange_params",
+    "max_shards",
+    "parts_passed_on",
+    "sum_shards",
+    "sum_shards_scaled",
+    "table_of",
+]
 
 EXCHANGE = "exchange"
 _SHARDS = (2, 4, 8)  # the kernel's tiles are powers of two

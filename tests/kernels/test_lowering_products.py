@@ -13,8 +13,8 @@ from nanovllm_kernels import add_rms_norm, gated_matmul, lowering_for, silu_mul,
 from nanovllm_kernels.add_rms_norm.cases import CASES as NORM_CASES
 from nanovllm_kernels.silu_mul.cases import CASES as SILU_CASES
 from nanovllm_kernels.skinny_matmul.cases import CASES as SKINNY_CASES
-from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, as_in_a_layer, product_of, skinny_inputs
-from nanovllm_kernels.skinny_matmul.launch import Launch, Tiling, launch_parameters
+from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase, as_in_a_layer, product_of, skinny_inputs
+from nanovllm_kernels.skinny_matmul.launch import Launch, Target, Tiling, launch_parameters
 
 
 def lower_skinny(case, architecture, *, in_kernel_merge):
@@ -47,13 +47,32 @@ def test_skinny_matmul_lowers_to_the_kernel_that_the_table_names(compiled, case,
     case = dataclasses.replace(as_in_a_layer(case) if in_a_layer else case, rows=rows)
     sizes = {"rows": rows, "inputs": case.inputs, "outputs": case.outputs, "gated": case.gated, "w_bytes": 2}
     with lowering_for(90) as target:
-        chosen = launch_parameters(target, **sizes, normed=case.norm or case.scaled, mosaic=True)
+        chosen = launch_parameters(target, **sizes, normed=case.norm or case.scaled, takes=lambda _: True)
     text, _ = lower_skinny(case, 90, in_kernel_merge=True)
     assert text.count("custom_call @mosaic_gpu_v2") == isinstance(chosen, Tiling)
     assert len(compiled) == isinstance(chosen, Launch)
     # Other GPUs have no such kernel.
     text, _ = lower_skinny(case, 80, in_kernel_merge=True)
     assert "mosaic_gpu" not in text
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SkinnyCase("norm", 64, 4096, 4096, norm=True),
+        SkinnyCase("norm_wide", 64, 12288, 4096, norm=True),
+        SkinnyCase("norm_bias", 64, 3584, 3584, norm=True, bias=True),
+        SkinnyCase("next_norm", 64, 4096, 4096, residual=True, next_norm=True),
+        SkinnyCase("next_norm_wide", 64, 12288, 4096, residual=True, next_norm=True),
+        SkinnyCase("gate_up", 32, 2048, 3072, norm=True, gated=True),
+        SkinnyCase("gate_up_wide", 64, 6144, 3072, norm=True, gated=True),
+        SkinnyCase("scaled_both", 128, 1024, 4096, scaled=True, residual=True, next_norm=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_products_that_a_tuned_tile_has_no_room_for_take_another(case):
+    for kind in ("NVIDIA H200", "NVIDIA H100"):
+        lower_skinny(case, Target(90, 132, 227 * 1024, kind), in_kernel_merge=True)
 
 
 def test_skinny_matmul_merges_splits_in_a_second_kernel_without_counters(compiled):

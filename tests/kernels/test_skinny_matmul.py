@@ -173,10 +173,10 @@ def test_a_tuned_mosaic_tile_is_used_where_the_operands_suit_it(tmp_path, monkey
             chosen = functools.partial(
                 launch.launch_parameters, target, inputs=1024, gated=False, w_bytes=2, normed=True
             )
-            assert chosen(rows=128, outputs=4096, mosaic=True) == mosaic
+            assert chosen(rows=128, outputs=4096, takes=lambda _: True) == mosaic
             assert chosen(rows=128, outputs=4096) == triton
-            assert chosen(rows=100, outputs=4096, mosaic=True) == triton  # TMA moves rows by eights
-            assert chosen(rows=128, outputs=4000, mosaic=True) == triton  # columns that no whole tiles cover
+            assert chosen(rows=100, outputs=4096, takes=lambda _: True) == triton  # TMA moves rows by eights
+            assert chosen(rows=128, outputs=4000, takes=lambda _: True) == triton  # columns that no whole tiles cover
     finally:
         launch.load_table.cache_clear()
 
@@ -188,7 +188,7 @@ def test_of_tuned_tiles_those_that_split_are_for_shapes_whose_clusters_run_at_on
     launch.save_table(launch.table_path("NVIDIA H200"), entries)
     try:
         with lowering_for(90) as target:
-            sizes = {"rows": 64, "inputs": 2048, "gated": False, "w_bytes": 2, "normed": False, "mosaic": True}
+            sizes = {"rows": 64, "inputs": 2048, "gated": False, "w_bytes": 2, "normed": False, "takes": lambda _: True}
             assert launch.launch_parameters(target, outputs=1024, **sizes) == split
             assert launch.launch_parameters(target, outputs=1536, **sizes) == whole
     finally:

@@ -14,7 +14,7 @@ from nanovllm_kernels.add_shards.exchange import Exchange, make_exchange, plan_o
 from nanovllm_kernels.add_shards.reference import add_shards_xla
 from nanovllm_kernels.skinny_matmul import Scaled
 
-__all__ = ["Exchange", "add_shards", "exchanges", "make_exchange"]
+__all__ = ["Exchange", "add_shards", "add_shards_scaled", "exchanges", "make_exchange", "parts_of_row"]
 
 
 def add_shards(
@@ -56,9 +56,6 @@ def add_shards(
     (total,) = add_shards_triton(part, residual, table.reshape(-1))
     return total
 
-    (total,) = add_shards_triton(part, residual, table.reshape(-1))
-    return total
-
 
 def add_shards_scaled(
     part: Float[Array, "M N"],
@@ -70,11 +67,23 @@ def add_shards_scaled(
 ) -> tuple[Float[Array, "M N"], Scaled]:
     """`add_shards` by its Triton kernel, and the sum for the norm that follows, with weight `next_norm`.
 
-    For parts that have `parts_of_row`; that many parts of the sums of squares are passed on.
+    As many parts of the sums of squares are passed on as `parts_of_row` says.
+
+    Raises:
+        ValueError: if the shapes or dtypes do not fit together, or part has no `parts_of_row`.
     """
+    check_float(part=part, residual=residual, next_norm=next_norm)
+    check_shape("residual", residual, part.shape, "as part")
+    check_shape("next_norm", next_norm, part.shape[1:], "N")
+    if residual.dtype != part.dtype:
+        raise ValueError(f"residual has dtype {residual.dtype}; it must be part's, {part.dtype}.")
+    if parts_of_row(part, shards_of(table)) is None:
+        raise ValueError(
+            f"part is {part.dtype}{list(part.shape)}, which the kernel passes nothing on of; use `add_shards`."
+        )
+    import_jax_triton()
     from nanovllm_kernels.add_shards.triton import add_shards_triton
 
-    import_jax_triton()
     total, *passed_on = add_shards_triton(part, residual, table.reshape(-1), next_norm.astype(part.dtype))
     return total, Scaled(*passed_on)
 

@@ -29,7 +29,7 @@ from nanovllm_kernels.skinny_matmul.launch import padded_rows
 
 _EMPTY, _TIMED_OUT = tl.constexpr(EMPTY), tl.constexpr(TIMED_OUT)
 _NAN_PAIR = tl.constexpr(0x7FFF7FFF)  # in bfloat16 and in float16
-# On two GPUs a look took 0.35 us, so 7 s; shards come milliseconds apart, but for a step's first run, which loads it.
+# Some seconds, at a fraction of a microsecond a look; shards come milliseconds apart, but for a step's first run.
 MAX_LOOKS = 20_000_000
 
 

@@ -13,10 +13,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
 from nanovllm_kernels._mosaic import CONSUMER_ROWS
-from nanovllm_kernels.rope_paged_decode.mosaic_shape import Arrays, KernelShape, Piece
+from nanovllm_kernels.rope_paged_decode.mosaic_shape import TILE_COLUMNS, Arrays, KernelShape, Piece
 
 _LAYOUT = plgpu.Layout.WGMMA
-_THREADS, _COLUMNS = 128, 8  # of a warpgroup; of a tile of the layout, two a thread
+_THREADS = 128  # of a warpgroup
 
 
 def store_rows(target: Any, values: Any, shape: KernelShape) -> None:
@@ -32,9 +32,9 @@ def store_rows(target: Any, values: Any, shape: KernelShape) -> None:
         row = arith.divui(thread, four)
         column = arith.muli(arith.remui(thread, four), utils.c(2, i32))
         with utils.when(arith.cmpi(arith.CmpIPredicate.ult, row, utils.c(count, i32))):
-            for tile in range(values.shape[1] // _COLUMNS):
+            for tile in range(values.shape[1] // TILE_COLUMNS):
                 pair = values.registers[(0, tile, *(0,) * (values.registers.ndim - 2))]
-                place = row, arith.addi(column, utils.c(tile * _COLUMNS, i32))
+                place = row, arith.addi(column, utils.c(tile * TILE_COLUMNS, i32))
                 vector.store(pair, target, [arith.index_cast(index, each) for each in place])
 
     inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _LAYOUT))(store)
@@ -45,7 +45,7 @@ def leave_part(arrays: Arrays, piece: Piece, values: Any, lse: Any, shape: Kerne
     """Stores a piece's attention, float32 [64, D], and its log-sum-exp, [64]."""
     rows = pl.ds(_first_row(piece, piece.ordinal, shape), shape.group)
     store_rows(arrays.parts.at[rows], values, shape)
-    store_rows(arrays.lse.at[rows], lax.broadcast_in_dim(lse, (CONSUMER_ROWS, _COLUMNS), [0]), shape)
+    store_rows(arrays.lse.at[rows], lax.broadcast_in_dim(lse, (CONSUMER_ROWS, TILE_COLUMNS), [0]), shape)
 
 
 def _first_row(piece: Piece, ordinal: Any, shape: KernelShape) -> Any:

@@ -21,18 +21,30 @@ from jax import lax
 from nanovllm_kernels._integers import ceil_div
 from nanovllm_kernels._mosaic import CONSUMERS
 
+_REGISTERS = (CONSUMERS + 2) * 128  # a thread of each warpgroup
+TILE_COLUMNS = 8  # of wgmma's layout, two a thread; as many copies of a log-sum-exp are stored
 AREA = 8  # rows of a piece's queries, newest key and newest value, and what lies between two such
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Launch parameters: tokens of a tile, tiles in flight a consumer, registers a thread."""
+    """Launch parameters: tokens of a tile, tiles in flight a consumer, registers a thread.
+
+    Raises:
+        ValueError: if the warpgroups together want more registers than there are; the kernel would wait for them for
+            ever.
+    """
 
     tile_tokens: int
     stages: int
     consumer_registers: int
     producer_registers: int
     query_registers: int
+
+    def __post_init__(self) -> None:
+        wanted = CONSUMERS * self.consumer_registers + self.producer_registers + self.query_registers
+        if wanted > _REGISTERS:
+            raise ValueError(f"the warpgroups want {wanted} registers a thread of {_REGISTERS}; lower one of them.")
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ def sample(
         top_k: 0, or V and more: all.
         top_p: 1 or more: all.
         min_p: at most 1; 0: all.
-        axis_name: the mesh axis over which V is split, if any. With it rows with filters run through XLA on any
-            backend: an exact threshold needs sums over the shards at every step of its search.
+        axis_name: the mesh axis over which V is split, if any. With it calls with filters run through XLA on
+            any backend: an exact threshold needs sums over the shards at every step of its search.
         backend: "xla" anywhere, "triton" on NVIDIA GPUs from sm_80 up.
 
     Returns:

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ _NEAREST = 2.0
 # Of the Mosaic kernel.
 TILE_ROWS = (16, 32, CONSUMER_ROWS, CONSUMERS * CONSUMER_ROWS)
 LEAST_COLUMNS = 16  # that a program of a cluster finishes: the narrowest swizzle
-# Clusters of so many programs, one a multiprocessor, that surely run at once: 32 of four do not on an H200.
+# Clusters of so many programs, one a multiprocessor, that run at once on an H200; 32 of four do not.
 MOST_CLUSTERS = {2: 64, 4: 16}
 # GPUs with the same chip share their tables, whatever their memory: each was tuned for some of the shapes.
 _SAME_CHIP, _ITS_MULTIPROCESSORS = {"h100": "h200", "h200": "h100"}, 132
@@ -98,12 +99,13 @@ class Tiling:
         """Shared memory of one stage of the ring, of 16-bit elements."""
         return self.tile_inputs * (self.tile_rows + self.tile_cols * (1 + gated)) * 2
 
-    def fits(self, *, rows: int, inputs: int, outputs: int) -> bool:
+    def fits(self, *, rows: int, inputs: int, outputs: int, multiprocessors: int = _ITS_MULTIPROCESSORS) -> bool:
         """Whether whole tiles cover K and N, TMA can move x, and clusters do not wait for each other."""
         shared_inputs = self.splits * self.tile_inputs * (CONSUMERS if self.splits_inputs else 1)
         whole = rows % ROW_ALIGNMENT == 0 and inputs % shared_inputs == 0 and outputs % self.tile_cols == 0
         clusters = ceil_div(rows, self.tile_rows) * outputs // self.tile_cols
-        return whole and (self.splits == 1 or clusters <= MOST_CLUSTERS[self.splits])
+        most = MOST_CLUSTERS.get(self.splits, 0) * multiprocessors // _ITS_MULTIPROCESSORS
+        return whole and (self.splits == 1 or clusters <= most)
 
 
 @dataclass(frozen=True)
@@ -132,17 +134,22 @@ def launch_parameters(
     gated: bool,
     w_bytes: int,
     normed: bool,
-    mosaic: bool = False,
+    takes: Callable[[Tiling], bool] | None = None,
 ) -> Launch | Tiling:
     """Those of the nearest shape in the tables of the GPU's chip, else `default_launch`.
 
-    A `Tiling` only with `mosaic`. Of equal shapes those with, or without, a norm before them count if there are such: a
-    quarter of Qwen3-8B's o is as large as Qwen3-0.6B's qkv.
+    A `Tiling` only if it is one that `takes`, which knows what else than its shape the product has. Of equal shapes
+    those with, or without, a norm before them count if there are such: a quarter of Qwen3-8B's o is as large as
+    Qwen3-0.6B's qkv.
     """
 
     def usable(launch: Launch | Tiling) -> bool:
-        return isinstance(launch, Launch) or (mosaic and launch.fits(rows=rows, inputs=inputs, outputs=outputs))
+        if isinstance(launch, Launch):
+            return True
+        sizes = {"rows": rows, "inputs": inputs, "outputs": outputs, "multiprocessors": target.multiprocessors}
+        return takes is not None and launch.fits(**sizes) and takes(launch)
 
+    own = load_table(table_path(target.kind))
     candidates = [
         entry
         for entry in table_of(target)
@@ -156,18 +163,20 @@ def launch_parameters(
     if not candidates:
         return default_launch(target, rows=rows, inputs=inputs, outputs=outputs, gated=gated, w_bytes=w_bytes)
 
-    def preference(entry: Entry) -> tuple[float, bool, int, int]:
+    def preference(entry: Entry) -> tuple[float, bool, int, bool, bool, int]:
         """Where a shape has parameters for both kernels, Triton's are for what Mosaic's does not take.
 
-        Those that split K come first: without are for the wider of its neighbours, whose clusters would be too many.
-
         So a GPU takes Mosaic's from its like's table where its own has Triton's alone; of equals its own come first.
+        Those that split K come before others of a shape, which are for wider neighbours, whose clusters would be too
+        many.
         """
         return (
             entry.distance(inputs, outputs),
             entry.normed != normed,
             entry.rows,
-            1 if isinstance(entry.launch, Launch) else -entry.launch.splits,
+            isinstance(entry.launch, Launch),
+            entry not in own,
+            -entry.launch.splits,
         )
 
     return min(candidates, key=preference).launch

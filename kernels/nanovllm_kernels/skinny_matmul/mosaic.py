@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from nanovllm_kernels._mosaic import Registers, Roles, warpgroup_kernel
 from nanovllm_kernels.skinny_matmul.launch import Tiling, padded_rows
 from nanovllm_kernels.skinny_matmul.mosaic_device import Place, consume, produce
-from nanovllm_kernels.skinny_matmul.mosaic_shape import ProductShape, scratch_types_of
+from nanovllm_kernels.skinny_matmul.mosaic_shape import ProductShape, scratch_types_of, shape_of
 
 _REGISTERS = Registers(consumer=216, producer=40)
 
@@ -72,24 +72,10 @@ def skinny_matmul_mosaic(
     Norms, bias and residual are cast to x's dtype. K is split where there is one product without a norm, and not in
     Mosaic's interpreter, whose parameters `interpret` are: programs do not run at the same time there.
     """
-    (num_rows, num_inputs), gated = x.shape, w.ndim == 3
-    if gated or norm is not None or interpret is not None:
+    if w.ndim == 3 or norm is not None or interpret is not None:
         tiling = replace(tiling, splits=1)
-    shape = ProductShape(
-        num_rows=num_rows,
-        num_inputs=num_inputs,
-        num_outputs=w.shape[-1],
-        gated=gated,
-        norm=norm is not None,
-        bias=bias is not None,
-        residual=residual is not None,
-        eps=eps,
-        dtype=x.dtype,
-        tiling=tiling,
-        square_parts=0 if squares is None else len(squares),
-        next_norm=next_norm is not None,
-        interpreted=interpret is not None,
-    )
+    given = {"norm": norm, "bias": bias, "residual": residual, "squares": squares, "next_norm": next_norm}
+    shape = replace(shape_of(x, w, tiling, **given), eps=eps, interpreted=interpret is not None)
     others = {}
     if norm is not None:
         others["norm"] = norm.astype(x.dtype).reshape(shape.steps, tiling.tile_inputs)

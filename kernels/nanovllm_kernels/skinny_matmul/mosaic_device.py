@@ -7,7 +7,7 @@ Wgmma takes 64 rows. Of a tile that has fewer, the rest is what lies behind it i
 stored: rows of the product do not touch each other, and to fetch zeros instead costs as much as to fetch x.
 
 As in the Triton kernel, (x * norm) @ w is scaled by the row's 1 / rms at the end. x * norm is formed in registers, from
-where wgmma takes its left side, unless x comes as this product: then wgmma takes it from shared memory as it is.
+where wgmma takes its left side. What comes as this product is taken from shared memory, unless tiles are narrow.
 
 Where tiles are fewer than half the multiprocessors, K may be split over the programs of a cluster, each of which
 finishes a part of the tile's columns.

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 
 from nanovllm_kernels._integers import ceil_div
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, swizzled
 from nanovllm_kernels.skinny_matmul.launch import Tiling
 
 _WIDE_BYTES = 128  # the widest swizzle
+_ALIGNMENT, _MOSAICS_BYTES = 1024, 2048  # of arrays in shared memory; what Mosaic (jax 0.11.2) adds to all of them
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,9 @@ class ProductShape:
     norm: bool
     bias: bool
     residual: bool
-    eps: float
     dtype: Any
     tiling: Tiling
+    eps: float = 0.0
     square_parts: int = 0  # in which the sums of squares of a scaled x come; 0: x is not scaled
     next_norm: bool = False
     interpreted: bool = False
@@ -63,6 +65,21 @@ class ProductShape:
     def tiles(self) -> tuple[int, int]:
         """Of columns and of rows."""
         return self.num_outputs // self.tiling.tile_cols, ceil_div(self.num_rows, self.tiling.tile_rows)
+
+
+def shape_of(x: Any, w: Any, tiling: Tiling, **given: Any) -> ProductShape:
+    """What the kernel is compiled for, of what `skinny_matmul` is given: arrays, or shapes, or None."""
+    there = {name: given[name] is not None for name in ("norm", "bias", "residual", "next_norm")}
+    return ProductShape(
+        num_rows=x.shape[0],
+        num_inputs=x.shape[1],
+        num_outputs=w.shape[-1],
+        gated=w.ndim == 3,
+        dtype=x.dtype,
+        tiling=tiling,
+        square_parts=0 if given["squares"] is None else len(given["squares"]),
+        **there,
+    )
 
 
 def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
@@ -119,3 +136,20 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
             "out_squares": plgpu.SMEM((whole_rows,), jnp.float32),
         }
     return types
+
+
+def takes(shape: ProductShape, shared_bytes: int) -> bool:
+    """Whether the kernel runs a product with the shape's tiling in so much shared memory.
+
+    K is split where there is one product without a norm.
+    """
+    if shape.tiling.splits > 1 and (shape.gated or shape.norm):
+        return False
+    wanted = _MOSAICS_BYTES
+    for each in scratch_types_of(shape).values():
+        if isinstance(each, plgpu.Barrier):
+            wanted += 8 * int(np.prod(each.num_barriers))
+        else:
+            size = math.prod(each.shape) * jnp.dtype(each.dtype).itemsize
+            wanted += ceil_div(size, _ALIGNMENT) * _ALIGNMENT
+    return wanted <= shared_bytes
