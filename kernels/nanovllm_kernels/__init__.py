@@ -6,7 +6,7 @@ anywhere, "triton" on NVIDIA GPUs from sm_80 up (imported only when asked for).
 
 from nanovllm_kernels._compat import lowering_for
 from nanovllm_kernels.add_rms_norm import add_rms_norm
-from nanovllm_kernels.add_shards import add_shards
+from nanovllm_kernels.add_shards import add_shards, add_shards_scaled
 from nanovllm_kernels.decode_layers import decode_layers, decode_layers_supports
 from nanovllm_kernels.gated_matmul import gated_matmul
 from nanovllm_kernels.paged_decode import paged_decode
@@ -22,6 +22,7 @@ __all__ = [
     "Scaled",
     "add_rms_norm",
     "add_shards",
+    "add_shards_scaled",
     "decode_layers",
     "decode_layers_supports",
     "gated_matmul",

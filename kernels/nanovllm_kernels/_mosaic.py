@@ -15,6 +15,7 @@ from jax import lax
 
 CONSUMERS, CONSUMER_ROWS = 2, 64  # warpgroups that multiply, and rows of each: the M of wgmma
 ROW_ALIGNMENT = 8  # rows that TMA moves together under swizzle
+LOG2_E = math.log2(math.e)
 # A program of three warpgroups starts with 168 registers a thread and can only shift them between warpgroups.
 _REGISTERS = (CONSUMERS + 1) * 168
 
@@ -50,6 +51,21 @@ def swizzled(dtype: Any, width: int) -> tuple[Any, ...]:
     itemsize = jnp.dtype(dtype).itemsize
     num_bytes = math.gcd(width * itemsize, 128)
     return (plgpu.TilingTransform((8, num_bytes // itemsize)), plgpu.SwizzleTransform(num_bytes))  # pyright: ignore[reportAbstractUsage]
+
+
+def weigh(acc: Any, maximum: Any, total: Any, scores: Any, scale: float) -> tuple[tuple[Any, Any, Any], Any]:
+    """A tile's part of an online softmax: weighted values, maximum of log2 and sum of the weights; the tile's weights.
+
+    The values weighted so far are scaled for them, but theirs are still to be added. Scores are scaled to powers of 2
+    in the same multiply-add that subtracts the maximum.
+    """
+    factor = scale * LOG2_E
+    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1) * factor)
+    decay = jnp.exp2(maximum - new_maximum)
+    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
+    acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+    total = total * decay + jnp.sum(weights, axis=1)
+    return (acc, new_maximum, total), weights
 
 
 Roles = tuple[Callable[[Any], None], Callable[[], None]]  # what each consumer does, by its index, and the producer

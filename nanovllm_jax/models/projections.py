@@ -16,10 +16,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nanovllm_jax.models.params import Params
-from nanovllm_jax.parallel.collectives import parts_passed_on, sum_shards, sum_shards_scaled
+from nanovllm_jax.parallel.collectives import parts_passed_on, sum_shards
 from nanovllm_kernels import (
     Scaled,
     add_rms_norm,
+    add_shards_scaled,
     gated_matmul,
     scaled,
     skinny_matmul,
@@ -198,7 +199,7 @@ def _add_fused(
         if axis_name is not None:
             assert table is not None
             update = skinny_matmul(inputs, weight, **options)
-            total, passed_on = sum_shards_scaled(update, x, next_norm, axis_name, table)
+            total, passed_on = add_shards_scaled(update, x, next_norm=next_norm, table=table)
             return Residual(typed_as(x, total), scaled=passed_on)
         options |= {"bias": bias, "residual": x, "next_norm": next_norm}
         total, passed_on = skinny_matmul_scaled(inputs, weight, **options)

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 from nanovllm_jax.errors import DeviceError
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.parallel.mesh import MODEL_AXIS
-from nanovllm_kernels import Scaled, add_shards
-from nanovllm_kernels.add_shards import add_shards_scaled, parts_of_row
+from nanovllm_kernels import add_shards
+from nanovllm_kernels.add_shards import parts_of_row
 from nanovllm_kernels.add_shards.exchange import (
     Exchange,
     abstract_exchange,
@@ -35,7 +35,6 @@ __all__ = [
     "max_shards",
     "parts_passed_on",
     "sum_shards",
-    "sum_shards_scaled",
     "table_of",
 ]
 
@@ -58,19 +57,8 @@ def sum_shards(
 
 
 def parts_passed_on(x: Float[Array, "T E"], table: Int[Array, "*mesh entries"] | None) -> int | None:
-    """In how many parts `sum_shards_scaled` passes on the sums of squares of such rows; None where it does not."""
+    """In how many parts `add_shards_scaled` passes on the sums of squares of such rows; None where it does not."""
     return None if table is None or x.dtype != jnp.bfloat16 else parts_of_row(x, shards_of(table))
-
-
-def sum_shards_scaled(
-    value: Float[Array, "T E"],
-    residual: Float[Array, "T E"],
-    next_norm: Float[Array, " E"],
-    axis_name: str,
-    table: Int[Array, "*mesh entries"],
-) -> tuple[Float[Array, "T E"], Scaled]:
-    """The sum over the shards plus `residual`, and the same for the norm that follows."""
-    return add_shards_scaled(value, residual, next_norm=next_norm, axis_name=axis_name, table=table)
 
 
 def can_exchange(mesh: Mesh) -> bool:

@@ -154,7 +154,7 @@ def test_add_shards(shards):
             part, _ = jax.lax.optimization_barrier((part[0], earlier))  # one after the other on every shard
             if residual is not None and part.dtype == jnp.bfloat16 and parts_of_row(part, shards):
                 norm = jnp.linspace(0.5, 2, part.shape[1], dtype=part.dtype)
-                total, scaled = add_shards_scaled(part, residual, next_norm=norm, axis_name="model", table=table)
+                total, scaled = add_shards_scaled(part, residual, next_norm=norm, table=table)
                 wide = total.astype(jnp.float32)
                 passed_on.append((scaled.x, (wide * norm.astype(jnp.float32)).astype(part.dtype)))
                 passed_on.append((scaled.squares[:, : len(part)].sum(axis=0), (wide * wide).sum(axis=1)))

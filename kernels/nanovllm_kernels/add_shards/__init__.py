@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._checks import check_backend, check_float, check_shape
 from nanovllm_kernels._compat import import_jax_triton
-from nanovllm_kernels.add_shards.exchange import Exchange, make_exchange, plan_of, shards_of
+from nanovllm_kernels.add_shards.exchange import Exchange, SumPlan, make_exchange, plan_of, shards_of
 from nanovllm_kernels.add_shards.reference import add_shards_xla
 from nanovllm_kernels.skinny_matmul import Scaled
 
@@ -42,12 +42,7 @@ def add_shards(
         ValueError: if the shapes or dtypes do not fit together, or the backend is unknown.
     """
     check_backend(backend)
-    check_float(part=part)
-    if residual is not None:
-        check_float(residual=residual)
-        check_shape("residual", residual, part.shape, "as part")
-        if residual.dtype != part.dtype:
-            raise ValueError(f"residual has dtype {residual.dtype}; it must be part's, {part.dtype}.")
+    _check(part, residual)
     if backend == "xla" or table is None or not exchanges(part, shards_of(table)):
         return add_shards_xla(part, residual, axis_name)
     import_jax_triton()
@@ -62,7 +57,6 @@ def add_shards_scaled(
     residual: Float[Array, "M N"],
     *,
     next_norm: Float[Array, " N"],
-    axis_name: str,
     table: Int[Array, "*mesh entries"],
 ) -> tuple[Float[Array, "M N"], Scaled]:
     """`add_shards` by its Triton kernel, and the sum for the norm that follows, with weight `next_norm`.
@@ -72,11 +66,9 @@ def add_shards_scaled(
     Raises:
         ValueError: if the shapes or dtypes do not fit together, or part has no `parts_of_row`.
     """
-    check_float(part=part, residual=residual, next_norm=next_norm)
-    check_shape("residual", residual, part.shape, "as part")
+    _check(part, residual)
+    check_float(next_norm=next_norm)
     check_shape("next_norm", next_norm, part.shape[1:], "N")
-    if residual.dtype != part.dtype:
-        raise ValueError(f"residual has dtype {residual.dtype}; it must be part's, {part.dtype}.")
     if parts_of_row(part, shards_of(table)) is None:
         raise ValueError(
             f"part is {part.dtype}{list(part.shape)}, which the kernel passes nothing on of; use `add_shards`."
@@ -90,10 +82,23 @@ def add_shards_scaled(
 
 def parts_of_row(part: jax.ShapeDtypeStruct | Array, shards: int) -> int | None:
     """How many programs of the Triton kernel add a row of part [M, N]; None where not each has all of its row alone."""
-    plan = plan_of(part.shape, shards) if exchanges(part, shards) else None
+    plan = _plan(part, shards)
     return None if plan is None or part.shape[1] % plan.elements else part.shape[1] // plan.elements
 
 
 def exchanges(part: jax.ShapeDtypeStruct | Array, shards: int) -> bool:
     """Whether the Triton kernel adds such arrays: 16-bit elements, of a shape that `plan_of` cuts into programs."""
-    return jnp.dtype(part.dtype).itemsize == 2 and plan_of(part.shape, shards) is not None
+    return _plan(part, shards) is not None
+
+
+def _plan(part: jax.ShapeDtypeStruct | Array, shards: int) -> SumPlan | None:
+    return plan_of(part.shape, shards) if jnp.dtype(part.dtype).itemsize == 2 else None
+
+
+def _check(part: Array, residual: Array | None) -> None:
+    check_float(part=part)
+    if residual is not None:
+        check_float(residual=residual)
+        check_shape("residual", residual, part.shape, "as part")
+        if residual.dtype != part.dtype:
+            raise ValueError(f"residual has dtype {residual.dtype}; it must be part's, {part.dtype}.")

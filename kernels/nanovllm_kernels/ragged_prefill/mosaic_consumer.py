@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -11,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nanovllm_kernels._mosaic import CONSUMER_ROWS, ROW_ALIGNMENT
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, ROW_ALIGNMENT, weigh
 from nanovllm_kernels.ragged_prefill.mosaic_device import (
     KernelShape,
     Shared,
@@ -20,8 +19,6 @@ from nanovllm_kernels.ragged_prefill.mosaic_device import (
     head_and_row,
     kv_tiles,
 )
-
-_LOG2_E = math.log2(math.e)
 
 
 def consume(work: Any, out: Any, shared: Shared, shape: KernelShape, consumer: Any) -> None:
@@ -99,14 +96,8 @@ def _attend(
         # A select: what a masked key left may be NaN.
         scores = jnp.where(columns + index * tile_tokens <= rows + position, scores, -jnp.inf)
 
-    # Scaled to powers of 2 in the same multiply-add that subtracts the maximum. A row that sees nothing gets NaN
-    # here; only rows that belong to nobody are such, and they are not stored.
-    factor = shape.scale * _LOG2_E
-    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1) * factor)
-    decay = jnp.exp2(maximum - new_maximum)
-    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
-    acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-    total = total * decay + jnp.sum(weights, axis=1)
+    # A row that sees nothing gets NaN here; only rows that belong to nobody are such, and they are not stored.
+    (acc, new_maximum, total), weights = weigh(acc, maximum, total, scores, shape.scale)
     operand = weights.astype(shape.dtype)
     # All of it before the turn goes to the other consumer, or the compiler moves it past the barrier.
     acc, new_maximum, total, operand = lax.optimization_barrier((acc, new_maximum, total, operand))

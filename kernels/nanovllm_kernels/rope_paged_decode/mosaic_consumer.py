@@ -6,7 +6,6 @@ multiplied like them and never stored.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -14,13 +13,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from nanovllm_kernels._mosaic import CONSUMER_ROWS
+from nanovllm_kernels._mosaic import CONSUMER_ROWS, LOG2_E, weigh
 from nanovllm_kernels.rope_paged_decode.mosaic_merge import arrive, leave_part, merge, store_rows
 from nanovllm_kernels.rope_paged_decode.mosaic_shape import AREA, Arrays, KernelShape, Piece, Shared, for_each_piece
 
 _LAYOUT = plgpu.Layout.WGMMA
 _COLUMNS, _ROWS = _LAYOUT.reduce(0), _LAYOUT.reduce(1)
-_LOG2_E = math.log2(math.e)
 State = tuple[Any, Any, Any]  # weighted values [64, D], maximum of log2 and sum of the weights [64]
 
 
@@ -80,7 +78,7 @@ def _begin(shared: Shared, shape: KernelShape, consumer: Any, piece: Piece) -> t
     least = lax.select(present, jnp.float32(0), -jnp.float32(jnp.inf))
     total = plgpu.layout_cast(lax.broadcast_in_dim(one, (CONSUMER_ROWS,), []), _ROWS)
     acc = lax.broadcast_in_dim(value * one, (CONSUMER_ROWS, shape.head_dim), [1])
-    return queries, (acc, score * (shape.scale * _LOG2_E) + least, total)
+    return queries, (acc, score * (shape.scale * LOG2_E) + least, total)
 
 
 def _scores(queries: list[Any], shared: Shared, stage: Any, shape: KernelShape) -> Any:
@@ -99,13 +97,7 @@ def _scores(queries: list[Any], shared: Shared, stage: Any, shape: KernelShape) 
 
 def _add(state: State, scores: Any, shared: Shared, stage: Any, shape: KernelShape) -> State:
     """One more tile; `scores` are queries times keys."""
-    acc, maximum, total = state
-    factor = shape.scale * _LOG2_E
-    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1) * factor)
-    decay = jnp.exp2(maximum - new_maximum)
-    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
-    acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-    total = total * decay + jnp.sum(weights, axis=1)
+    (acc, new_maximum, total), weights = weigh(*state, scores, shape.scale)
     operand = weights.astype(shape.dtype)
     if shape.interpreted:
         return acc + jnp.dot(operand, shared.v[stage], preferred_element_type=jnp.float32), new_maximum, total

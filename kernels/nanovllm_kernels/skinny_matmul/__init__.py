@@ -153,12 +153,15 @@ def _results(
         # x * norm, which is not yet divided by the row's rms, may be past float16's largest number.
         x = rms_norm_xla(x, options.pop("norm"), eps)
         options["norm"] = None
-    target, takes = current_target(), None
-    if has_mosaic_kernel() and w_layout == "kn" and w.dtype == x.dtype and dtype == x.dtype:
-        from nanovllm_kernels.skinny_matmul import mosaic_shape
+    target = current_target()
+    given = {name: options[name] for name in ("norm", "bias", "residual", "squares", "next_norm")}
+    mosaic = has_mosaic_kernel() and w_layout == "kn" and w.dtype == x.dtype and dtype == x.dtype
 
-        given = {name: options[name] for name in ("norm", "bias", "residual", "squares", "next_norm")}
-        takes = lambda tiling: mosaic_shape.takes(mosaic_shape.shape_of(x, w, tiling, **given), target.shared_bytes)  # noqa: E731
+    def takes(tiling: Tiling) -> bool:
+        from nanovllm_kernels.skinny_matmul.mosaic_shape import shape_of, takes
+
+        return takes(shape_of(x, w, tiling, **given), target.shared_bytes)
+
     launch = launches.launch_parameters(
         target,
         rows=x.shape[0],
@@ -167,13 +170,12 @@ def _results(
         gated=w.ndim == 3,
         w_bytes=w.dtype.itemsize,
         normed=options["norm"] is not None or squares is not None,
-        takes=takes,
+        takes=takes if mosaic else None,
     )
     if isinstance(launch, Tiling):
         from nanovllm_kernels.skinny_matmul.mosaic import skinny_matmul_mosaic
 
-        names = ("norm", "eps", "bias", "residual", "squares", "next_norm")
-        return skinny_matmul_mosaic(x, w, **{name: options[name] for name in names}, tiling=launch)
+        return skinny_matmul_mosaic(x, w, **given, eps=eps, tiling=launch)
     from nanovllm_kernels.skinny_matmul.triton import skinny_matmul_triton
 
     return skinny_matmul_triton(x, w, **options, counters=counters, launch=launch)
