@@ -13,6 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from nanovllm_kernels._streaming import stream_copies
+
 CONSUMERS, CONSUMER_ROWS = 2, 64  # warpgroups that multiply, and rows of each: the M of wgmma
 ROW_ALIGNMENT = 8  # rows that TMA moves together under swizzle
 LOG2_E = math.log2(math.e)
@@ -80,12 +82,14 @@ def warpgroup_kernel(
     grid: dict[str, int],
     interpret: Any,
     cluster: dict[str, int] | None = None,
+    streams: bool = False,
 ) -> Callable[..., Any]:
     """A function of arrays that launches `program` over `grid`, whose axes are named.
 
     `program` takes references to the arrays, the output and the scratch. Warpgroups touch shared memory between
     explicit barriers and commits only: a barrier before every copy would cost `ragged_prefill`'s producer 16 a tile.
     `cluster`: another axis, whose programs run at the same time and reach each other's shared memory.
+    `streams`: whether L2 gives up first what the kernel copies, which then is worth more to others.
     `interpret`: parameters of Mosaic's interpreter.
     """
     import jax.experimental.pallas as pl
@@ -106,7 +110,7 @@ def warpgroup_kernel(
             produce()
 
     return plgpu.kernel(
-        kernel,
+        stream_copies(kernel) if streams else kernel,
         out_type=out_type,
         scratch_types=[scratch_types],
         grid=tuple(grid.values()),

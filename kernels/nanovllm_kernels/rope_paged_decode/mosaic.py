@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from nanovllm_kernels._compat import current_target, update_in_place
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, swizzled
+from nanovllm_kernels._streaming import stream_copies
 from nanovllm_kernels.rope_paged_decode.mosaic_consumer import consume
 from nanovllm_kernels.rope_paged_decode.mosaic_producer import produce
 from nanovllm_kernels.rope_paged_decode.mosaic_queries import make_queries
@@ -78,9 +79,9 @@ def _attention(
             plgpu.set_max_registers(launch.query_registers, action="decrease")
             make_queries(arrays, shared, shape)
 
-    rows = shape.num_pieces * shape.num_kv_heads * shape.group + CONSUMER_ROWS  # a merge reads 64 at a time
+    rows = shape.num_pieces * shape.num_kv_heads * shape.group
     return plgpu.kernel(
-        kernel,
+        stream_copies(kernel),
         out_type=(
             jax.ShapeDtypeStruct((len(inputs["qkv"]), shape.num_kv_heads * shape.group, shape.head_dim), shape.dtype),
             jax.ShapeDtypeStruct((rows, shape.head_dim), jnp.float32),

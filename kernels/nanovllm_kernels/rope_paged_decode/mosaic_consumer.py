@@ -35,10 +35,16 @@ def consume(arrays: Arrays, shared: Shared, shape: KernelShape, consumer: Any) -
             plgpu.barrier_wait(shared.ready.at[stage])
             return stage
 
+        def release(tile: Any, stage: Any) -> None:
+            plgpu.barrier_arrive(shared.free.at[stage])
+            # What `_begin` has read is in registers once it has been multiplied, no sooner: an arrival right after the
+            # reads passes those that wait behind global loads, and then they find the next piece's heads.
+            pl.when(tile == 0)(lambda: plgpu.barrier_arrive(shared.heads_free.at[consumer]))
+
         def attend(tile: Any, state: State) -> State:
             stage = wait(tile)
             state = _add(state, _scores(queries, shared, stage, shape), shared, stage, shape)
-            plgpu.barrier_arrive(shared.free.at[stage])
+            release(tile, stage)
             return state
 
         state = lax.fori_loop(0, tiles - 1, attend, state)
@@ -48,7 +54,7 @@ def consume(arrays: Arrays, shared: Shared, shape: KernelShape, consumer: Any) -
         scores = _scores(queries, shared, stage, shape)
         keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_LAYOUT)
         state = _add(state, jnp.where(keys < valid, scores, -jnp.inf), shared, stage, shape)
-        plgpu.barrier_arrive(shared.free.at[stage])
+        release(tiles - 1, stage)
         _finish(arrays, shared, shape, consumer, piece, state)
         return step + tiles
 
@@ -67,7 +73,6 @@ def _begin(shared: Shared, shape: KernelShape, consumer: Any, piece: Piece) -> t
     queries = [load(heads.at[:, pl.ds(part * half, half)], _LAYOUT) for part in range(2)]
     key = [load(heads.at[shape.group, pl.ds(part * half, half)], _COLUMNS).astype(jnp.float32) for part in range(2)]
     value = load(heads.at[shape.group + 1], _COLUMNS).astype(jnp.float32)
-    plgpu.barrier_arrive(shared.heads_free.at[consumer])
     score = sum(
         jnp.sum(part.astype(jnp.float32) * lax.broadcast_in_dim(other, part.shape, [1]), axis=1)
         for part, other in zip(queries, key, strict=True)

@@ -7,10 +7,11 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from nanovllm_kernels._mosaic import CONSUMER_ROWS
 from nanovllm_kernels.rope_paged_decode.mosaic_shape import TILE_COLUMNS, Arrays, KernelShape, Piece
@@ -41,6 +42,43 @@ def store_rows(target: Any, values: Any, shape: KernelShape) -> None:
     inlined(target, plgpu.layout_cast(values, _LAYOUT))
 
 
+def load_rows(source: Any, shape: KernelShape) -> Any:
+    """The rows of `source`, at most 8, as the first of float32 [64, columns]; the last of them is repeated.
+
+    Of other rows of the array nothing is read, and nothing from L1: what lies there may be of before others wrote.
+    """
+    count, columns = source.shape
+    size = (CONSUMER_ROWS, columns)
+    if shape.interpreted:
+        return jnp.pad(source[...], ((0, CONSUMER_ROWS - count), (0, 0)), mode="edge")
+
+    def load(_: Any, source: Any) -> Any:
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        pair_type, layout = ir.VectorType.get((2,), ir.F32Type.get()), _LAYOUT.to_mgpu()
+        thread, four = arith.remui(utils.thread_idx(), utils.c(_THREADS, i32)), utils.c(4, i32)
+        row = arith.minui(arith.divui(thread, four), utils.c(count - 1, i32))
+        pair = arith.addi(arith.muli(row, utils.c(columns // 2, i32)), arith.remui(thread, four))
+        registers = np.empty((columns // TILE_COLUMNS, 2), dtype=object)  # a thread has two rows
+        for tile in range(columns // TILE_COLUMNS):
+            word = utils.inline_ptx(
+                f"{{ .reg .b64 at; mad.wide.u32 at, $2, 8, $1; "
+                f"ld.relaxed.gpu.global.b64 $0, [at+{tile * TILE_COLUMNS * 4}]; }}",
+                utils.memref_ptr(source),
+                pair,
+                result_types=i64,
+                has_side_effects=True,
+            )
+            registers[tile] = llvm.bitcast(pair_type, word)
+        return fragmented_array.FragmentedArray(
+            _registers=registers.reshape(layout.registers_shape(size)), _layout=layout, _is_signed=None
+        )
+
+    inlined: Any = plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(size, jnp.float32, layout=_LAYOUT)
+    )(load)
+    return inlined(source)
+
+
 def leave_part(arrays: Arrays, piece: Piece, values: Any, lse: Any, shape: KernelShape) -> None:
     """Stores a piece's attention, float32 [64, D], and its log-sum-exp, [64]."""
     rows = pl.ds(_first_row(piece, piece.ordinal, shape), shape.group)
@@ -62,27 +100,40 @@ def arrive(arrays: Arrays, piece: Piece, arrived: Any, shape: KernelShape) -> An
         before = counter[0]
         counter[0] = jnp.where(before == piece.count - 1, 0, before + 1)
         return before
-    plgpu.commit_smem()  # a barrier: the word was read by all when another piece arrived
-    arrived[0] = piece.count - 1
 
-    def count(_: Any, counter: Any, arrived: Any) -> None:
-        i32, zero = ir.IntegerType.get_signless(32), arith.constant(ir.IndexType.get(), 0)
-        # The barrier orders the warpgroup's stores before the release, and what it reads after the acquire.
-        utils.warpgroup_barrier()
-        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
-            before = utils.inline_ptx(
-                "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;",
-                utils.memref_ptr(counter),
-                memref.load(arrived, [zero]),
-                result_types=i32,
-                has_side_effects=True,
-            )
-            memref.store(before, arrived, [zero])
-        utils.warpgroup_barrier()
+    def count(_: Any, counter: Any, arrived: Any, most: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        thread = arith.remui(utils.thread_idx(), utils.c(_THREADS, i32))
+        # One piece of code: LLVM may copy a barrier into the branches of a condition, and if the threads of a warp then
+        # come to different copies, it lets others through before the word is there. The first barrier orders the
+        # warpgroup's stores before the release, the second what it reads after the acquire.
+        before = utils.inline_ptx(
+            f"""{{
+            .reg .pred leads; .reg .b32 before;
+            setp.eq.u32 leads, $1, 0;
+            bar.sync $2, {_THREADS};
+            @leads atom.acq_rel.gpu.global.inc.u32 before, [$3], $5;
+            @leads st.shared.u32 [$4], before;
+            bar.sync $2, {_THREADS};
+            ld.shared.u32 $0, [$4];
+            }}""",
+            thread,
+            utils.warpgroup_barrier_idx(sync=False),
+            utils.memref_ptr(counter),
+            utils.memref_ptr(arrived),
+            most.registers.flat[0],
+            result_types=i32,
+            has_side_effects=True,
+            convergent=True,
+        )
+        return fragmented_array.FragmentedArray.splat(before, (), is_signed=True)
 
-    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(count)
-    inlined(counter, arrived)
-    return arrived[0]
+    scalar = plgpu.Layout.WG_SPLAT(())
+    inlined: Any = plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType(), scalar),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar),
+    )(count)
+    return inlined(counter, arrived, piece.count - 1)
 
 
 def merge(arrays: Arrays, piece: Piece, shape: KernelShape) -> Any:
@@ -91,9 +142,9 @@ def merge(arrays: Arrays, piece: Piece, shape: KernelShape) -> Any:
 
     def add(ordinal: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         acc, maximum, total = state
-        rows = pl.ds(_first_row(piece, ordinal, shape), CONSUMER_ROWS)
-        lse = plgpu.load(arrays.lse.at[rows, 0], layout=_LAYOUT.reduce(1), optimized=False)
-        values = plgpu.load(arrays.parts.at[rows], layout=_LAYOUT, optimized=False)
+        rows = pl.ds(_first_row(piece, ordinal, shape), shape.group)
+        lse = jnp.max(load_rows(arrays.lse.at[rows], shape), axis=1)  # of equal columns
+        values = load_rows(arrays.parts.at[rows], shape)
         new_maximum = jnp.maximum(maximum, lse)
         decay, weight = jnp.exp2(maximum - new_maximum), jnp.exp2(lse - new_maximum)
         acc = acc * lax.broadcast_in_dim(decay, size, [0]) + values * lax.broadcast_in_dim(weight, size, [0])

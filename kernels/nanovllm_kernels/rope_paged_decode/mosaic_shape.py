@@ -72,7 +72,7 @@ class KernelShape:
 
 @dataclass(frozen=True)
 class Arrays:
-    """References to the arrays of a launch; rows of `parts` and `lse` are [pieces, K, G], and 64 more."""
+    """References to the arrays of a launch; rows of `parts` and `lse` are [pieces, K, G]."""
 
     qkv: Any  # [B, K, G + 2, D]
     cos: Any  # float32 [B, D / 2]
@@ -84,8 +84,8 @@ class Arrays:
     k_cache: Any  # [N * K, block_size, D]
     v_cache: Any
     out: Any  # [B, H, D]
-    parts: Any  # float32 [pieces * K * G + 64, D]
-    lse: Any  # float32 [pieces * K * G + 64, 8]: copies of log2 of the sum of exp2(scores)
+    parts: Any  # float32 [pieces * K * G, D]
+    lse: Any  # float32 [pieces * K * G, 8]: copies of log2 of the sum of exp2(scores)
 
 
 @dataclass(frozen=True)

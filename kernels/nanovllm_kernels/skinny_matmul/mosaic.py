@@ -50,6 +50,7 @@ def _product(
         out_type=out_types,
         grid=grid,
         cluster={"split": splits} if splits > 1 else {},
+        streams=True,
         interpret=interpret,
     )(x, w, others)
 
