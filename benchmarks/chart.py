@@ -159,7 +159,7 @@ def main() -> None:
     kind, source, path = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if kind == "roofline":
         return draw_roofline(json.loads(source.read_text(encoding="utf-8")), path)
-    lines = list(results_log.latest(source).values())
+    lines = list(results_log.latest(results_log.recorded(source)).values())
     if kind == "latency":
         lines = [line for line in lines if re.match(r"(ttft|tpot)_ms_", line["figure"])]
     return DRAWINGS[kind](lines, path)

@@ -9,7 +9,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,9 +65,13 @@ def append(lines: Sequence[dict], folder: Path) -> Path:
     return path
 
 
-def latest(path: Path) -> dict[str, dict]:
+def recorded(path: Path) -> list[dict]:
+    """All lines, the oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def latest(lines: Iterable[dict]) -> dict[str, dict]:
     """The line that counts of each figure's name, in the order in which the names first came."""
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     return {line["figure"]: line for line in lines}
 
 

@@ -1,8 +1,9 @@
 """Renders what was recorded: `python benchmarks/tables.py` rewrites the tables in benchmarks/README.md and README.md.
 
-Everything between two markers is made from `results/*.jsonl`, of each figure the last line: all of them in
-benchmarks/README.md, those of the cases in README.md, and near its top a few of one device. With `--check` nothing is
-written and the exit status is 1 if the tables are not those of the files.
+Everything between two markers is made from `results/*.jsonl`: all figures in benchmarks/README.md, each engine's last;
+those of the cases in README.md, where beside another engine stands what we had at the commit that it was measured with;
+and near its top a few of one device. With `--check` nothing is written and the exit status is 1 if the tables are not
+those of the files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import results_log
@@ -35,6 +36,7 @@ NONE_YET = "No results are recorded yet."
 _LATENCY = re.compile(r"(ttft|tpot)_ms_b(\d+)_c(\d+)")
 
 Table = dict[str, dict[str, dict]]  # figure -> engine -> line
+Choose = Callable[[list[dict]], dict[str, dict]]  # the line that counts of each figure's name
 
 
 def main() -> int:
@@ -84,13 +86,13 @@ def render(folder: Path) -> str:
 
 def render_front_page(folder: Path) -> str:
     """A table for each kind of device that a case was measured on: a row a case, our share of the limit at the end."""
-    tables = (case_table(device, lines, tuple(FRONT_FIGURES)) for device, lines in by_device(folder).items())
+    tables = (case_table(device, lines, tuple(FRONT_FIGURES)) for device, lines in by_device(folder, beside).items())
     return "\n\n".join(filter(None, tables)) or NONE_YET
 
 
 def render_headlines(folder: Path) -> str:
     """A few cases on one kind of device."""
-    lines = by_device(folder).get(HEADLINE_DEVICE, [])
+    lines = by_device(folder, beside).get(HEADLINE_DEVICE, [])
     return case_table(HEADLINE_DEVICE, lines, HEADLINES) or NONE_YET
 
 
@@ -114,13 +116,21 @@ def case_table(device: str, lines: Sequence[dict], figures: Sequence[str]) -> st
     return markdown([f"one {device}, {when}: output tok/s", *engines, "of the limit"], rows)
 
 
-def by_device(folder: Path) -> dict[str, list[dict]]:
+def by_device(folder: Path, choose: Choose = results_log.latest) -> dict[str, list[dict]]:
     """The lines that count, by kind and number of devices."""
     found: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in results_log.latest(path).values():
+        for line in choose(results_log.recorded(path)).values():
             found.setdefault(line["device"], []).append(line)
     return dict(sorted(found.items()))
+
+
+def beside(lines: Sequence[dict]) -> dict[str, dict]:
+    """The last lines, but of our figures that other engines have, too, those of the commit of theirs."""
+    chosen = results_log.latest(lines)
+    of_others = {figure.partition("/")[2]: line["commit"] for figure, line in chosen.items() if "/" in figure}
+    ran_together = [line for line in lines if (line["figure"], line["commit"]) in of_others.items()]
+    return chosen | results_log.latest(ran_together)
 
 
 def figures_of(lines: Sequence[dict]) -> Table:

@@ -10,10 +10,8 @@ from benchmark_scripts import BENCHMARKS
 VERSIONS = {"python": "3.12.3", "engine": "1.0"}
 
 
-def line(name, values, unit="tok/s", limit=None, device="NVIDIA H200"):
-    return results_log.figure_line(
-        name, values, unit, limit, device=device, versions=VERSIONS, commit="0123456789abcdef"
-    )
+def line(name, values, unit="tok/s", limit=None, device="NVIDIA H200", commit="0123456789abcdef"):
+    return results_log.figure_line(name, values, unit, limit, device=device, versions=VERSIONS, commit=commit)
 
 
 def cells(text, first):
@@ -87,6 +85,16 @@ def test_front_page_has_a_table_of_the_cases_for_each_device(tmp_path):
     assert cells(first, "nano-vLLM's benchmark: 256")[1:] == ["19,000", "15,000", "50%"]
     assert cells(second, "nano-vLLM's benchmark: 256")[1:] == ["27,000", "71%"]
     assert "host_gap" not in first
+
+
+def test_beside_another_engine_stands_what_ran_with_it(tmp_path):
+    results_log.append([line("single_out_tok_s", [1.0]), line("single_out_tok_s", [2.0], commit="later")], tmp_path)
+    for value, commit in ((20_000.0, "alone"), (28_000.0, "together"), (29_000.0, "later")):
+        results_log.append([line("bench256_out_tok_s", [value], commit=commit)], tmp_path)
+    results_log.append([line("vllm/bench256_out_tok_s", [23_000.0], commit="together")], tmp_path)
+    assert cells(tables.render_front_page(tmp_path), "nano-vLLM's benchmark: 256")[1:3] == ["28,000", "23,000"]
+    assert cells(tables.render_front_page(tmp_path), "one stream, 128 in, 512 out")[1] == "2"
+    assert cells(tables.render(tmp_path), "`bench256_out_tok_s`")[2:4] == ["29,000", "23,000"]
 
 
 def test_headlines_are_a_few_cases_of_one_device(tmp_path):
