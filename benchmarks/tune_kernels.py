@@ -110,7 +110,7 @@ def tilings(case: SkinnyCase) -> list[Tiling]:
         if fits and stages >= 2 * CONSUMERS and tiles_of(case, one) <= target.multiprocessors:
             found.append(replace(one, num_stages=stages))
     found = sorted(found, key=lambda one: -tiles_of(case, one))[:MAX_TILINGS]
-    return found + [split for one in found for split in split_over_clusters(case, one)]
+    return found + [split for one in found for split in split_over_clusters(in_the_engine(case), one)]
 
 
 def split_over_clusters(case: SkinnyCase, one: Tiling) -> list[Tiling]:
@@ -338,10 +338,15 @@ def tune_skinny_matmul(options: argparse.Namespace) -> None:
 
 
 def entries_of(case: SkinnyCase, timed: list[Timed]) -> list[Entry]:
-    """The best launch, and beside one of the Mosaic kernel the best of Triton, for what the other does not take."""
+    """The best launch, and beside one of the Mosaic kernel, or one that splits K there, the best without.
+
+    What has a norm inside is not split, and what Mosaic's kernel does not take is Triton's.
+    """
     merged = [each.launch for each in timed if each.in_kernel_merge]
-    in_triton = next(one for one in merged if isinstance(one, Launch))
-    return [Entry(**key_of(case), launch=one) for one in dict.fromkeys((merged[0], in_triton))]
+    best = [merged[0], next(one for one in merged if isinstance(one, Launch))]
+    if isinstance(merged[0], Tiling) and merged[0].splits > 1:
+        best[1:1] = [one for one in merged if isinstance(one, Tiling) and one.splits == 1][:1]
+    return [Entry(**key_of(case), launch=one) for one in dict.fromkeys(best)]
 
 
 def main() -> None:

@@ -89,7 +89,7 @@ def warpgroup_kernel(
     `program` takes references to the arrays, the output and the scratch. Warpgroups touch shared memory between
     explicit barriers and commits only: a barrier before every copy would cost `ragged_prefill`'s producer 16 a tile.
     `cluster`: another axis, whose programs run at the same time and reach each other's shared memory.
-    `streams`: whether L2 gives up first what the kernel copies, which then is worth more to others.
+    `streams`: whether L2 gives up first what the kernel copies, and so keeps what others read again.
     `interpret`: parameters of Mosaic's interpreter.
     """
     import jax.experimental.pallas as pl

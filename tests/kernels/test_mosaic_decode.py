@@ -17,19 +17,23 @@ from nanovllm_kernels.rope_paged_decode.mosaic import rope_paged_decode_mosaic
 LENGTHS = (0, 1, 300, 16, 17, 64, 65, 66)
 
 
+# `tile_tokens`: what pieces begin at multiples of, tiles of the kernel or halves of them.
 @pytest.mark.parametrize("most_pieces", [1, 4], ids=["whole_rows", "a_row_in_pieces"])
 @pytest.mark.parametrize(
-    "case",
-    [AttentionCase("group_of_4", LENGTHS, 4, 1, 128), AttentionCase("two_heads", LENGTHS[1:5], 4, 2, 128)],
-    ids=lambda case: case.name,
+    ("case", "tile_tokens"),
+    [
+        (AttentionCase("group_of_4", LENGTHS, 4, 1, 128), 64),
+        (AttentionCase("two_heads", LENGTHS[1:5], 4, 2, 128, block_size=8), 32),
+    ],
+    ids=["group_of_4", "two_heads"],
 )
-def test_interpreted_kernel_matches_the_reference_and_reads_no_unused_slot(case, most_pieces):
+def test_interpreted_kernel_matches_the_reference_and_reads_no_unused_slot(case, tile_tokens, most_pieces):
     args, options = rope_paged_decode_inputs(case)
     if case.num_kv_heads == 2:
         options |= {"q_norm": None, "k_norm": None}
     args = tuple(map(jnp.asarray, args))
     want, *expected = rope_paged_decode(*args, **options, backend="xla")
-    pieces, cuts = plan_pieces(args[6], window=0, tile_tokens=64, most_pieces=most_pieces)
+    pieces, cuts = plan_pieces(args[6], window=0, tile_tokens=tile_tokens, most_pieces=most_pieces)
     assert (np.asarray(cuts)[:, 2] > 1).any() == (most_pieces > 1)
 
     # Two programs of two consumers: some have several pieces, and some another number than others.

@@ -37,8 +37,8 @@ def consume(arrays: Arrays, shared: Shared, shape: KernelShape, consumer: Any) -
 
         def release(tile: Any, stage: Any) -> None:
             plgpu.barrier_arrive(shared.free.at[stage])
-            # What `_begin` has read is in registers once it has been multiplied, no sooner: an arrival right after the
-            # reads passes those that wait behind global loads, and then they find the next piece's heads.
+            # Only now: what `_begin` read has been multiplied, so it has come. An arrival right after the reads may be
+            # seen before the last of them is done, which then finds the next piece's value (seen on an H200).
             pl.when(tile == 0)(lambda: plgpu.barrier_arrive(shared.heads_free.at[consumer]))
 
         def attend(tile: Any, state: State) -> State:

@@ -43,9 +43,9 @@ def store_rows(target: Any, values: Any, shape: KernelShape) -> None:
 
 
 def load_rows(source: Any, shape: KernelShape) -> Any:
-    """The rows of `source`, at most 8, as the first of float32 [64, columns]; the last of them is repeated.
+    """The rows of `source`, at most 8, as the first of float32 [64, columns]; the rest repeats some of them.
 
-    Of other rows of the array nothing is read, and nothing from L1: what lies there may be of before others wrote.
+    Nothing else is read, and nothing from L1, which may hold what was there before other programs wrote.
     """
     count, columns = source.shape
     size = (CONSUMER_ROWS, columns)
