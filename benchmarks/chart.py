@@ -153,13 +153,14 @@ def draw_roofline(roofline: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Draws the newest line of each figure of a file, or the points of a roofline."""
+    """Draws the newest line of each figure of a file, engines as they ran together, or the points of a roofline."""
     if len(sys.argv) != 4 or sys.argv[1] not in DRAWINGS:
         raise SystemExit(__doc__)
     kind, source, path = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if kind == "roofline":
         return draw_roofline(json.loads(source.read_text(encoding="utf-8")), path)
-    lines = list(results_log.latest(results_log.recorded(source)).values())
+    choose = results_log.beside if kind == "throughput" else results_log.latest
+    lines = list(choose(results_log.recorded(source)).values())
     if kind == "latency":
         lines = [line for line in lines if re.match(r"(ttft|tpot)_ms_", line["figure"])]
     return DRAWINGS[kind](lines, path)

@@ -75,6 +75,14 @@ def latest(lines: Iterable[dict]) -> dict[str, dict]:
     return {line["figure"]: line for line in lines}
 
 
+def beside(lines: Sequence[dict]) -> dict[str, dict]:
+    """The last lines, but of our figures that other engines have, too, those of the commit of theirs."""
+    chosen = latest(lines)
+    of_others = {figure.partition("/")[2]: line["commit"] for figure, line in chosen.items() if "/" in figure}
+    ran_together = [line for line in lines if (line["figure"], line["commit"]) in of_others.items()]
+    return chosen | latest(ran_together)
+
+
 def measured_here() -> dict[str, Any]:
     """`device` and `versions` of a figure that this process measured itself; opens the device."""
     import jax

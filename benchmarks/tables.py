@@ -86,13 +86,14 @@ def render(folder: Path) -> str:
 
 def render_front_page(folder: Path) -> str:
     """A table for each kind of device that a case was measured on: a row a case, our share of the limit at the end."""
-    tables = (case_table(device, lines, tuple(FRONT_FIGURES)) for device, lines in by_device(folder, beside).items())
+    devices = by_device(folder, results_log.beside).items()
+    tables = (case_table(device, lines, tuple(FRONT_FIGURES)) for device, lines in devices)
     return "\n\n".join(filter(None, tables)) or NONE_YET
 
 
 def render_headlines(folder: Path) -> str:
     """A few cases on one kind of device."""
-    lines = by_device(folder, beside).get(HEADLINE_DEVICE, [])
+    lines = by_device(folder, results_log.beside).get(HEADLINE_DEVICE, [])
     return case_table(HEADLINE_DEVICE, lines, HEADLINES) or NONE_YET
 
 
@@ -123,14 +124,6 @@ def by_device(folder: Path, choose: Choose = results_log.latest) -> dict[str, li
         for line in choose(results_log.recorded(path)).values():
             found.setdefault(line["device"], []).append(line)
     return dict(sorted(found.items()))
-
-
-def beside(lines: Sequence[dict]) -> dict[str, dict]:
-    """The last lines, but of our figures that other engines have, too, those of the commit of theirs."""
-    chosen = results_log.latest(lines)
-    of_others = {figure.partition("/")[2]: line["commit"] for figure, line in chosen.items() if "/" in figure}
-    ran_together = [line for line in lines if (line["figure"], line["commit"]) in of_others.items()]
-    return chosen | results_log.latest(ran_together)
 
 
 def figures_of(lines: Sequence[dict]) -> Table:

@@ -1,6 +1,6 @@
 """The one place that knows the installed versions of jax, triton and jax-triton, and the GPU that is meant.
 
-(What `_streaming.py` changes in jax is left out where it is not found.)
+`_streaming.py` alone changes jax elsewhere, and does without where it does not find what it changes.
 
 Nothing here imports triton until a Triton kernel is called, so the XLA implementations work without it.
 """

@@ -138,7 +138,7 @@ def test_decode_layers(case):
 
 @pytest.mark.parametrize("shards", [2, 4, 8])
 def test_add_shards(shards):
-    """Sums of all shapes in turn,, 100 times; each shard gets the same bits."""
+    """Sums of all shapes in turn, 100 times; each shard gets the same bits."""
     if shards > jax.local_device_count():
         pytest.skip(f"needs {shards} GPUs, not {jax.local_device_count()}")
     mesh = jax.make_mesh(
