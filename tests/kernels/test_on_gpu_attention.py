@@ -102,10 +102,21 @@ def test_rope_paged_decode(case, in_kernel_merge):
     assert relative_error(got.reshape(-1, case.head_dim), expected.reshape(-1, case.head_dim)) < tolerance
 
 
-def test_rope_paged_decode_of_mixed_lengths_gives_the_same_bits_in_every_call():
-    # On an H200 each consumer of the Mosaic kernel has two or three pieces, and queries are made a piece ahead.
-    lengths = np.random.default_rng(5).integers(200, 1200, 80).tolist()
-    args, options = rope_paged_decode_inputs(AttentionCase("mixed", tuple(lengths), 16, 8, 128))
+@pytest.mark.parametrize(
+    ("lengths", "heads"),
+    [
+        # On an H200 each consumer of the Mosaic kernel has two or three pieces, and queries are made a piece ahead.
+        (np.random.default_rng(5).integers(200, 1200, 80).tolist(), (16, 8)),
+        (np.random.default_rng(5).integers(200, 2400, 64).tolist(), (8, 2)),  # nearly all are cut
+        ([300] * 63 + [32768], (8, 2)),  # one in more pieces than a merge reads at a time
+        ([300] * 63 + [8192], (12, 2)),
+    ],
+    ids=["mixed", "mixed_2_kv_heads", "a_long_row", "a_long_row_of_6_heads"],
+)
+def test_rope_paged_decode_is_right_and_gives_the_same_bits_in_every_call(lengths, heads):
+    case = AttentionCase("mixed", tuple(lengths), *heads, 128)
+    args, options = rope_paged_decode_inputs(case)
+    norms = {name: options.get(name) for name in ("q_norm", "k_norm", "eps")}
 
     def call(qkv, cos, sin, k_cache, v_cache, tables, lens):
         counters = jax.new_ref(split_counters())
@@ -115,11 +126,16 @@ def test_rope_paged_decode_of_mixed_lengths_gives_the_same_bits_in_every_call():
 
     compiled = jax.jit(call, donate_argnums=(3, 4))
     qkv, cos, sin, k_cache, v_cache, *rest = map(jnp.asarray, args)
+    slots = newest_slots(*rest, case.block_size)
+    write = jax.jit(lambda *args: rope_cache_write(*args, slots, **norms, backend="xla"))
+    q, *caches = map(np.asarray, write(qkv, cos, sin, k_cache, v_cache))
     outs = []
     for _ in range(200):
         out, k_cache, v_cache = compiled(qkv, cos, sin, k_cache, v_cache, *rest)
         outs.append(out)
     assert all(np.array_equal(out, outs[0]) for out in outs)
+    expected = decode_oracle(q, *caches, *args[5:], **case.options)
+    assert relative_error(outs[0], expected) < GPU_TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize("seed", [0, 1])

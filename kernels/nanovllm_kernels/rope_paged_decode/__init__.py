@@ -27,9 +27,11 @@ __all__ = ["Plan", "plan_rope_paged_decode", "rope_paged_decode"]
 # Rows' KV heads a multiprocessor for which Mosaic's kernel is taken, and query heads of each. Measured on an H200: with
 # 1.9 to 7.8 of them (32 to 128 rows of 8 KV heads with 2 query heads, 32 and 64 with 4; 64 to 256 rows of 4 KV heads
 # with 4) it takes 1 to 20% less time than Triton's, most where rows have a few hundred tokens; with 15.5 (256 rows of
-# 8) and mixed lengths 2% more. The others in between are expected to be alike.
-_LEAST_FILL, _MOST_FILL = 1.9, 8
-_LEAST_GROUP, _MOST_GROUP, _LEAST_KV_HEADS = 2, 6, 4
+# 8) and mixed lengths 2% more. With 32 to 256 rows of 2 KV heads it takes 2 to 18% less. The others in between are
+# expected to be alike.
+_LEAST_FILL, _LEAST_FILL_OF_FEW_HEADS, _MOST_FILL = 1.9, 0.48, 8
+_FEW_HEADS, _LEAST_KV_HEADS = 3, 2
+_LEAST_GROUP, _MOST_GROUP = 2, 6
 
 
 def rope_paged_decode(
@@ -157,6 +159,7 @@ def _mosaic_takes(
     """Whether Mosaic's kernel, of sm_90, takes it, given counters and a cache without scales, and is the faster one."""
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     target = current_target()
+    least_fill = _LEAST_FILL_OF_FEW_HEADS if num_kv_heads <= _FEW_HEADS else _LEAST_FILL
     return (
         target.compute_capability == 90
         and qkv.dtype == k_cache.dtype == jnp.bfloat16
@@ -166,7 +169,7 @@ def _mosaic_takes(
         and num_kv_heads >= _LEAST_KV_HEADS
         and sliding_window is None
         and soft_cap is None
-        and _LEAST_FILL <= len(qkv) * num_kv_heads / target.multiprocessors < _MOST_FILL
+        and least_fill <= len(qkv) * num_kv_heads / target.multiprocessors < _MOST_FILL
     )
 
 

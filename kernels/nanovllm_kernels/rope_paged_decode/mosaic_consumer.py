@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, LOG2_E, weigh
-from nanovllm_kernels.rope_paged_decode.mosaic_merge import arrive, leave_part, merge, store_rows
+from nanovllm_kernels.rope_paged_decode.mosaic_merge import merge
+from nanovllm_kernels.rope_paged_decode.mosaic_parts import arrive, leave_part, store_rows
 from nanovllm_kernels.rope_paged_decode.mosaic_shape import AREA, Arrays, KernelShape, Piece, Shared, for_each_piece
 
 _LAYOUT = plgpu.Layout.WGMMA
@@ -145,7 +146,4 @@ def _finish(arrays: Arrays, shared: Shared, shape: KernelShape, consumer: Any, p
     def _() -> None:
         leave_part(arrays, piece, result, maximum + jnp.log2(total), shape)
         before = arrive(arrays, piece, shared.arrived.at[pl.ds(consumer, 1)], shape)
-
-        @pl.when(before == piece.count - 1)
-        def _() -> None:
-            store_rows(target, merge(arrays, piece, shape).astype(shape.dtype), shape)
+        pl.when(before == piece.count - 1)(lambda: merge(arrays, piece, target, shape))
