@@ -59,7 +59,7 @@ def arrive(arrays: Arrays, piece: Piece, arrived: Any, shape: KernelShape) -> An
     `arrived`: a word of shared memory.
     """
     counter = arrays.counters.at[pl.ds(piece.cuts_before * shape.num_kv_heads + piece.head, 1)]
-    if shape.interpreted:  # programs follow each other there
+    if shape.interpreted:  # not atomic: programs follow each other there, but the consumers of one do not
         before = counter[0]
         counter[0] = jnp.where(before == piece.count - 1, 0, before + 1)
         return before
