@@ -36,17 +36,14 @@ def test_interpreted_kernel_matches_the_reference_and_reads_no_unused_slot(case,
     pieces, cuts = plan_pieces(args[6], window=0, tile_tokens=tile_tokens, most_pieces=most_pieces)
     assert (np.asarray(cuts)[:, 2] > 1).any() == (most_pieces > 1)
 
-    # Whole rows: two programs of two consumers, some have several pieces, and some another number than others.
-    # Cut ones: a program a piece, which follow each other; the interpreter does not count atomically what the two
-    # consumers of a program leave at once.
-    programs = 2 if most_pieces == 1 else len(pieces) * case.num_kv_heads
-
+    # Three programs of two consumers: some have several pieces, and some another number than others. With two, both
+    # consumers of one would leave pieces of the same row, which the interpreter does not count atomically.
     def call(*args):
         counters = jax.new_ref(jnp.zeros(8, jnp.int32))
         params = plgpu.InterpretGPUParams()
         kernel_options = {name: options.get(name) for name in ("scale", "q_norm", "k_norm", "eps")}
         results = rope_paged_decode_mosaic(
-            *args[:6], pieces, **kernel_options, counters=counters, programs=programs, interpret=params
+            *args[:6], pieces, **kernel_options, counters=counters, programs=3, interpret=params
         )
         return results, jax.freeze(counters)
 
