@@ -29,7 +29,7 @@ from nanovllm_kernels.add_shards import parts_of_row
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel, passes_on
 from nanovllm_kernels.skinny_matmul import launch as launches
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase, as_in_a_layer, product_of
-from nanovllm_kernels.skinny_matmul.launch import LEAST_COLUMNS, MOST_CLUSTERS, TILE_ROWS, Entry, Launch, Tiling
+from nanovllm_kernels.skinny_matmul.launch import LEAST_COLUMNS, MOST_CLUSTERS, PIECES, TILE_ROWS, Entry, Launch, Tiling
 
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
@@ -110,7 +110,8 @@ def tilings(case: SkinnyCase) -> list[Tiling]:
         if fits and stages >= 2 * CONSUMERS and tiles_of(case, one) <= target.multiprocessors:
             found.append(replace(one, num_stages=stages))
     found = sorted(found, key=lambda one: -tiles_of(case, one))[:MAX_TILINGS]
-    return found + [split for one in found for split in split_over_clusters(in_the_engine(case), one)]
+    case = in_the_engine(case)
+    return found + [other for one in found for other in split_over_clusters(case, one) + in_pieces(case, one)]
 
 
 def split_over_clusters(case: SkinnyCase, one: Tiling) -> list[Tiling]:
@@ -119,6 +120,12 @@ def split_over_clusters(case: SkinnyCase, one: Tiling) -> list[Tiling]:
         return []
     tries = [replace(one, splits=splits) for splits in MOST_CLUSTERS if one.tile_cols % (splits * LEAST_COLUMNS) == 0]
     return [one for one in tries if one.fits(rows=case.rows, inputs=case.inputs, outputs=case.outputs)]
+
+
+def in_pieces(case: SkinnyCase, one: Tiling) -> list[Tiling]:
+    """The same with tiles of w in two pieces, where the kernel takes them so."""
+    whole = case.residual or case.bias or case.next_norm or one.tile_cols not in PIECES
+    return [] if whole or one.tile_inputs % PIECES[one.tile_cols][0] else [replace(one, pieces=2)]
 
 
 def tiles_of(case: SkinnyCase, one: Launch | Tiling) -> int:
@@ -300,7 +307,7 @@ def short(each: Timed) -> str:
     one = each.launch
     tile = f"{one.tile_rows} x {one.tile_cols} x {one.tile_inputs}"
     if isinstance(one, Tiling):
-        return f"{tile}, {one.num_stages} stages, {one.splits} splits, Mosaic"
+        return f"{tile}, {one.num_stages} stages, {one.splits} splits, {one.pieces} pieces, Mosaic"
     tile += " swapped" if one.swap else ""
     merge = "" if one.splits == 1 or each.in_kernel_merge else " (second kernel merges)"
     return f"{tile}, {one.splits} splits{merge}, {one.num_warps} warps, {one.num_stages} stages"

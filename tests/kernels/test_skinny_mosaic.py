@@ -28,8 +28,13 @@ TUNED = [entry for entry in ENTRIES if isinstance(entry.launch, Tiling)]
         (SkinnyCase("tile_32", 24, 512, 64, norm=True, gated=True, residual=True), Tiling(32, 32, 64, 4)),
         (SkinnyCase("tile_32_twice", 40, 256, 32, residual=True, bias=True), Tiling(32, 32, 64, 4)),
         (SkinnyCase("tile_16", 16, 512, 32, norm=True), Tiling(16, 32, 64, 6)),
-        # Tiles of 96 columns, which are moved by 32.
+        # Tiles of 96 columns, which are moved by 32, or by 64 and 32; and of 48.
         (SkinnyCase("wide", 64, 256, 192, norm=True, gated=True), Tiling(64, 96, 32, 8)),
+        (SkinnyCase("pieces", 64, 256, 288, norm=True, gated=True), Tiling(64, 96, 64, 4, pieces=2)),
+        (SkinnyCase("narrow_pieces", 24, 512, 96, norm=True), Tiling(32, 48, 64, 6, pieces=2)),
+        (SkinnyCase("pieces_scaled", 136, 256, 192, scaled=True, gated=True), Tiling(128, 48, 64, 3, pieces=2)),
+        # What is read by columns leaves a tile whole.
+        (SkinnyCase("one_piece", 40, 256, 192, norm=True, bias=True), Tiling(64, 96, 64, 4, pieces=2)),
         # Of 128 rows each takes half; the last tile is partly past the end.
         (SkinnyCase("norm_bias", 200, 256, 128, norm=True, bias=True), Tiling(128, 64, 64, 3)),
         (SkinnyCase("gated_bias", 136, 256, 64, gated=True, bias=True), Tiling(128, 64, 64, 2)),
@@ -74,6 +79,23 @@ def test_columns_that_a_cluster_cannot_share_are_refused(columns, splits):
         ValueError, match=f"{splits} splits of K in tiles of {columns} columns; there must be 1, 2 or 4"
     ):
         Tiling(64, columns, 64, 4, splits)
+
+
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        {"tile_cols": 64, "tile_inputs": 64, "pieces": 2},  # a row of a swizzle already
+        {"tile_cols": 96, "tile_inputs": 32, "pieces": 2},  # fewer inputs than wgmma takes of such a row
+        {"tile_cols": 96, "tile_inputs": 64, "pieces": 3},
+        {"tile_cols": 96, "tile_inputs": 64, "pieces": 2, "splits": 2},
+    ],
+    ids=str,
+)
+def test_columns_that_are_not_a_wide_and_a_narrow_row_are_refused(tiling):
+    with pytest.raises(
+        ValueError, match="there must be 1, or 2 of 48 by a multiple of 32, or of 96 by a multiple of 64"
+    ):
+        Tiling(64, num_stages=4, **tiling)
 
 
 @pytest.mark.parametrize(

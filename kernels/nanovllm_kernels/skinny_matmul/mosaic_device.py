@@ -48,7 +48,6 @@ class Place:
 def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, place: Place) -> None:
     """Fetches everything that the program reads."""
     tile, rows = shape.tiling, pl.ds(place.first_row, shape.tiling.tile_rows)
-    cols = pl.ds(place.col * tile.tile_cols, tile.tile_cols)
     own_cols = pl.ds(place.own_col(shape) * shape.own_cols, shape.own_cols)
     if shape.norm:
         plgpu.copy_gmem_to_smem(others["norm"], scratch["norm"], scratch["norm_ready"])
@@ -57,9 +56,11 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, plac
         pl.when(step >= tile.num_stages)(lambda: plgpu.barrier_wait(scratch["free"].at[stage]))
         inputs = pl.ds((place.split * shape.steps + step) * tile.tile_inputs, tile.tile_inputs)
         ready = scratch["ready"].at[stage]
-        for part in range(shape.parts):
-            source = w.at[inputs, part, cols] if shape.gated else w.at[inputs, cols]
-            plgpu.copy_gmem_to_smem(source, scratch["w"].at[stage, part], ready)
+        for into, columns in zip(scratch["w"], shape.piece_columns(place.col, tile.tile_cols), strict=True):
+            cols = pl.ds(*columns)
+            for part in range(shape.parts):
+                source = w.at[inputs, part, cols] if shape.gated else w.at[inputs, cols]
+                plgpu.copy_gmem_to_smem(source, into.at[stage, part], ready)
         into = scratch["x"].at[pl.ds(stage * tile.tile_rows, tile.tile_rows)]
         plgpu.copy_gmem_to_smem(x.at[rows, inputs], into, ready)
         return jnp.where(stage + 1 == tile.num_stages, 0, stage + 1)
@@ -69,7 +70,7 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, plac
         for part in range(shape.parts):
             plgpu.copy_gmem_to_smem(others["bias"].at[part, own_cols], scratch["bias"].at[part], scratch["bias_ready"])
     if shape.residual:
-        into = scratch["out"].at[pl.ds(0, tile.tile_rows)]
+        into = scratch["out"][0].at[pl.ds(0, tile.tile_rows)]
         plgpu.copy_gmem_to_smem(others["residual"].at[rows, own_cols], into, scratch["residual_ready"])
     if shape.next_norm:
         plgpu.copy_gmem_to_smem(others["next_norm"].at[own_cols], scratch["next_norm"], scratch["next_norm_ready"])
@@ -80,7 +81,11 @@ def produce(x: Any, w: Any, others: Any, scratch: Any, shape: ProductShape, plac
 
 def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer: Any, place: Place) -> None:
     """One consumer's part of the tile: half of its rows, or, of up to 64 rows, the sums over half of the inputs."""
-    accumulators = [plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, shape.tiling.tile_cols), jnp.float32)] * shape.parts
+    accumulators = [
+        plgpu.WGMMAAccumulatorRef((CONSUMER_ROWS, cols), jnp.float32)
+        for cols in shape.pieces
+        for _ in range(shape.parts)
+    ]
     row = 0 if shape.tiling.splits_inputs else consumer * CONSUMER_ROWS
     first_row, col = place.first_row, place.own_col(shape)
     steps = shape.steps // CONSUMERS if shape.tiling.splits_inputs else shape.steps
@@ -115,8 +120,8 @@ def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer:
 
     @pl.when(consumer == 1)
     def _() -> None:
-        for part in range(shape.parts):
-            scratch["sums"].at[part][...] = sums[part]
+        for place_of, own in zip(_sums_of(scratch, shape), sums, strict=True):
+            place_of[...] = own
         if shape.norm:
             scratch["squares"][...] = squares
         plgpu.commit_smem()
@@ -125,12 +130,22 @@ def consume(outs: Any, others: Any, scratch: Any, shape: ProductShape, consumer:
     @pl.when(consumer == 0)
     def _() -> None:
         plgpu.barrier_wait(scratch["sums_ready"])
-        theirs = [plgpu.load(scratch["sums"].at[part], layout=plgpu.Layout.WGMMA) for part in range(shape.parts)]
+        theirs = [plgpu.load(each, layout=plgpu.Layout.WGMMA) for each in _sums_of(scratch, shape)]
         totals = [own + other for own, other in zip(sums, theirs, strict=True)]
         total_squares = given
         if shape.norm:
             total_squares = squares + plgpu.load(scratch["squares"], layout=ROW_LAYOUT, optimized=False)
         finish(totals, total_squares, outs, scratch, shape, 0, first_row, col)
+
+
+def _w_tiles(scratch: Any, shape: ProductShape, stage: Any) -> list[Any]:
+    """A stage's tiles of w, in the order of the accumulators: those of a piece of the columns follow each other."""
+    return [piece.at[stage, part] for piece in scratch["w"] for part in range(shape.parts)]
+
+
+def _sums_of(scratch: Any, shape: ProductShape) -> list[Any]:
+    """Where one consumer leaves its sums to the other, in the same order."""
+    return [piece.at[part] for piece in scratch["sums"] for part in range(shape.parts)]
 
 
 def _x_tile(scratch: Any, shape: ProductShape, stage: Any, consumer: Any) -> Any:
@@ -155,8 +170,8 @@ def _multiply(accs: Any, scratch: Any, shape: ProductShape, consumer: Any, steps
     def step(index: Any, stages: Any) -> Any:
         stage, before = stages
         plgpu.barrier_wait(scratch["ready"].at[stage])
-        for part, acc in enumerate(accs):
-            plgpu.wgmma(acc, _x_tile(scratch, shape, stage, consumer), scratch["w"].at[stage, part])
+        for acc, w in zip(accs, _w_tiles(scratch, shape, stage), strict=True):
+            plgpu.wgmma(acc, _x_tile(scratch, shape, stage, consumer), w)
         plgpu.wgmma_wait(len(accs))
         pl.when(index > 0)(lambda: plgpu.barrier_arrive(scratch["free"].at[before]))
         return _next_stage(stage, shape), stage
@@ -170,31 +185,36 @@ def _multiply(accs: Any, scratch: Any, shape: ProductShape, consumer: Any, steps
 def _multiply_from_registers(accs: Any, scratch: Any, shape: ProductShape, consumer: Any, steps: Any) -> Any:
     """The product with x from registers; with a norm it is x * norm, and x's sums of squares are returned.
 
-    While a step's product runs, the next step's x is fetched from shared memory. It is scaled after that product only:
+    While a step's product runs, the step's squares are added up, element by element: the sums over a row, which threads
+    have to exchange, are made at the end. Where x is scaled, the next step's x is fetched then too; after the product
+    only if the ring is short, which a stage held back makes shorter. What comes scaled is always fetched after it:
     ptxas runs wgmma one by one if what one of them reads is written while another is under way.
     """
     stride = CONSUMERS if shape.tiling.splits_inputs else 1
+    one_ahead = shape.norm and shape.tiling.num_stages > 2 * stride
     if shape.norm:
         plgpu.barrier_wait(scratch["norm_ready"])
 
-    def fetch(position: Any, stage: Any, squares: Any) -> tuple[Array, Any, Any]:
+    def fetch(position: Any, stage: Any) -> tuple[Array, Any]:
         plgpu.barrier_wait(scratch["ready"].at[stage])
         x = plgpu.load(_x_tile(scratch, shape, stage, consumer), layout=plgpu.Layout.WGMMA)
         if not shape.norm:
-            return x, None, None
-        norm = plgpu.load(scratch["norm"].at[position], layout=COL_LAYOUT, optimized=False)
-        wide = x.astype(jnp.float32)
-        return x, norm, squares + jnp.sum(wide * wide, axis=1)
+            return x, None
+        return x, plgpu.load(scratch["norm"].at[position], layout=COL_LAYOUT, optimized=False)
 
-    def multiply(x: Array, norm: Any, stage: Any) -> None:
+    def multiply(x: Array, norm: Any, stage: Any, squares: Any) -> Any:
         operand = x * lax.broadcast_in_dim(norm, x.shape, [1]) if shape.norm else x
         if shape.interpreted:  # the interpreter knows wgmma on two references only
             own = min(CONSUMER_ROWS, shape.tiling.tile_rows)
             x_tile = _x_tile(scratch, shape, stage, consumer)
             x_tile.at[pl.ds(0, own)][...] = operand[:own]
             operand = x_tile
-        for part, acc in enumerate(accs):
-            plgpu.wgmma(acc, operand, scratch["w"].at[stage, part])
+        for acc, w in zip(accs, _w_tiles(scratch, shape, stage), strict=True):
+            plgpu.wgmma(acc, operand, w)
+        if not shape.norm:
+            return None
+        wide = x.astype(jnp.float32)
+        return squares + wide * wide
 
     def finish(stage: Any) -> None:
         plgpu.wgmma_wait(0)
@@ -202,17 +222,21 @@ def _multiply_from_registers(accs: Any, scratch: Any, shape: ProductShape, consu
 
     def step(_: Any, carry: Any) -> Any:
         x, norm, position, stage, squares = carry
-        multiply(x, norm, stage)
+        squares = multiply(x, norm, stage, squares)
         position, following = position + stride, _next_stage(stage, shape)
-        x, norm, squares = fetch(position, following, squares)
-        finish(stage)
+        if not one_ahead:
+            finish(stage)
+        x, norm = fetch(position, following)
+        if one_ahead:
+            finish(stage)
         return x, norm, position, following, squares
 
-    first = _first_stage(shape, consumer)
-    zeros = plgpu.layout_cast(jnp.zeros((CONSUMER_ROWS,), jnp.float32), ROW_LAYOUT) if shape.norm else None
-    x, norm, squares = fetch(first, first, zeros)
-    carry = (x, norm, first, first, squares)
+    first, squares = _first_stage(shape, consumer), None
+    if shape.norm:
+        squares = jnp.zeros((CONSUMER_ROWS, shape.tiling.tile_inputs), jnp.float32)
+        squares = plgpu.layout_cast(squares, plgpu.Layout.WGMMA)
+    carry = (*fetch(first, first), first, first, squares)
     x, norm, _, stage, squares = lax.fori_loop(0, steps - 1, step, carry)
-    multiply(x, norm, stage)
+    squares = multiply(x, norm, stage, squares)
     finish(stage)
-    return squares
+    return jnp.sum(squares, axis=1) if shape.norm else None

@@ -46,6 +46,25 @@ def finish(
     if squares is not None:
         scale = lax.rsqrt(squares * (1 / shape.num_inputs) + shape.eps)
         sums = [each * lax.broadcast_in_dim(scale, each.shape, [0]) for each in sums]
+    for piece, out in enumerate(scratch["out"]):
+        rounded = _rounded(sums[piece * shape.parts :][: shape.parts], out.at[rows], scratch, shape)
+        out.at[rows][...] = rounded
+        if shape.next_norm:
+            _pass_on(rounded, scratch, rows)
+    plgpu.commit_smem()
+    stored = min(CONSUMER_ROWS, shape.tiling.tile_rows)
+    source, target = pl.ds(row, stored), pl.ds(first_row, stored)
+    columns = [pl.ds(*each) for each in shape.piece_columns(col, shape.own_cols)]
+    for out, cols in zip(scratch["out"], columns, strict=True):
+        plgpu.copy_smem_to_gmem(out.at[source], outs[0].at[target, cols])
+    if shape.next_norm:
+        plgpu.copy_smem_to_gmem(scratch["scaled"].at[source], outs[1].at[target, columns[0]])
+        plgpu.copy_smem_to_gmem(scratch["out_squares"].at[source], outs[2].at[col, target])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _rounded(sums: list[Array], out: Any, scratch: Any, shape: ProductShape) -> Array:
+    """What `out` will be, of a piece's scaled sums."""
     if shape.bias:
         plgpu.barrier_wait(scratch["bias_ready"])
         biases = [
@@ -62,22 +81,15 @@ def finish(
     if shape.residual:
         plgpu.barrier_wait(scratch["residual_ready"])
         # It lies where the outputs will: each thread reads what it is about to overwrite.
-        residual = plgpu.load(scratch["out"].at[rows], layout=plgpu.Layout.WGMMA)
+        residual = plgpu.load(out, layout=plgpu.Layout.WGMMA)
         result = result + residual.astype(jnp.float32)
-    rounded = result.astype(shape.dtype)
-    scratch["out"].at[rows][...] = rounded
-    if shape.next_norm:
-        wide = rounded.astype(jnp.float32)
-        scratch["out_squares"].at[rows][...] = jnp.sum(wide * wide, axis=1)
-        plgpu.barrier_wait(scratch["next_norm_ready"])
-        norm = plgpu.load(scratch["next_norm"], layout=COL_LAYOUT, optimized=False)
-        scratch["scaled"].at[rows][...] = rounded * lax.broadcast_in_dim(norm, rounded.shape, [1])
-    plgpu.commit_smem()
-    stored = min(CONSUMER_ROWS, shape.tiling.tile_rows)
-    source, target = pl.ds(row, stored), pl.ds(first_row, stored)
-    cols = pl.ds(col * shape.own_cols, shape.own_cols)
-    plgpu.copy_smem_to_gmem(scratch["out"].at[source], outs[0].at[target, cols])
-    if shape.next_norm:
-        plgpu.copy_smem_to_gmem(scratch["scaled"].at[source], outs[1].at[target, cols])
-        plgpu.copy_smem_to_gmem(scratch["out_squares"].at[source], outs[2].at[col, target])
-    plgpu.wait_smem_to_gmem(0)
+    return result.astype(shape.dtype)
+
+
+def _pass_on(rounded: Array, scratch: Any, rows: Any) -> None:
+    """The sums of squares of a tile's results, and the results times the weight of the norm that follows."""
+    wide = rounded.astype(jnp.float32)
+    scratch["out_squares"].at[rows][...] = jnp.sum(wide * wide, axis=1)
+    plgpu.barrier_wait(scratch["next_norm_ready"])
+    norm = plgpu.load(scratch["next_norm"], layout=COL_LAYOUT, optimized=False)
+    scratch["scaled"].at[rows][...] = rounded * lax.broadcast_in_dim(norm, rounded.shape, [1])

@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
 from nanovllm_kernels._integers import ceil_div
 from nanovllm_kernels._mosaic import CONSUMER_ROWS, CONSUMERS, swizzled
-from nanovllm_kernels.skinny_matmul.launch import Tiling
+from nanovllm_kernels.skinny_matmul.launch import PIECES, Tiling
 
 _WIDE_BYTES = 128  # the widest swizzle
 _ALIGNMENT, _MOSAICS_BYTES = 1024, 2048  # of arrays in shared memory; what Mosaic (jax 0.11.2) adds to all of them
@@ -52,6 +53,28 @@ class ProductShape:
         return self.norm or (narrow and self.tiling.tile_rows * self.parts >= CONSUMER_ROWS)
 
     @property
+    def pieces(self) -> tuple[int, ...]:
+        """Columns of the pieces in which a tile of w is copied and multiplied.
+
+        A tile stays whole where anything else is read or passed on by its columns, and where wgmma wants x's swizzle
+        for w.
+        """
+        others = self.bias or self.residual or self.next_norm
+        whole = self.tiling.pieces == 1 or others or not self.x_in_registers
+        return (self.tiling.tile_cols,) if whole else PIECES[self.tiling.tile_cols]
+
+    def piece_columns(self, number: Any, cols: int) -> list[tuple[Any, int]]:
+        """The first column and the number of columns of each piece of a tile, which are numbered by `cols` columns.
+
+        The wide piece begins where a row of its swizzle does: before the narrow one in even tiles, else after it.
+        """
+        if len(self.pieces) == 1:
+            return [(number * cols, cols)]
+        (wide, narrow), pair, odd = self.pieces, number // 2, number % 2
+        # Products with constants, by which Mosaic sees that no piece begins within a row of its swizzle.
+        return [(wide * (3 * pair + 2 * odd), wide), (narrow * (6 * pair + 2 + odd), narrow)]
+
+    @property
     def steps(self) -> int:
         """Of K: stages that pass through a program's ring."""
         return self.num_inputs // self.tiling.tile_inputs // self.tiling.splits
@@ -85,25 +108,30 @@ def shape_of(x: Any, w: Any, tiling: Tiling, **given: Any) -> ProductShape:
 def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
     """Shared memory and barriers by name."""
     tile = shape.tiling
-    in_columns = swizzled(shape.dtype, tile.tile_cols)
     # Wgmma wants both its sides alike, if both come from shared memory.
-    common = swizzled(shape.dtype, math.gcd(tile.tile_inputs, tile.tile_cols))
-    x_transforms, w_transforms = (
-        (swizzled(shape.dtype, tile.tile_inputs), in_columns) if shape.x_in_registers else (common, common)
-    )
+    common = tile.tile_inputs if shape.x_in_registers else math.gcd(tile.tile_inputs, tile.tile_cols)
+    x_transforms = swizzled(shape.dtype, common)
     # A consumer reads 64 rows of any stage. Where a tile has fewer, those of the stages after it follow.
     whole_rows = max(tile.tile_rows, CONSUMER_ROWS)
     x_rows = (tile.num_stages - 1) * tile.tile_rows + whole_rows
-    outputs = plgpu.SMEM((whole_rows, shape.own_cols), shape.dtype, transforms=swizzled(shape.dtype, shape.own_cols))
+    outputs = [
+        plgpu.SMEM(
+            (whole_rows, cols // tile.splits), shape.dtype, transforms=swizzled(shape.dtype, cols // tile.splits)
+        )
+        for cols in shape.pieces
+    ]
     types = {
         "x": plgpu.SMEM((x_rows, tile.tile_inputs), shape.dtype, transforms=x_transforms),
-        "w": plgpu.SMEM(
-            (tile.num_stages, shape.parts, tile.tile_inputs, tile.tile_cols),
-            shape.dtype,
-            transforms=w_transforms,
-        ),
+        "w": [
+            plgpu.SMEM(
+                (tile.num_stages, shape.parts, tile.tile_inputs, cols),
+                shape.dtype,
+                transforms=swizzled(shape.dtype, cols) if shape.x_in_registers else x_transforms,
+            )
+            for cols in shape.pieces
+        ],
         "out": outputs,
-        "ready": plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=tile.num_stages),
+        "ready": plgpu.Barrier(num_arrivals=1 + shape.parts * len(shape.pieces), num_barriers=tile.num_stages),
         "free": plgpu.Barrier(num_arrivals=1 if tile.splits_inputs else CONSUMERS, num_barriers=tile.num_stages),
     }
     if tile.splits > 1:
@@ -113,9 +141,11 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
         if tile.splits_inputs:
             types["halves"] = plgpu.SMEM((tile.splits, *own_sums), jnp.float32)
     elif tile.splits_inputs:
-        sums = (shape.parts, CONSUMER_ROWS, tile.tile_cols)
         types |= {
-            "sums": plgpu.SMEM(sums, jnp.float32, transforms=swizzled(jnp.float32, tile.tile_cols)),
+            "sums": [
+                plgpu.SMEM((shape.parts, CONSUMER_ROWS, cols), jnp.float32, transforms=swizzled(jnp.float32, cols))
+                for cols in shape.pieces
+            ],
             "squares": plgpu.SMEM((CONSUMER_ROWS,), jnp.float32),
             "sums_ready": plgpu.Barrier(),
         }
@@ -132,7 +162,7 @@ def scratch_types_of(shape: ProductShape) -> dict[str, Any]:
         types |= {
             "next_norm": plgpu.SMEM((shape.own_cols,), shape.dtype),
             "next_norm_ready": plgpu.Barrier(),
-            "scaled": outputs,
+            "scaled": outputs[0],
             "out_squares": plgpu.SMEM((whole_rows,), jnp.float32),
         }
     return types
@@ -146,7 +176,7 @@ def takes(shape: ProductShape, shared_bytes: int) -> bool:
     if shape.tiling.splits > 1 and (shape.gated or shape.norm):
         return False
     wanted = _MOSAICS_BYTES
-    for each in scratch_types_of(shape).values():
+    for each in jax.tree.leaves(scratch_types_of(shape)):
         if isinstance(each, plgpu.Barrier):
             wanted += 8 * int(np.prod(each.num_barriers))
         else:
