@@ -30,6 +30,7 @@ from nanovllm_kernels.skinny_matmul import has_mosaic_kernel, passes_on
 from nanovllm_kernels.skinny_matmul import launch as launches
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase, as_in_a_layer, product_of
 from nanovllm_kernels.skinny_matmul.launch import LEAST_COLUMNS, MOST_CLUSTERS, PIECES, TILE_ROWS, Entry, Launch, Tiling
+from nanovllm_kernels.skinny_matmul.mosaic_shape import shape_of as shape_of_product
 
 ROWS = (1, 16, 32, 64, 128, 256)
 ROTATED_BYTES = 300e6  # of weights in a chain: six times the L2 of an H100
@@ -110,8 +111,8 @@ def tilings(case: SkinnyCase) -> list[Tiling]:
         if fits and stages >= 2 * CONSUMERS and tiles_of(case, one) <= target.multiprocessors:
             found.append(replace(one, num_stages=stages))
     found = sorted(found, key=lambda one: -tiles_of(case, one))[:MAX_TILINGS]
-    case = in_the_engine(case)
-    return found + [other for one in found for other in split_over_clusters(case, one) + in_pieces(case, one)]
+    ours = in_the_engine(case)
+    return found + [other for one in found for other in split_over_clusters(ours, one) + in_pieces(ours, one)]
 
 
 def split_over_clusters(case: SkinnyCase, one: Tiling) -> list[Tiling]:
@@ -124,8 +125,12 @@ def split_over_clusters(case: SkinnyCase, one: Tiling) -> list[Tiling]:
 
 def in_pieces(case: SkinnyCase, one: Tiling) -> list[Tiling]:
     """The same with tiles of w in two pieces, where the kernel takes them so."""
-    whole = case.residual or case.bias or case.next_norm or one.tile_cols not in PIECES
-    return [] if whole or one.tile_inputs % PIECES[one.tile_cols][0] else [replace(one, pieces=2)]
+    if one.tile_cols not in PIECES or one.tile_inputs % PIECES[one.tile_cols][0]:
+        return []
+    arrays, (w, *_) = shapes_of(case)
+    given = dict.fromkeys(("norm", "bias", "residual", "squares", "next_norm")) | arrays
+    in_two = replace(one, pieces=2)
+    return [in_two] if len(shape_of_product(w=w, tiling=in_two, **given).pieces) == 2 else []
 
 
 def tiles_of(case: SkinnyCase, one: Launch | Tiling) -> int:

@@ -57,6 +57,19 @@ def test_skinny_matmul_lowers_to_the_kernel_that_the_table_names(compiled, case,
 
 
 @pytest.mark.parametrize(
+    ("rows", "outputs", "scaled"), [(16, 12288, False), (64, 12288, False), (128, 12288, False), (128, 6144, True)]
+)
+def test_tuned_tiles_in_two_pieces_lower(rows, outputs, scaled):
+    """Mosaic refuses columns that it cannot tell to begin with a row of their swizzle."""
+    case = SkinnyCase("gate_up", rows, 4096, outputs, norm=not scaled, scaled=scaled, gated=True)
+    sizes = {"rows": rows, "inputs": 4096, "outputs": outputs, "gated": True, "w_bytes": 2}
+    target = Target(90, 132, 227 * 1024, "NVIDIA H200")
+    assert launch_parameters(target, **sizes, normed=True, takes=lambda _: True).pieces == 2
+    text, _ = lower_skinny(case, target, in_kernel_merge=True)
+    assert text.count("custom_call @mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize(
     "case",
     [
         SkinnyCase("norm", 64, 4096, 4096, norm=True),

@@ -29,7 +29,7 @@ _NEAREST = 2.0
 # Of the Mosaic kernel.
 TILE_ROWS = (16, 32, CONSUMER_ROWS, CONSUMERS * CONSUMER_ROWS)
 LEAST_COLUMNS = 16  # that a program of a cluster finishes: the narrowest swizzle
-# Columns that no swizzle but a narrow one divides, as two pieces which are each a row of one.
+# Columns of 16 bits that are one and a half rows of a swizzle: that row and its half, on which `piece_columns` relies.
 PIECES = {48: (32, 16), 96: (64, 32)}
 # Clusters of so many programs, one a multiprocessor, that run at once on an H200; 32 of four do not.
 MOST_CLUSTERS = {2: 64, 4: 16}
@@ -63,15 +63,15 @@ class Launch:
 class Tiling:
     """Of the Mosaic kernel: a program's tile, tiles in flight, and over how many programs of a cluster K is split.
 
-    Each of those programs finishes an equal part of the tile's columns. In 2 `pieces` a tile of w is copied as a wide
-    one and a narrow one (`PIECES`): 96 columns at once are moved as rows of 64 bytes, since that divides
-    them, in 64 and 32 most are rows of 128. Qwen3-8B's gate_up takes 49 instead of 52 us for 64 rows (H200), but many
-    programs that find w in L2 lose by it.
+    Each of those programs finishes an equal part of the tile's columns. In 2 `pieces` a tile of w is copied as a
+    wide one and a narrow one (`PIECES`), where the product allows it (`ProductShape.pieces`): 96 columns are moved as
+    rows of 64 bytes, the widest swizzle that divides them, but as 64 and 32 two thirds are rows of 128. Qwen3-8B's
+    gate_up takes 49 instead of 52 us for 64 rows (H200); programs that find w in L2, as of 256 rows, lose by it.
 
     Raises:
         ValueError: if the consumers cannot share the tile out, or would wait for ever. With up to 64 rows they take
-            the stages in turn, and each stage of the ring must belong to one of them; each looks one stage ahead.
-            Or if the programs of a cluster cannot share the columns out, or the columns cannot be split.
+            the stages in turn, and each stage of the ring must belong to one of them; each may hold one until its next
+            one is there. Or if the programs of a cluster cannot share the columns out, or the columns cannot be split.
     """
 
     tile_rows: int

@@ -64,7 +64,10 @@ def finish(
 
 
 def _rounded(sums: list[Array], out: Any, scratch: Any, shape: ProductShape) -> Array:
-    """What `out` will be, of a piece's scaled sums."""
+    """What `out` will be, of a piece's scaled sums.
+
+    Bias and residual are waited for once: a tile that has them is one piece.
+    """
     if shape.bias:
         plgpu.barrier_wait(scratch["bias_ready"])
         biases = [

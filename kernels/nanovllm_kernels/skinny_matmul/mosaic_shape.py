@@ -46,7 +46,7 @@ class ProductShape:
     def x_in_registers(self) -> bool:
         """Whether wgmma takes x from registers: to scale it there, or since w's rows in shared memory are narrow.
 
-        Both operands in shared memory must be alike, and many rows of x in pieces as narrow cost more than their way
+        Both operands in shared memory must be alike, and many rows of x in rows as narrow cost more than their way
         through registers: 64 rows of Qwen3-8B's gate_up over four GPUs take 21.3 instead of 16.8 us (H200).
         """
         narrow = self.tiling.tile_cols * jnp.dtype(self.dtype).itemsize % _WIDE_BYTES != 0
@@ -64,7 +64,7 @@ class ProductShape:
         return (self.tiling.tile_cols,) if whole else PIECES[self.tiling.tile_cols]
 
     def piece_columns(self, number: Any, cols: int) -> list[tuple[Any, int]]:
-        """The first column and the number of columns of each piece of a tile, which are numbered by `cols` columns.
+        """The first column and the number of columns of each piece of tile `number`, where tiles are `cols` wide.
 
         The wide piece begins where a row of its swizzle does: before the narrow one in even tiles, else after it.
         """
