@@ -29,7 +29,7 @@ from nanovllm_kernels.add_shards import parts_of_row
 from nanovllm_kernels.skinny_matmul import has_mosaic_kernel, passes_on
 from nanovllm_kernels.skinny_matmul import launch as launches
 from nanovllm_kernels.skinny_matmul.cases import PRODUCTS, SkinnyCase, as_in_a_layer, product_of
-from nanovllm_kernels.skinny_matmul.launch import LEAST_COLUMNS, MOST_CLUSTERS, PIECES, TILE_ROWS, Entry, Launch, Tiling
+from nanovllm_kernels.skinny_matmul.launch import LEAST_COLUMNS, MOST_CLUSTERS, TILE_ROWS, Entry, Launch, Tiling
 from nanovllm_kernels.skinny_matmul.mosaic_shape import shape_of as shape_of_product
 
 ROWS = (1, 16, 32, 64, 128, 256)
@@ -125,7 +125,7 @@ def split_over_clusters(case: SkinnyCase, one: Tiling) -> list[Tiling]:
 
 def in_pieces(case: SkinnyCase, one: Tiling) -> list[Tiling]:
     """The same with tiles of w in two pieces, where the kernel takes them so."""
-    if one.tile_cols not in PIECES or one.tile_inputs % PIECES[one.tile_cols][0]:
+    if not one.splits_columns:
         return []
     arrays, (w, *_) = shapes_of(case)
     given = dict.fromkeys(("norm", "bias", "residual", "squares", "next_norm")) | arrays

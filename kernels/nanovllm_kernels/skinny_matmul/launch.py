@@ -96,13 +96,17 @@ class Tiling:
                 f"with a multiple of {LEAST_COLUMNS} columns for each."
             )
 
-        widths = PIECES.get(self.tile_cols)
-        in_two = self.pieces == 2 and self.splits == 1 and widths is not None and self.tile_inputs % widths[0] == 0
-        if self.pieces != 1 and not in_two:
+        if self.pieces != 1 and not (self.pieces == 2 and self.splits_columns):
             raise ValueError(
                 f"{self.pieces} pieces of {self.tile_cols} columns by {self.tile_inputs} inputs, {self.splits} splits; "
                 "there must be 1, or 2 of 48 by a multiple of 32, or of 96 by a multiple of 64, without splits."
             )
+
+    @property
+    def splits_columns(self) -> bool:
+        """Whether tiles of w can be in two pieces; wgmma takes as many inputs of a swizzle's row as it has columns."""
+        widths = PIECES.get(self.tile_cols)
+        return self.splits == 1 and widths is not None and self.tile_inputs % widths[0] == 0
 
     @property
     def splits_inputs(self) -> bool:
