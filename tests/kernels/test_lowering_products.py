@@ -57,10 +57,18 @@ def test_skinny_matmul_lowers_to_the_kernel_that_the_table_names(compiled, case,
 
 
 @pytest.mark.parametrize(
-    ("rows", "outputs", "scaled"), [(16, 12288, False), (64, 12288, False), (128, 12288, False), (128, 6144, True)]
+    ("rows", "outputs", "scaled"),
+    [
+        (16, 12288, False),
+        (64, 12288, False),
+        (128, 12288, False),
+        (128, 6144, True),
+        (64, 12192, False),
+        (128, 6096, True),
+    ],
 )
 def test_tuned_tiles_in_two_pieces_lower(rows, outputs, scaled):
-    """Mosaic refuses columns that it cannot tell to begin with a row of their swizzle."""
+    """Mosaic refuses columns that it cannot tell to begin with a row of their swizzle, and N that no such rows fill."""
     case = SkinnyCase("gate_up", rows, 4096, outputs, norm=not scaled, scaled=scaled, gated=True)
     sizes = {"rows": rows, "inputs": 4096, "outputs": outputs, "gated": True, "w_bytes": 2}
     target = Target(90, 132, 227 * 1024, "NVIDIA H200")

@@ -56,11 +56,11 @@ class ProductShape:
     def pieces(self) -> tuple[int, ...]:
         """Columns of the pieces in which a tile of w is copied and multiplied.
 
-        A tile stays whole where anything else is read or passed on by its columns, and where wgmma wants x's swizzle
-        for w.
+        A tile stays whole where anything else is read or passed on by its columns, where wgmma wants x's swizzle for
+        w, and where the tiles are odd in number: N is no multiple of the wide piece then, and Mosaic moves none such.
         """
         others = self.bias or self.residual or self.next_norm
-        whole = self.tiling.pieces == 1 or others or not self.x_in_registers
+        whole = self.tiling.pieces == 1 or others or not self.x_in_registers or self.tiles[0] % 2 == 1
         return (self.tiling.tile_cols,) if whole else PIECES[self.tiling.tile_cols]
 
     def piece_columns(self, number: Any, cols: int) -> list[tuple[Any, int]]:
