@@ -7,20 +7,22 @@ from collections.abc import Sequence
 
 SMALLEST_PREFILL = 64  # tokens
 ROW_TILE = 64  # rows that a product of many rows computes together
+ROWS_A_COPY = 8  # rows that the GPU's products copy together; those of other numbers of rows are slower kernels
 
 
 def decode_buckets(max_num_seqs: int, *, fine: bool) -> list[int]:
     """Row counts of decode steps, up to and including `max_num_seqs`.
 
-    With `fine` (GPUs, where a step's time follows its rows) powers of two, and above 16 also steps of a quarter of
-    the power, so that padding is at most a quarter; from 64 on of no less than 64 rows, since products take tiles of
-    as many, and attention has no work for padding. Else powers of four, since each program costs seconds to compile.
+    With `fine` (GPUs, where a step's time follows its rows) one row, and multiples of 8 by steps of a quarter of the
+    power of two below; from 64 on of no less than 64 rows, since products take tiles of as many, and attention has no
+    work for padding. Else powers of four, since each program costs seconds to compile.
     """
     if not fine:
         return sampling_buckets(max_num_seqs)
-    sizes = set(_powers(1, max_num_seqs, 2))
-    for power in _powers(16, max_num_seqs, 2):
-        sizes.update(range(power, 2 * power, power // 4 if power < ROW_TILE else max(ROW_TILE, power // 4)))
+    sizes = {1}
+    for power in _powers(ROWS_A_COPY, max_num_seqs, 2):
+        least = ROW_TILE if power >= ROW_TILE else ROWS_A_COPY
+        sizes.update(range(power, 2 * power, max(least, power // 4)))
     return sorted(size for size in sizes if size <= max_num_seqs)
 
 
@@ -30,8 +32,8 @@ def sampling_buckets(max_num_seqs: int) -> list[int]:
 
 
 def filtered_buckets(max_num_seqs: int, *, fine: bool) -> list[int]:
-    """Row counts of decode steps with filters: powers of two on GPUs, since each program lengthens a start."""
-    return _powers(1, max_num_seqs, 2 if fine else 4)
+    """Row counts of decode steps with filters: on GPUs one, and powers of two, since each program lengthens a start."""
+    return sorted({1, *_powers(ROWS_A_COPY, max_num_seqs, 2)}) if fine else sampling_buckets(max_num_seqs)
 
 
 def prefill_buckets(max_num_tokens: int, *, fine: bool) -> list[int]:

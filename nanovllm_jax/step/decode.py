@@ -6,11 +6,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from nanovllm_jax.models.params import Params
 from nanovllm_jax.models.projections import are_zero, fused_counters, poison_unless_zero
 from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, WholeLayers, transformer
+from nanovllm_jax.step.buckets import ROWS_A_COPY
 from nanovllm_jax.step.draw import Variant, advance, draw_tokens, head_of, params_of
 from nanovllm_jax.step.state import Caches, RowInt, Rows, slots_of
 from nanovllm_jax.step.step import StepConfig, attention_options, closed, norms_and_scales, opened
@@ -37,6 +39,7 @@ def decode(
     Returns:
         caches, rows, and the tokens; those past a row's number mean nothing.
     """
+    num_rows, delta = delta.shape[1], _padded(config, params, caches, delta)
     head, rows = head_of(params), _open_blocks(config, rows, delta)
     row, _, count = delta
     slot = slots_of(rows, row)
@@ -69,7 +72,7 @@ def decode(
     caches, counters, _, tokens = jax.lax.fori_loop(0, config.decode_steps, step, carry)
     if counters is not None and config.axis_name is None:
         tokens = jnp.where(are_zero(counters), tokens, -1)
-    return caches, advance(rows, slot, count, tokens), tokens
+    return caches, advance(rows, slot, count, tokens), tokens[:, :num_rows]
 
 
 def decode_forward(
@@ -80,6 +83,7 @@ def decode_forward(
     Returns:
         caches, rows, hidden states padded to R rows, and the row of each hidden state (-1 padding).
     """
+    num_rows, delta = delta.shape[1], _padded(config, params, caches, delta)
     rows, active = _open_blocks(config, rows, delta), delta[0] >= 0
     slot = slots_of(rows, delta[0])
     context_lens = jnp.where(active, rows["ints"][slot, RowInt.NUM_TOKENS] + 1, 0)
@@ -91,13 +95,34 @@ def decode_forward(
     )
     hidden = poison_unless_zero(hidden, counters)
     rows |= {"ints": rows["ints"].at[slot, RowInt.NUM_TOKENS].set(context_lens)}
-    padding = config.shape.max_num_seqs - hidden.shape[0]
+    padding = config.shape.max_num_seqs - num_rows
     return (
         caches,
         rows,
-        jnp.pad(hidden, ((0, padding), (0, 0))),
-        jnp.pad(delta[0], (0, padding), constant_values=-1),
+        jnp.pad(hidden[:num_rows], ((0, padding), (0, 0))),
+        jnp.pad(delta[0, :num_rows], (0, padding), constant_values=-1),
     )
+
+
+def no_decodes(size: int) -> np.ndarray:
+    """The delta [3, size] of a decode step in which every place is padding."""
+    delta = np.full((3, size), -1, np.int32)
+    delta[2] = 0
+    return delta
+
+
+def _padded(config: StepConfig, params: Params, caches: Caches, delta: Int[Array, "3 B"]) -> Int[Array, "3 B8"]:
+    """The delta with padding up to a multiple of 8 rows, which the fused kernels take less time for than for fewer.
+
+    For 8 rows instead of 1 and 4 a token of Qwen3-8B takes 4.31 instead of 4.44 and 4.74 ms (H200). One row stays one
+    where its layers are one kernel, and where shards add it, which is quicker than to add eight.
+    """
+    num_rows = delta.shape[1]
+    if fused_counters(config.backend, num_rows, params["embed"].dtype) is None:
+        return delta
+    if num_rows == 1 and (config.axis_name is not None or _layers_are_one_kernel(params, caches)):
+        return delta
+    return jnp.concatenate([delta, no_decodes(-num_rows % ROWS_A_COPY)], axis=1)
 
 
 def _open_blocks(config: StepConfig, rows: Rows, delta: Int[Array, "3 B"]) -> Rows:
@@ -198,10 +223,9 @@ def _whole_layers(
     """A decode step's layers as one kernel, where there is one: for one row, on one device."""
     if config.backend != "triton" or config.axis_name is not None or len(context_lens) != 1:
         return None
-    # Scales are a float8 cache's, which that kernel does not take.
-    layers = [{name: leaf for name, leaf in layer.items() if not name.endswith("_scale")} for layer in params["layers"]]
-    if not decode_layers_supports(layers, caches):
+    if not _layers_are_one_kernel(params, caches):
         return None
+    layers = _without_scales(params)
     options = {"eps": config.model.rms_norm_eps, **attention_options(config)}
 
     def whole_layers(
@@ -210,3 +234,13 @@ def _whole_layers(
         return decode_layers(x, layers, *rope, caches, block_tables, context_lens, **options, backend="triton")
 
     return whole_layers
+
+
+def _layers_are_one_kernel(params: Params, caches: Caches) -> bool:
+    """Whether there is a kernel of all layers for one row on one GPU."""
+    return decode_layers_supports(_without_scales(params), caches)
+
+
+def _without_scales(params: Params) -> list[Params]:
+    """Layers as the kernel of all layers knows them: scales are a float8 cache's, which it does not take."""
+    return [{name: leaf for name, leaf in layer.items() if not name.endswith("_scale")} for layer in params["layers"]]

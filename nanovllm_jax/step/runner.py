@@ -24,6 +24,7 @@ from nanovllm_jax.step import draw
 from nanovllm_jax.step.admission import Admission, TableSpan, pack_updates
 from nanovllm_jax.step.buckets import bucket_for
 from nanovllm_jax.step.catalogue import ProgramKey
+from nanovllm_jax.step.decode import no_decodes
 from nanovllm_jax.step.programs import Programs
 from nanovllm_jax.step.result import StepResult, TokenLogprobs
 from nanovllm_jax.step.state import PrefillDelta
@@ -104,12 +105,12 @@ class Runner:
             for size in sizes:
                 step = self.programs[ProgramKey(kind, size)]
                 self._caches, self._device_rows, _ = step(
-                    self._params, self._caches, self._device_rows, _no_decodes(size)
+                    self._params, self._caches, self._device_rows, no_decodes(size)
                 )
         for size in catalogue.sampling_sizes:
             step = self.programs[ProgramKey("decode_forward", size)]
             self._caches, self._device_rows, hidden, sampled_rows = step(
-                self._params, self._caches, self._device_rows, _no_decodes(size)
+                self._params, self._caches, self._device_rows, no_decodes(size)
             )
             for kind in ("plain", "filtered"):
                 draw_one = self.programs[ProgramKey(kind, size)]
@@ -204,7 +205,7 @@ class Runner:
 
     def _decode_delta(self, sequences: Sequence[ScheduledSequence], size: int) -> np.ndarray:
         """[3, size] int32: row slots, the blocks that they open, and how many tokens each computes."""
-        delta, count = _no_decodes(size), len(sequences)
+        delta, count = no_decodes(size), len(sequences)
         slots = [sequence.request.row for sequence in sequences]
         delta[0, :count] = slots
         delta[2, :count] = [sequence.num_tokens for sequence in sequences]
@@ -313,13 +314,6 @@ class Runner:
             tokens[: len(some)] = some
             is_output[: len(some)] = np.arange(start, start + len(some)) >= request.num_prompt_tokens
             self._extras = self.programs[ProgramKey("update_extras")](self._extras, packed)
-
-
-def _no_decodes(size: int) -> np.ndarray:
-    """The delta of a decode step in which every place is padding."""
-    delta = np.full((3, size), -1, np.int32)
-    delta[2] = 0
-    return delta
 
 
 def _zeros(abstract: Any) -> Any:
