@@ -21,8 +21,8 @@ from nanovllm_jax.inspection.profile_data import Profile
 from nanovllm_jax.inspection.step_times import summarise
 from nanovllm_jax.inspection.xplane import Trace, read_trace
 from nanovllm_jax.step.buckets import bucket_for
-from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.programs import Programs
+from nanovllm_jax.step.runner import Runner
 
 
 class Profiling:
@@ -72,9 +72,9 @@ def profile_engine(engine: Engine, folder: str | Path) -> Iterator[Profiling]:
     profiling = Profiling(folder)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
-    programs = engine.replicas[0].runner.programs
+    runner = engine.replicas[0].runner
     engine.wait()  # a step from before the block must not run into it
-    engine.annotate_step = _annotator(programs.catalogue)
+    engine.annotate_step = _annotator(runner)
     try:
         with jax.profiler.trace(str(folder), profiler_options=options):
             yield profiling
@@ -82,19 +82,15 @@ def profile_engine(engine: Engine, folder: str | Path) -> Iterator[Profiling]:
     finally:
         engine.annotate_step = None
     trace = read_trace(folder)
-    profiling.finish(summarise(trace, program_texts(trace, programs), str(folder)))
+    profiling.finish(summarise(trace, program_texts(trace, runner.programs), str(folder)))
 
 
-def _annotator(catalogue: Catalogue) -> Callable[[Schedule], AbstractContextManager[object]]:
+def _annotator(runner: Runner) -> Callable[[Schedule], AbstractContextManager[object]]:
     numbers = itertools.count()
 
     def annotate(schedule: Schedule) -> AbstractContextManager[object]:
-        if schedule.is_decode:
-            size = bucket_for(len(schedule.sequences), catalogue.decode_sizes)
-        else:
-            size = bucket_for(schedule.num_tokens, catalogue.prefill_sizes)
         return jax.profiler.StepTraceAnnotation(
-            f"{schedule.kind}[{size}]",
+            f"{schedule.kind}[{runner.step_key(schedule).size}]",
             step_num=next(numbers),
             tokens=schedule.num_tokens,
             sequences=len(schedule.sequences),
@@ -104,11 +100,9 @@ def _annotator(catalogue: Catalogue) -> Callable[[Schedule], AbstractContextMana
 
 
 def program_texts(trace: Trace, programs: Programs) -> list[ProgramText]:
-    """The compiled programs that the trace's steps may have run."""
-    catalogue = programs.catalogue
+    """The compiled programs that the trace's steps may have run: the model's are of a mark's size, or update rows."""
     sizes = {0} | {mark.size for mark in trace.marks}
-    for buckets in (catalogue.decode_sizes, catalogue.filtered_sizes):
-        sizes |= {bucket_for(mark.sequences, buckets) for mark in trace.marks}
+    sizes |= {bucket_for(mark.sequences, programs.catalogue.sampling_sizes) for mark in trace.marks}
     return [
         ProgramText.parse(key, compiled.as_text() or "")
         for key, compiled in programs.compiled().items()

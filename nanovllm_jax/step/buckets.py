@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 SMALLEST_PREFILL = 64  # tokens
 ROW_TILE = 64  # rows that a product of many rows computes together
-ROWS_A_COPY = 8  # rows that the GPU's products copy together; those of other numbers of rows are slower kernels
+ROWS_A_COPY = 8  # rows that Mosaic's products copy together (its ROW_ALIGNMENT); other rows are Triton's
 
 
 def decode_buckets(max_num_seqs: int, *, fine: bool) -> list[int]:
     """Row counts of decode steps, up to and including `max_num_seqs`.
 
-    With `fine` (GPUs, where a step's time follows its rows) one row, and multiples of 8 by steps of a quarter of the
-    power of two below; from 64 on of no less than 64 rows, since products take tiles of as many, and attention has no
-    work for padding. Else powers of four, since each program costs seconds to compile.
+    With `fine` (GPUs, where a step's time follows its rows) 1, multiples of 8 by steps of a quarter of the power of two
+    below, and `max_num_seqs`. From 64 on steps are of no less than 64 rows, since products take tiles of as many, and
+    the kernels of attention have no work for padding. Else powers of four, since each program costs seconds to compile.
     """
     if not fine:
         return sampling_buckets(max_num_seqs)

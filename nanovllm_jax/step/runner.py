@@ -152,18 +152,26 @@ class Runner:
             if not leaf.is_deleted():
                 leaf.delete()
 
-    def _keys(self, schedule: Schedule) -> list[ProgramKey]:
-        """The programs that `dispatch` is about to call, but those of biases and bans."""
+    def step_key(self, schedule: Schedule) -> ProgramKey:
+        """The program that runs the model in a step."""
         sequences = schedule.sequences
         variants = {s.request.plan.variant for s in sequences}
-        if schedule.is_decode and self._runs_in_one_program(sequences, variants):
-            return [self._decode_key(sequences, filtered="filtered" in variants)]
-        if schedule.is_decode:
-            return [self._decode_forward_key(sequences), self._draw_key(sequences)]
-        prefill = self._prefill_key(sequences)
-        keys = [ProgramKey("update_rows"), prefill, self._draw_key(sequences)]
+        if not schedule.is_decode:
+            return self._prefill_key(sequences)
+        if self._runs_in_one_program(sequences, variants):
+            return self._decode_key(sequences, filtered="filtered" in variants)
+        return self._decode_forward_key(sequences)
+
+    def _keys(self, schedule: Schedule) -> list[ProgramKey]:
+        """The programs that `dispatch` is about to call, but those of biases and bans."""
+        sequences, step = schedule.sequences, self.step_key(schedule)
+        if step.kind in ("decode", "decode_filtered"):
+            return [step]
+        if step.kind == "decode_forward":
+            return [step, self._draw_key(sequences)]
+        keys = [ProgramKey("update_rows"), step, self._draw_key(sequences)]
         if any(s.request.skip_prefix_cache_read for s in sequences):
-            keys.append(ProgramKey("prompt_logprobs", prefill.size))
+            keys.append(ProgramKey("prompt_logprobs", step.size))
         return keys
 
     def _decode_key(self, sequences: Sequence[ScheduledSequence], *, filtered: bool) -> ProgramKey:

@@ -4,12 +4,14 @@ import pytest
 from xspace import Space
 
 from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.engine import plan
 from nanovllm_jax.errors import ConfigError
 from nanovllm_jax.inspection.attribution import ProgramText
 from nanovllm_jax.inspection.profile import measured_sizes
 from nanovllm_jax.inspection.profile_summary import accounted
 from nanovllm_jax.inspection.step_times import summarise
 from nanovllm_jax.inspection.xplane import read_trace, trace_of
+from nanovllm_jax.step.buckets import decode_buckets
 from nanovllm_jax.step.catalogue import ProgramKey
 
 DECODE = """HloModule jit_decode_forward, is_scheduled=true
@@ -194,6 +196,19 @@ def test_measured_times_stand_beside_the_computed_work(run):
     assert in_products < bucket["decode[4]"].measured_s
     assert bucket["decode[1]"].measured_s is None
     assert report.profile == profile.summary
+
+
+def test_steps_have_the_size_of_their_program_where_programs_have_different_sizes(tmp_path, monkeypatch):
+    """With a GPU's sizes a step of three rows is of 4 rows if its tokens are drawn apart, and else of 8."""
+    monkeypatch.setattr(plan, "decode_buckets", lambda most, *, fine: decode_buckets(most, fine=True))
+    with_logprobs = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=1)
+    without = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    llm = LLM(max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, enforce_eager=True)
+    with llm, llm.profile(tmp_path) as profile:
+        llm.generate(["To be", "or not", "to be"], [with_logprobs, without, without], use_tqdm=False)
+    assert [step.name for step in profile.summary.steps] == ["prefill[64]"] + ["decode[4]"] * 2 + ["decode[8]"] * 2
+    programs = {row.program for row in profile.summary.kernels}
+    assert {"prefill[64]", "decode_forward[4]", "full[4]", "decode[8]"} <= programs
 
 
 def test_a_block_without_a_step_is_an_error_and_so_is_a_folder_without_a_trace(tmp_path):

@@ -193,6 +193,23 @@ def passes_on(x: jax.ShapeDtypeStruct | Array) -> bool:
     )
 
 
+def has_mosaic_tile(w: jax.ShapeDtypeStruct | Array, rows: int) -> bool:
+    """Whether so many normed rows times w [K, N] or [K, 2, N] run in the Mosaic kernel on the GPU at hand."""
+    return has_mosaic_kernel() and isinstance(
+        launches.launch_parameters(
+            current_target(),
+            rows=rows,
+            inputs=w.shape[0],
+            outputs=w.shape[-1],
+            gated=len(w.shape) == 3,
+            w_bytes=w.dtype.itemsize,
+            normed=True,
+            takes=lambda _: True,
+        ),
+        Tiling,
+    )
+
+
 def has_mosaic_kernel() -> bool:
     """Whether many rows have a kernel of their own on the GPU that kernels are compiled for."""
     return current_target().compute_capability == _MOSAIC_CAPABILITY
