@@ -120,7 +120,7 @@ def _padded(config: StepConfig, params: Params, caches: Caches, delta: Int[Array
     than to add eight.
     """
     num_rows = delta.shape[1]
-    if fused_counters(config.backend, num_rows, params["embed"].dtype) is None or not has_mosaic_kernel():
+    if config.backend != "triton" or params["embed"].dtype.itemsize != 2 or not has_mosaic_kernel():
         return delta
     split = config.axis_name is not None
     if num_rows == 1 and (split or _layers_are_one_kernel(params, caches) or not _eight_rows_are_mosaics(params)):
