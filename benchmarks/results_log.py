@@ -76,11 +76,16 @@ def latest(lines: Iterable[dict]) -> dict[str, dict]:
 
 
 def beside(lines: Sequence[dict]) -> dict[str, dict]:
-    """The last lines, but of our figures that other engines have, too, those of the commit of theirs."""
+    """The last lines, but of our figures that other engines have, too, those that ran with theirs.
+
+    That is at their commit, and of those by their command, if there are any: another may have run on another machine.
+    """
     chosen = latest(lines)
-    of_others = {figure.partition("/")[2]: line["commit"] for figure, line in chosen.items() if "/" in figure}
-    ran_together = [line for line in lines if (line["figure"], line["commit"]) in of_others.items()]
-    return chosen | latest(ran_together)
+    of_others = {figure.partition("/")[2]: line for figure, line in chosen.items() if "/" in figure}
+    ours = [line for line in lines if line["figure"] in of_others]
+    at_their_commit = [line for line in ours if line["commit"] == of_others[line["figure"]]["commit"]]
+    by_their_command = [line for line in at_their_commit if line["command"] == of_others[line["figure"]]["command"]]
+    return chosen | latest(at_their_commit) | latest(by_their_command)
 
 
 def measured_here() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Renders what was recorded: `python benchmarks/tables.py` rewrites the tables in benchmarks/README.md and README.md.
 
 Everything between two markers is made from `results/*.jsonl`: all figures in benchmarks/README.md, each engine's last;
-those of the cases in README.md, where beside another engine stands what we had at the commit that it was measured with;
+those of the cases in README.md, where beside another engine stands what we had when it was measured;
 and near its top a few of one device. With `--check` nothing is written and the exit status is 1 if the tables are not
 those of the files.
 """

@@ -97,6 +97,14 @@ def test_beside_another_engine_stands_what_ran_with_it(tmp_path):
     assert cells(tables.render(tmp_path), "`bench256_out_tok_s`")[2:4] == ["29,000", "23,000"]
 
 
+def test_a_later_run_at_the_commit_of_another_engines_does_not_stand_beside_it(tmp_path):
+    for command, values in (("both", {"": 900.0, "vllm/": 400.0}), ("alone", {"": 1000.0})):
+        for engine, value in values.items():
+            entry = line(f"{engine}shared_prefix_tok_s", [value]) | {"command": command}
+            results_log.append([entry], tmp_path)
+    assert cells(tables.render_front_page(tmp_path), "100 prompts of 512, of which")[1:3] == ["900", "400"]
+
+
 def test_headlines_are_a_few_cases_of_one_device(tmp_path):
     for name in (*tables.FRONT_FIGURES, "host_gap_frac"):
         results_log.append([line(name, [2.0], device=tables.HEADLINE_DEVICE)], tmp_path)
