@@ -55,11 +55,15 @@ def most_fused_rows() -> int:
     return 256 if has_mosaic_kernel() else 128
 
 
+def has_fused_products(backend: Backend, dtype: DTypeLike) -> bool:
+    """Whether products of few rows are kernels of ours, rather than XLA's."""
+    return backend == "triton" and jnp.dtype(dtype).itemsize == 2
+
+
 def fused_counters(backend: Backend, num_tokens: int, dtype: DTypeLike) -> Int[Array, " tiles"] | None:
     """What the fused kernels of a step share, or None where its products are XLA's."""
-    if backend != "triton" or jnp.dtype(dtype).itemsize != 2:
-        return None
-    return split_counters() if num_tokens <= most_fused_rows() else None
+    fused = has_fused_products(backend, dtype) and num_tokens <= most_fused_rows()
+    return split_counters() if fused else None
 
 
 def pass_on(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from nanovllm_jax.models.params import Params
-from nanovllm_jax.models.projections import are_zero, fused_counters, poison_unless_zero
+from nanovllm_jax.models.projections import are_zero, fused_counters, has_fused_products, poison_unless_zero
 from nanovllm_jax.models.transformer import Attend, LayerCache, Rope, WholeLayers, transformer
 from nanovllm_jax.step.buckets import ROWS_A_COPY
 from nanovllm_jax.step.draw import Variant, advance, draw_tokens, head_of, params_of
@@ -120,7 +120,7 @@ def _padded(config: StepConfig, params: Params, caches: Caches, delta: Int[Array
     than to add eight.
     """
     num_rows = delta.shape[1]
-    if config.backend != "triton" or params["embed"].dtype.itemsize != 2 or not has_mosaic_kernel():
+    if not has_fused_products(config.backend, params["embed"].dtype) or not has_mosaic_kernel():
         return delta
     split = config.axis_name is not None
     if num_rows == 1 and (split or _layers_are_one_kernel(params, caches) or not _eight_rows_are_mosaics(params)):
@@ -132,7 +132,7 @@ def _eight_rows_are_mosaics(params: Params) -> bool:
     """Whether both products after a norm, which read most of a layer's weights, have a tile for 8 rows."""
     layer = params["layers"][0]
     qkv = jax.eval_shape(lambda w: w.reshape(w.shape[0], -1), layer["qkv"])
-    return has_mosaic_tile(qkv, ROWS_A_COPY) and has_mosaic_tile(layer["gate_up"], ROWS_A_COPY)
+    return all(has_mosaic_tile(w, ROWS_A_COPY) for w in (qkv, layer["gate_up"]))
 
 
 def _open_blocks(config: StepConfig, rows: Rows, delta: Int[Array, "3 B"]) -> Rows:

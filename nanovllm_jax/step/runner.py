@@ -30,6 +30,7 @@ from nanovllm_jax.step.result import StepResult, TokenLogprobs
 from nanovllm_jax.step.state import PrefillDelta
 
 _UNREAD = array("i", [-1])
+_SAMPLING_STEPS = ("decode", "decode_filtered")
 
 
 @dataclass
@@ -76,14 +77,14 @@ class Runner:
         """Enqueue one step. Order on the device is the order of these calls."""
         sequences = schedule.sequences
         prompt = logprobs = None
-        variants = {s.request.plan.variant for s in sequences}
-        if schedule.is_decode and self._runs_in_one_program(sequences, variants):
-            tokens = self._decode(sequences, filtered="filtered" in variants)
+        key = self.step_key(schedule)
+        if key.kind in _SAMPLING_STEPS:
+            tokens = self._decode(key, sequences)
         else:
-            if schedule.is_decode:
-                hidden, sampled_rows = self._decode_forward(sequences)
+            if key.kind == "decode_forward":
+                hidden, sampled_rows = self._decode_forward(key, sequences)
             else:
-                hidden, sampled_rows, prompt = self._prefill(sequences)
+                hidden, sampled_rows, prompt = self._prefill(key, sequences)
             tokens, logprobs = self._draw(sequences, hidden, sampled_rows)
         for result in (tokens, *(logprobs or ()), *(prompt or ())):
             result.copy_to_host_async()
@@ -154,18 +155,22 @@ class Runner:
 
     def step_key(self, schedule: Schedule) -> ProgramKey:
         """The program that runs the model in a step."""
-        sequences = schedule.sequences
-        variants = {s.request.plan.variant for s in sequences}
+        sequences, catalogue = schedule.sequences, self.programs.catalogue
         if not schedule.is_decode:
-            return self._prefill_key(sequences)
+            num_tokens = sum(s.num_tokens for s in sequences)
+            return ProgramKey("prefill", bucket_for(num_tokens, catalogue.prefill_sizes))
+        variants = {s.request.plan.variant for s in sequences}
+        kind, sizes = "decode_forward", catalogue.sampling_sizes
         if self._runs_in_one_program(sequences, variants):
-            return self._decode_key(sequences, filtered="filtered" in variants)
-        return self._decode_forward_key(sequences)
+            filtered = "filtered" in variants
+            kind = "decode_filtered" if filtered else "decode"
+            sizes = catalogue.filtered_sizes if filtered else catalogue.decode_sizes
+        return ProgramKey(kind, bucket_for(len(sequences), sizes))
 
     def _keys(self, schedule: Schedule) -> list[ProgramKey]:
         """The programs that `dispatch` is about to call, but those of biases and bans."""
         sequences, step = schedule.sequences, self.step_key(schedule)
-        if step.kind in ("decode", "decode_filtered"):
+        if step.kind in _SAMPLING_STEPS:
             return [step]
         if step.kind == "decode_forward":
             return [step, self._draw_key(sequences)]
@@ -173,18 +178,6 @@ class Runner:
         if any(s.request.skip_prefix_cache_read for s in sequences):
             keys.append(ProgramKey("prompt_logprobs", step.size))
         return keys
-
-    def _decode_key(self, sequences: Sequence[ScheduledSequence], *, filtered: bool) -> ProgramKey:
-        catalogue = self.programs.catalogue
-        sizes = catalogue.filtered_sizes if filtered else catalogue.decode_sizes
-        return ProgramKey("decode_filtered" if filtered else "decode", bucket_for(len(sequences), sizes))
-
-    def _decode_forward_key(self, sequences: Sequence[ScheduledSequence]) -> ProgramKey:
-        return ProgramKey("decode_forward", bucket_for(len(sequences), self.programs.catalogue.sampling_sizes))
-
-    def _prefill_key(self, sequences: Sequence[ScheduledSequence]) -> ProgramKey:
-        num_tokens = sum(s.num_tokens for s in sequences)
-        return ProgramKey("prefill", bucket_for(num_tokens, self.programs.catalogue.prefill_sizes))
 
     def _draw_key(self, sequences: Sequence[ScheduledSequence]) -> ProgramKey:
         variants = {s.request.plan.variant for s in sequences if s.samples}
@@ -196,14 +189,12 @@ class Runner:
         worth_it = self._config.decode_steps == 1 or any(s.num_tokens > 1 for s in sequences)
         return worth_it and "full" not in variants
 
-    def _decode(self, sequences: Sequence[ScheduledSequence], *, filtered: bool) -> jax.Array:
-        key = self._decode_key(sequences, filtered=filtered)
+    def _decode(self, key: ProgramKey, sequences: Sequence[ScheduledSequence]) -> jax.Array:
         step, delta = self.programs[key], self._decode_delta(sequences, key.size)
         self._caches, self._device_rows, tokens = step(self._params, self._caches, self._device_rows, delta)
         return tokens
 
-    def _decode_forward(self, sequences: Sequence[ScheduledSequence]) -> tuple[jax.Array, jax.Array]:
-        key = self._decode_forward_key(sequences)
+    def _decode_forward(self, key: ProgramKey, sequences: Sequence[ScheduledSequence]) -> tuple[jax.Array, jax.Array]:
         self._update_bans(sequences)
         step, delta = self.programs[key], self._decode_delta(sequences, key.size)
         self._caches, self._device_rows, hidden, sampled_rows = step(
@@ -225,11 +216,10 @@ class Runner:
         return delta
 
     def _prefill(
-        self, sequences: Sequence[ScheduledSequence]
+        self, key: ProgramKey, sequences: Sequence[ScheduledSequence]
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...] | None]:
         self._send_rows(sequences)
         self._update_bans(sequences)
-        key = self._prefill_key(sequences)
         layout = PrefillDelta(key.size, self._config.shape.max_num_seqs)
         # A decode's token may only be known on the device yet.
         tokens = [_UNREAD if s.is_decode else s.request.token_ids[s.start : s.start + s.num_tokens] for s in sequences]

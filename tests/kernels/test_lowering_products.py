@@ -57,13 +57,7 @@ def test_skinny_matmul_lowers_to_the_kernel_that_the_table_names(compiled, case,
 
 
 @pytest.mark.parametrize(
-    ("rows", "outputs", "scaled"),
-    [
-        (16, 12288, False),
-        (64, 12288, False),
-        (128, 12288, False),
-        (128, 6144, True),
-    ],
+    ("rows", "outputs", "scaled"), [(16, 12288, False), (64, 12288, False), (128, 12288, False), (128, 6144, True)]
 )
 def test_tuned_tiles_in_two_pieces_lower(rows, outputs, scaled):
     """Mosaic refuses columns that it cannot tell to begin with a row of their swizzle."""

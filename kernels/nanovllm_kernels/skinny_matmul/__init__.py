@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,25 +153,9 @@ def _results(
         # x * norm, which is not yet divided by the row's rms, may be past float16's largest number.
         x = rms_norm_xla(x, options.pop("norm"), eps)
         options["norm"] = None
-    target = current_target()
     given = {name: options[name] for name in ("norm", "bias", "residual", "squares", "next_norm")}
     mosaic = has_mosaic_kernel() and w_layout == "kn" and w.dtype == x.dtype and dtype == x.dtype
-
-    def takes(tiling: Tiling) -> bool:
-        from nanovllm_kernels.skinny_matmul.mosaic_shape import shape_of, takes
-
-        return takes(shape_of(x, w, tiling, **given), target.shared_bytes)
-
-    launch = launches.launch_parameters(
-        target,
-        rows=x.shape[0],
-        inputs=x.shape[1],
-        outputs=num_outputs,
-        gated=w.ndim == 3,
-        w_bytes=w.dtype.itemsize,
-        normed=options["norm"] is not None or squares is not None,
-        takes=takes if mosaic else None,
-    )
+    launch = _launch_of(x, w, num_outputs, given, mosaic=mosaic)
     if isinstance(launch, Tiling):
         from nanovllm_kernels.skinny_matmul.mosaic import skinny_matmul_mosaic
 
@@ -179,6 +163,34 @@ def _results(
     from nanovllm_kernels.skinny_matmul.triton import skinny_matmul_triton
 
     return skinny_matmul_triton(x, w, **options, counters=counters, launch=launch)
+
+
+def _launch_of(
+    x: jax.ShapeDtypeStruct | Array,
+    w: jax.ShapeDtypeStruct | Array,
+    num_outputs: int,
+    given: dict[str, Any],
+    *,
+    mosaic: bool,
+) -> launches.Launch | Tiling:
+    """The launch for the GPU at hand, a `Tiling` only where the `mosaic` kernel may run and takes what is `given`."""
+    target = current_target()
+
+    def takes(tiling: Tiling) -> bool:
+        from nanovllm_kernels.skinny_matmul.mosaic_shape import shape_of, takes
+
+        return takes(shape_of(x, w, tiling, **given), target.shared_bytes)
+
+    return launches.launch_parameters(
+        target,
+        rows=x.shape[0],
+        inputs=x.shape[1],
+        outputs=num_outputs,
+        gated=len(w.shape) == 3,
+        w_bytes=w.dtype.itemsize,
+        normed=given["norm"] is not None or given["squares"] is not None,
+        takes=takes if mosaic else None,
+    )
 
 
 def passes_on(x: jax.ShapeDtypeStruct | Array) -> bool:
@@ -195,19 +207,11 @@ def passes_on(x: jax.ShapeDtypeStruct | Array) -> bool:
 
 def has_mosaic_tile(w: jax.ShapeDtypeStruct | Array, rows: int) -> bool:
     """Whether so many normed rows times w [K, N] or [K, 2, N] run in the Mosaic kernel on the GPU at hand."""
-    return has_mosaic_kernel() and isinstance(
-        launches.launch_parameters(
-            current_target(),
-            rows=rows,
-            inputs=w.shape[0],
-            outputs=w.shape[-1],
-            gated=len(w.shape) == 3,
-            w_bytes=w.dtype.itemsize,
-            normed=True,
-            takes=lambda _: True,
-        ),
-        Tiling,
-    )
+    x = jax.ShapeDtypeStruct((rows, w.shape[0]), w.dtype)
+    given = dict.fromkeys(("bias", "residual", "squares", "next_norm")) | {
+        "norm": jax.ShapeDtypeStruct(x.shape[1:], w.dtype)
+    }
+    return isinstance(_launch_of(x, w, w.shape[-1], given, mosaic=has_mosaic_kernel()), Tiling)
 
 
 def has_mosaic_kernel() -> bool:
