@@ -187,6 +187,13 @@ def _compact(ptx: str) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
+def import_compilers() -> None:
+    """Import what lowers Triton's and Mosaic's kernels, where it is installed; else the first kernel of each does."""
+    with contextlib.suppress(ImportError):
+        import_jax_triton()
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+
+
 def register_gpu_runtimes() -> None:
     """Make known to XLA what Triton's and Mosaic's kernels call at run time; lowering such a kernel does as much.
 

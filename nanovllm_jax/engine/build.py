@@ -34,7 +34,8 @@ from nanovllm_jax.models.params import Params, param_bytes, random_params
 from nanovllm_jax.parallel.collectives import can_exchange, check_exchange, exchange_params
 from nanovllm_jax.parallel.mesh import check_devices, make_mesh, param_shardings, replica_meshes, split_heads
 from nanovllm_jax.step.catalogue import Catalogue
-from nanovllm_jax.step.compile_workers import CompileWorkers
+from nanovllm_jax.step.compile_workers import CompileWorkers, compile_server
+from nanovllm_jax.step.fork_server import ForkServer
 from nanovllm_jax.step.memory import (
     blocks_that_fit,
     bytes_held,
@@ -89,7 +90,9 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     model_config = split_heads(whole, config.tensor_parallel_size)
     smallest_shape(model_config, config)
     use_persistent_cache()
-    with ThreadPoolExecutor(2) as pool:
+    with compile_server("nanovllm_jax.engine.compile_worker") as server, ThreadPoolExecutor(2) as pool:
+        if config.compiles_at_start and _must_compile():
+            server.start()  # it imports while JAX starts the device
         # The tokenizer and the weights are read while JAX starts the device and programs are loaded or compiled.
         reading = None if skip_tokenizer else pool.submit(load_tokenizer, tokenizer or source)
         _check_gpu_is_used()
@@ -99,7 +102,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         exchanged = all(map(can_exchange, meshes))
         held = bytes_held(list(mesh.devices.flat))  # before anything is loaded: a shape must not depend on the moment
         loading = pool.submit(_load, source, model_config, dtype, meshes, config)
-        planned = model_config, config, dtype, meshes, exchanged, held
+        planned = model_config, config, dtype, meshes, exchanged, held, server
         programs, shape = _plan(*planned)
         for future in (reading, loading):
             if future and future.done():
@@ -159,11 +162,12 @@ def _plan(
     meshes: Sequence[Mesh],
     exchanged: bool,
     held: int,
+    server: ForkServer,
     temporary: int | None = None,
 ) -> tuple[list[Programs], StateShape]:
     """Choose the number of cache blocks and describe each replica's programs for it.
 
-    Of a device's memory, others hold `held` bytes; `temporary` bytes are the programs'.
+    Of a device's memory, others hold `held` bytes; `temporary` bytes are the programs'. On GPUs `server` compiles them.
     """
     devices, kv_dtype = list(meshes[0].devices.flat), cache_dtype(config, dtype)
     on_gpu = devices[0].platform != "cpu"
@@ -176,13 +180,13 @@ def _plan(
         weights |= exchange_params(mesh, exchanged=exchanged, abstract=True)
         catalogue = describe_programs(model, config, shape, weights, kv_dtype, mesh, on_gpu=on_gpu)
         # On a CPU XLA's own cache does as much for one replica; others take what the first one compiled.
-        kept_in = cache_folder() / "executables" if on_gpu or len(meshes) > 1 else None
+        kept_in = _kept() if on_gpu or len(meshes) > 1 else None
         workers = None
         if on_gpu:
             topology, ids = TopologyDescription(devices).serialize(), tuple(device.id for device in devices)
             target = current_target()
             order = CompileOrder(model, config, shape, dtype, kv_dtype, exchanged, target, topology, ids)
-            workers = CompileWorkers("nanovllm_jax.engine.compile_worker", order)
+            workers = CompileWorkers(server, order)
         return Programs(catalogue, command_buffers=not config.enforce_eager, kept_in=kept_in, workers=workers)
 
     if config.num_gpu_blocks_override is not None:
@@ -285,14 +289,28 @@ def _end_ids(tokenizer: Any | None, defaults: GenerationDefaults) -> frozenset[i
     return frozenset(defaults.eos_token_ids) | ({own} if own is not None else set())
 
 
+def _kept() -> Path:
+    """The folder of whole programs."""
+    return cache_folder() / "executables"
+
+
+def _gpu_is_meant() -> bool:
+    """Whether there is an NVIDIA GPU, and JAX is not told to leave it alone."""
+    return "cpu" not in (jax.config.jax_platforms or "") and Path("/proc/driver/nvidia/gpus").exists()
+
+
+def _must_compile() -> bool:
+    """Whether it is sure, before JAX has started a GPU, that its programs are not there yet."""
+    return _gpu_is_meant() and not any(_kept().glob("*"))
+
+
 def _check_gpu_is_used() -> None:
     """Refuse to crawl along on the CPU beside an idle GPU, unless told to.
 
     Raises:
         DeviceError: naming what to install.
     """
-    chosen = jax.config.jax_platforms or ""
-    if jax.default_backend() == "cpu" and "cpu" not in chosen and Path("/proc/driver/nvidia/gpus").exists():
+    if jax.default_backend() == "cpu" and _gpu_is_meant():
         raise DeviceError(
             "An NVIDIA GPU is present, but JAX has no plugin for it and would run on the CPU: install "
             "nanovllm-jax[cuda13] (driver 580 or newer) or nanovllm-jax[cuda12], or set JAX_PLATFORMS=cpu."

@@ -1,14 +1,13 @@
-"""A process that compiles an engine's programs for a GPU that it does not use; `step.compile_workers` starts it."""
+"""Processes that compile an engine's programs for a GPU that they do not use; `step.compile_workers` asks them to."""
 
 from __future__ import annotations
 
-import os
-import pickle
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,10 @@ from nanovllm_jax.parallel.mesh import make_mesh
 from nanovllm_jax.step.catalogue import Catalogue, ProgramKey
 from nanovllm_jax.step.compile_workers import Made
 from nanovllm_jax.step.executables import pack
+from nanovllm_jax.step.fork_server import serve
 from nanovllm_jax.step.state import StateShape
 from nanovllm_jax.step.xla_options import engine_options, program_options
-from nanovllm_kernels._compat import Target, lowering_for, register_gpu_runtimes
+from nanovllm_kernels._compat import Target, import_compilers, lowering_for
 
 
 @dataclass(frozen=True)
@@ -71,40 +71,29 @@ class CompileOrder:
         return Mesh(devices.reshape(local.devices.shape), local.axis_names, axis_types=local.axis_types)
 
 
-def main() -> None:
-    """Answer each key that comes in until no more do, or nobody reads the answers."""
-    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the replies
-    try:
-        answer(requests, replies)
-    except (EOFError, pickle.UnpicklingError, BrokenPipeError):
-        os._exit(0)  # not through the end of Python, which would flush what nobody reads and complain
+def main() -> NoReturn:
+    """Import what compiling takes, for all forks; each then answers keys."""
+    # Where PyTorch is installed, Triton imports it, to know tensors from other arguments, which takes five seconds.
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    import_compilers()
+    serve(answer)
 
 
-def answer(requests: BinaryIO, replies: BinaryIO) -> NoReturn:
-    """Compile what comes in.
-
-    Raises:
-        EOFError, UnpicklingError: at its end, which may come inside an order.
-        BrokenPipeError: if nobody reads the answers.
-    """
-    order: CompileOrder = pickle.load(requests)
+def answer(asked: Iterator[Any], reply: Callable[[Made], None]) -> None:
+    """Compile what is asked for: first comes a `CompileOrder`, then keys, each of which has a `Made` for an answer."""
+    order: CompileOrder | None = next(asked, None)
+    if order is None:
+        return
     jax.config.update("jax_num_cpu_devices", order.config.tensor_parallel_size)
     jax.config.update("jax_enable_compilation_cache", False)  # the engine keeps what it gets
     # Without a GPU XLA takes 0.8 of its memory for all there is, in which the cache does not fit, and would compute
     # things twice that it could keep (35 fusions instead of 24 in a decode step).
     jax.config.update("jax_compiler_enable_remat_pass", False)
-    if order.target:
-        # Where PyTorch is installed, Triton imports it, to know tensors from other arguments, which takes five seconds.
-        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
-        register_gpu_runtimes()
     catalogue = order.catalogue()
     options = engine_options(catalogue, command_buffers=not order.config.enforce_eager)
     with lowering_for(order.target) if order.target else nullcontext():
-        while True:
-            key = pickle.load(requests)
-            pickle.dump(make(catalogue, key, options), replies)
-            replies.flush()
+        for key in asked:
+            reply(make(catalogue, key, options))
 
 
 def make(catalogue: Catalogue, key: ProgramKey, options: dict[str, object] | None) -> Made:

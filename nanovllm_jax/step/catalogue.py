@@ -43,9 +43,22 @@ class ProgramKey(NamedTuple):
     size: int = 0
 
     @property
-    def cost(self) -> int:
-        """About how many seconds of a core it takes to compile in a new process, kernels that others share included."""
-        return {"decode_filtered": 15, "prefill": 10, "decode": 10, "decode_forward": 10}.get(self.kind, 2)
+    def cost(self) -> float:
+        """About how many seconds it takes to compile on a busy machine, kernels included that its neighbours share."""
+        many_rows = self.size > 16  # whose products are Mosaic's: each takes a second or two to lower and compile
+        match self.kind:
+            case "decode" | "decode_forward":
+                return 9.0 if many_rows else 5.0
+            case "decode_filtered":
+                return 14.0 if many_rows else 7.0
+            case "prefill":
+                return 6.0
+            case "full":
+                return 3.0
+            case "prompt_logprobs":
+                return 2.0
+            case _:
+                return 0.4
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,21 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import queue
-import subprocess
-import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 from nanovllm_jax.step.catalogue import ProgramKey
+from nanovllm_jax.step.fork_server import ForkServer
 
 logger = logging.getLogger(__name__)
 
-MOST_WORKERS = 24  # each starts with two seconds of imports, and takes 0.35 GB beside what all share
+MOST_WORKERS = 24  # each takes 0.2 to 0.3 GB beside what all share
 _LEAST_PROGRAMS = 4  # that are worth workers
 _LEAST_SHARE = 2  # programs, to be worth one more worker
 
@@ -49,17 +47,31 @@ class Made:
     compile_s: float
 
 
-class CompileWorkers:
-    """Starts workers, and has each compile its part of the programs.
+def compile_server(module: str) -> ForkServer:
+    """The process whose forks are workers, and which imports for all of them; it is not started yet.
 
     Args:
-        module: what a worker runs; it reads a pickled order and then keys from its input until that ends, and answers
-            each key with a pickled `Made`.
-        order: what the worker needs to know to describe the programs, which pickle can write.
+        module: takes an order and then keys, and answers each key with a `Made`.
+    """
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "OPENBLAS_NUM_THREADS": "1",  # NumPy's threads would not be in the forks
+        # XLA would say of each program that the cache does not fit in 0.8 of the GPU's memory.
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    return ForkServer(module, environment)
+
+
+class CompileWorkers:
+    """Has each of several workers compile its part of the programs.
+
+    Args:
+        server: forks workers; it is started if need be, and ends with them when all is compiled.
+        order: what a worker needs to know to describe the programs, which pickle can write.
     """
 
-    def __init__(self, module: str, order: Any) -> None:
-        self._module, self._order = module, pickle.dumps(order)
+    def __init__(self, server: ForkServer, order: Any) -> None:
+        self._server, self._order = server, order
 
     def compile(self, keys: Sequence[ProgramKey]) -> Iterator[tuple[ProgramKey, Made | None]]:
         """Every program as soon as it is compiled, in any order; None if that is left to this process.
@@ -73,11 +85,13 @@ class CompileWorkers:
             yield from ((key, None) for key in keys)
             return
         runs = [deque[ProgramKey]() for _ in range(count)]
-        total, before = sum(key.cost for key in keys), 0
+        total, before = _cost(keys), 0.0
         for key in keys:
-            runs[before * count // total].append(key)
+            runs[int(before * count / total)].append(key)
             before += key.cost
-        workers = [_Worker(self._module, self._order) for _ in runs]
+        self._server.start()
+        stopped = threading.Event()
+        workers = [_Worker(self._server, self._order, stopped) for _ in runs]
         lock, idle = threading.Lock(), queue.SimpleQueue[tuple[_Worker, deque[ProgramKey]]]()
         for pair in zip(workers, runs, strict=True):
             idle.put(pair)
@@ -98,75 +112,35 @@ class CompileWorkers:
             for future in as_completed([pool.submit(compile_next) for _ in keys]):
                 yield future.result()
         finally:
-            for worker in workers:
-                worker.stop()  # first, so that nobody waits for an answer that nobody needs
+            stopped.set()
+            self._server.stop()  # first, so that nobody waits for an answer that nobody needs
             pool.shutdown(cancel_futures=True)
-            for worker in workers:
-                worker.end()
 
 
-def _cost(run: deque[ProgramKey]) -> int:
-    return sum(key.cost for key in run)
+def _cost(keys: Iterable[ProgramKey]) -> float:
+    return sum((key.cost for key in keys), 0.0)
 
 
 class _Worker:
-    """One process, started for its first key; after a failure it compiles nothing more."""
+    """One process, forked for its first key; after a failure it compiles nothing more."""
 
-    def __init__(self, module: str, order: bytes) -> None:
-        self._module, self._order = module, order
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stopped = False
+    def __init__(self, server: ForkServer, order: Any, stopped: threading.Event) -> None:
+        self._server, self._order, self._stopped = server, order, stopped
+        self._connection: Connection | None = None
         self.failed = False
 
     def compile(self, key: ProgramKey) -> Made | None:
         """The program; None, and a warning, if the process fails."""
-        if self.failed or self._stopped:
+        if self.failed or self._stopped.is_set():
             return None
         try:
-            if self._process is None:
-                self._process = self._start()
-                if self._stopped:  # meanwhile, when there was nothing yet to terminate
-                    self._process.terminate()
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            self._process.stdin.write(pickle.dumps(key))
-            self._process.stdin.flush()
-            return pickle.load(self._process.stdout)
+            if self._connection is None:
+                self._connection = self._server.fork()
+                self._connection.send(self._order)
+            self._connection.send(key)
+            return self._connection.recv()
         except Exception as error:  # whatever went wrong there, others can compile too
-            if not self._stopped:
+            if not self._stopped.is_set():
                 logger.warning("a compiling process ended at %s (%r); others compile its programs", key, error)
             self.failed = True
             return None
-
-    def stop(self) -> None:
-        """Have the process end whatever it does; it has nothing to put in order."""
-        self._stopped = True
-        if self._process is not None:
-            self._process.terminate()
-
-    def end(self) -> None:
-        """Stop, and wait until it has ended; nobody may be waiting for an answer of it any more."""
-        self.stop()
-        if self._process is not None:
-            for pipe in filter(None, (self._process.stdin, self._process.stdout)):
-                with suppress(OSError):
-                    pipe.close()
-            self._process.wait()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", self._module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            process_group=0,  # Ctrl-C in a terminal is for the engine, which ends this process
-            env=os.environ
-            | {
-                "JAX_PLATFORMS": "cpu",
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                # XLA would say of each program that the cache does not fit in 0.8 of the GPU's memory.
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-            },
-        )
-        assert process.stdin is not None
-        process.stdin.write(self._order)
-        return process

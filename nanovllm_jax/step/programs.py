@@ -97,6 +97,7 @@ class Programs:
             self.store.mark_used()
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
         self._workers = workers
+        self._lowering = threading.Lock()
 
     def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:
         """The compiled program; compiles it now if it is not yet there."""
@@ -182,10 +183,12 @@ class Programs:
 
     def _make(self, key: ProgramKey) -> None:
         """Compile a program, and keep it."""
-        started = time.perf_counter()
-        traced = self.catalogue.trace(key)
-        traced_at = time.perf_counter()
-        lowered = traced.lower()
+        # Python lowers one at a time in any case, and what is lowered first can compile beside the next one.
+        with self._lowering:
+            started = time.perf_counter()
+            traced = self.catalogue.trace(key)
+            traced_at = time.perf_counter()
+            lowered = traced.lower()
         lowered_at, hits = time.perf_counter(), _cache_hits[threading.get_ident()]
         self._compiled[key] = lowered.compile(compiler_options=program_options(self.catalogue, key, self._options))
         seconds, hit = time.perf_counter() - lowered_at, _cache_hits[threading.get_ident()] > hits

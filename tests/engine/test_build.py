@@ -1,5 +1,7 @@
 """Start-up, where it is not seen from outside."""
 
+import pytest
+
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine import build
 
@@ -21,3 +23,15 @@ def test_too_low_an_estimate_of_temporary_memory_is_corrected_before_the_engine_
     assert asked == [None, 200]
     assert "compiling for fewer blocks" in caplog.text
     assert len(output.outputs[0].token_ids) == 2
+
+
+def test_a_compiling_process_that_started_early_ends_though_nothing_had_to_be_compiled(monkeypatch):
+    server = build.compile_server("nanovllm_jax.engine.compile_worker")
+    monkeypatch.setattr(build, "_must_compile", lambda: True)
+    monkeypatch.setattr(build, "compile_server", lambda module: server)
+    started, start = [], server.start
+    monkeypatch.setattr(server, "start", lambda: started.append(start()))
+    with LLM(max_num_seqs=1, max_model_len=64, skip_tokenizer_init=True):
+        assert len(started) == 1
+        with pytest.raises(OSError, match="does not run"):
+            server.fork()

@@ -13,7 +13,7 @@ from nanovllm_jax.inspection.scopes import scope_of_op
 from nanovllm_jax.parallel.mesh import split_heads
 from nanovllm_jax.step import compile_workers
 from nanovllm_jax.step.catalogue import ProgramKey
-from nanovllm_jax.step.compile_workers import CompileWorkers
+from nanovllm_jax.step.compile_workers import CompileWorkers, compile_server
 from nanovllm_jax.step.programs import Programs
 from nanovllm_jax.weights import load_model_config, locate
 from nanovllm_kernels import lowering_for
@@ -42,7 +42,7 @@ def eight_cores(monkeypatch):
 @pytest.mark.parametrize("shards", [1, 2])
 def test_programs_compiled_elsewhere_are_the_same(shards, eight_cores, tmp_path, caplog):
     ordered = order(shards)
-    catalogue, workers = ordered.catalogue(), CompileWorkers(WORKER, ordered)
+    catalogue, workers = ordered.catalogue(), CompileWorkers(compile_server(WORKER), ordered)
     programs = Programs(catalogue, command_buffers=False, kept_in=tmp_path, workers=workers)
     programs.compile(KEYS)
     assert caplog.text == ""  # no worker failed, whose programs would be compiled here
@@ -69,7 +69,7 @@ def test_a_gpus_programs_are_its_kernels(shards):
 
 def test_programs_compiled_elsewhere_are_kept(eight_cores, tmp_path, caplog):
     ordered = order(1)
-    catalogue, workers = ordered.catalogue(), CompileWorkers(WORKER, ordered)
+    catalogue, workers = ordered.catalogue(), CompileWorkers(compile_server(WORKER), ordered)
     Programs(catalogue, command_buffers=False, kept_in=tmp_path, workers=workers).compile(KEYS)
     assert caplog.text == ""
     again = Programs(catalogue, command_buffers=False, kept_in=tmp_path)
