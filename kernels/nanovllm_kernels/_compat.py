@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -202,7 +203,10 @@ def register_gpu_runtimes() -> None:
     """
     with contextlib.suppress(ImportError):  # without JAX's plugin for CUDA there is nothing to make known
         importlib.import_module("jaxlib.gpu_triton")
-        importlib.import_module("jax.experimental.mosaic.gpu.core")  # names the library that has the symbols
+        # As `jax.experimental.mosaic.gpu.core` does, whose import takes a second, for all that lowers kernels.
+        extension = importlib.import_module("jax._src.lib.mosaic_gpu")._mosaic_gpu_ext
+        library = Path(extension.__file__).with_name("libmosaic_gpu_runtime.so")
+        os.environ.setdefault("MOSAIC_GPU_RUNTIME_LIB_PATH", str(library))
 
 
 def triton_call(

@@ -37,9 +37,11 @@ from nanovllm_jax.step.catalogue import Catalogue
 from nanovllm_jax.step.compile_workers import CompileWorkers, compile_server
 from nanovllm_jax.step.fork_server import ForkServer
 from nanovllm_jax.step.memory import (
+    DeviceMemory,
+    allow_device_memory,
     blocks_that_fit,
-    bytes_held,
     claim_device_memory,
+    device_memory,
     expected_temporary_bytes,
     largest_programs,
     temporary_bytes,
@@ -80,7 +82,7 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         WeightsError: for missing, left-over or corrupt weights.
         DeviceError: if the device is missing or too small.
     """
-    claim_device_memory(config.gpu_memory_utilization)
+    allow_device_memory(config.gpu_memory_utilization)
     source = locate(model)
     whole, defaults = load_model_config(source), load_generation_defaults(source)
     # What cannot be is told before anything slow is begun.
@@ -100,9 +102,9 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
         meshes = replica_meshes(mesh)
         dtype = weight_dtype(config.dtype, model_config, on_gpu=mesh.devices.flat[0].platform != "cpu")
         exchanged = all(map(can_exchange, meshes))
-        held = bytes_held(list(mesh.devices.flat))  # before anything is loaded: a shape must not depend on the moment
-        loading = pool.submit(_load, source, model_config, dtype, meshes, config)
-        planned = model_config, config, dtype, meshes, exchanged, held, server
+        memory = device_memory(list(mesh.devices.flat))  # before loading: a shape must not depend on the moment
+        loading = pool.submit(_load, source, model_config, dtype, mesh, config)
+        planned = model_config, config, dtype, meshes, exchanged, memory, server
         programs, shape = _plan(*planned)
         for future in (reading, loading):
             if future and future.done():
@@ -139,18 +141,18 @@ def build_engine(model: str | None, tokenizer: str | None, config: EngineConfig,
     return Built(engine, source, whole, shape, defaults)
 
 
-def _load(
-    source: ModelSource, model: ModelConfig, dtype: Any, meshes: Sequence[Mesh], config: EngineConfig
-) -> list[Params]:
+def _load(source: ModelSource, model: ModelConfig, dtype: Any, mesh: Mesh, config: EngineConfig) -> list[Params]:
     """The weights of each replica: the first one's are read, the others' copied from device to device."""
-    start, (first, *others) = time.perf_counter(), (param_shardings(model, mesh) for mesh in meshes)
+    claim_device_memory(mesh)
+    meshes = replica_meshes(mesh)
+    start, (first, *others) = time.perf_counter(), (param_shardings(model, replica) for replica in meshes)
     if config.load_format == "dummy":
         params = random_params(model, dtype, config.seed or 0, first)
     else:
         params = load_params(source, model, dtype, first)
     copies = jax.block_until_ready([jax.device_put(params, shardings) for shardings in others])
     size, seconds = param_bytes(model, dtype) / 1e9, time.perf_counter() - start
-    device = meshes[0].devices.flat[0]
+    device = mesh.devices.flat[0]
     logger.info("%s on %s: %.2f GB of %s weights in %.1f s", source.name, device.device_kind, size, dtype, seconds)
     return [params, *copies]
 
@@ -161,13 +163,13 @@ def _plan(
     dtype: jnp.dtype,
     meshes: Sequence[Mesh],
     exchanged: bool,
-    held: int,
+    memory: DeviceMemory,
     server: ForkServer,
     temporary: int | None = None,
 ) -> tuple[list[Programs], StateShape]:
     """Choose the number of cache blocks and describe each replica's programs for it.
 
-    Of a device's memory, others hold `held` bytes; `temporary` bytes are the programs'. On GPUs `server` compiles them.
+    Of `memory`, `temporary` bytes are the programs', which `server` compiles on GPUs.
     """
     devices, kv_dtype = list(meshes[0].devices.flat), cache_dtype(config, dtype)
     on_gpu = devices[0].platform != "cpu"
@@ -195,8 +197,7 @@ def _plan(
         trial = programs(shape, meshes[0]).catalogue
         state = (trial.params, trial.rows, trial.extras)
         num_blocks = blocks_that_fit(
-            [device for mesh in meshes for device in mesh.devices.flat],
-            held_by_others=held,
+            memory,
             fixed_bytes=device_bytes(state),
             temporary=expected_temporary_bytes(trial) if temporary is None else temporary,
             block_bytes=one_block,

@@ -33,3 +33,17 @@ else:
     raise SystemExit("no error")
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_gpu_runtimes_are_those_that_lowering_makes_known():
+    """Mosaic's own module, which is slow to import, names the same library."""
+    script = """
+import os, sys
+from nanovllm_kernels._compat import register_gpu_runtimes
+register_gpu_runtimes()
+quick = os.environ.pop("MOSAIC_GPU_RUNTIME_LIB_PATH")
+assert os.path.exists(quick) and "jax.experimental.mosaic.gpu.core" not in sys.modules
+import jax.experimental.mosaic.gpu.core
+assert os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] == quick
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
