@@ -77,7 +77,7 @@ class CompileWorkers:
         """Every program as soon as it is compiled, in any order; None if that is left to this process.
 
         Neighbours share kernels, so a worker begins with a run of neighbours, each about as long as the others'; when
-        it has no more, it takes the last program of the longest run. Of a worker that fails the others take what is
+        it has no more, it takes the costliest that is left to others. Of a worker that fails the others take what is
         left; close this generator early, and all of them end at once.
         """
         count = min(MOST_WORKERS, usable_cores() * 3 // 4, len(keys) // _LEAST_SHARE)
@@ -85,7 +85,7 @@ class CompileWorkers:
             yield from ((key, None) for key in keys)
             return
         runs = [deque[ProgramKey]() for _ in range(count)]
-        total, before = _cost(keys), 0.0
+        total, before = sum((key.cost for key in keys), 0.0), 0.0
         for key in keys:
             runs[int(before * count / total)].append(key)
             before += key.cost
@@ -99,7 +99,7 @@ class CompileWorkers:
         def compile_next() -> tuple[ProgramKey, Made | None]:
             worker, run = idle.get()
             with lock:
-                key = run.popleft() if run else max(runs, key=_cost).pop()
+                key = run.popleft() if run else _take_costliest(runs)
             made = worker.compile(key)
             with lock:
                 # The last one of all goes on, to say of what is left that nobody compiles it.
@@ -117,8 +117,10 @@ class CompileWorkers:
             pool.shutdown(cancel_futures=True)
 
 
-def _cost(keys: Iterable[ProgramKey]) -> float:
-    return sum((key.cost for key in keys), 0.0)
+def _take_costliest(runs: Iterable[deque[ProgramKey]]) -> ProgramKey:
+    run, key = max(((run, key) for run in runs for key in run), key=lambda pair: pair[1].cost)
+    run.remove(key)
+    return key
 
 
 class _Worker:
