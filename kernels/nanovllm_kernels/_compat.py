@@ -189,9 +189,10 @@ def _compact(ptx: str) -> str:
 
 
 def import_compilers() -> None:
-    """Import what lowers Triton's and Mosaic's kernels, where it is installed; else the first kernel of each does."""
+    """Import what lowers Triton's and Mosaic's kernels, of what is installed; else the first kernel of each does."""
     with contextlib.suppress(ImportError):
         import_jax_triton()
+    with contextlib.suppress(ImportError):
         importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
@@ -206,7 +207,8 @@ def register_gpu_runtimes() -> None:
         # As `jax.experimental.mosaic.gpu.core` does, whose import takes a second, for all that lowers kernels.
         extension = importlib.import_module("jax._src.lib.mosaic_gpu")._mosaic_gpu_ext
         library = Path(extension.__file__).with_name("libmosaic_gpu_runtime.so")
-        os.environ.setdefault("MOSAIC_GPU_RUNTIME_LIB_PATH", str(library))
+        if library.exists():
+            os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(library)
 
 
 def triton_call(

@@ -81,7 +81,7 @@ class CompileWorkers:
         left; close this generator early, and all of them end at once.
         """
         count = min(MOST_WORKERS, usable_cores() * 3 // 4, len(keys) // _LEAST_SHARE)
-        if count == 0 or len(keys) < _LEAST_PROGRAMS:
+        if count == 0 or len(keys) < _LEAST_PROGRAMS or not self._server.start():
             yield from ((key, None) for key in keys)
             return
         runs = [deque[ProgramKey]() for _ in range(count)]
@@ -89,7 +89,6 @@ class CompileWorkers:
         for key in keys:
             runs[int(before * count / total)].append(key)
             before += key.cost
-        self._server.start()
         stopped = threading.Event()
         workers = [_Worker(self._server, self._order, stopped) for _ in runs]
         lock, idle = threading.Lock(), queue.SimpleQueue[tuple[_Worker, deque[ProgramKey]]]()

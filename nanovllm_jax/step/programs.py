@@ -183,7 +183,7 @@ class Programs:
 
     def _make(self, key: ProgramKey) -> None:
         """Compile a program, and keep it."""
-        # Python lowers one at a time in any case, and what is lowered first can compile beside the next one.
+        # Mostly Python, which does one thing at a time: what is lowered first compiles beside the next one.
         with self._lowering:
             started = time.perf_counter()
             traced = self.catalogue.trace(key)

@@ -45,6 +45,12 @@ def test_what_nobody_can_compile_is_left_to_this_process(caplog):
     assert caplog.text.count("ended at") == 2
 
 
+def test_where_no_process_can_be_started_all_is_left_to_this_one(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    assert compiled(KEYS) == dict.fromkeys(KEYS)
+    assert caplog.text.count("WARNING") == 1
+
+
 def test_leaving_early_ends_the_processes_at_once(caplog):
     running = CompileWorkers(compile_server("fake_compile_worker"), "stuck").compile(KEYS)
     _, answer = next(running)
