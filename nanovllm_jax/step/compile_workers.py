@@ -25,7 +25,7 @@ from nanovllm_jax.step.fork_server import ForkServer
 
 logger = logging.getLogger(__name__)
 
-MOST_WORKERS = 24  # each takes 0.2 to 0.3 GB beside what all share
+MOST_WORKERS = 24  # each takes up to 0.3 GB beside what all share
 _LEAST_PROGRAMS = 4  # that are worth workers
 _LEAST_SHARE = 2  # programs, to be worth one more worker
 
