@@ -1,5 +1,7 @@
 """Start-up, where it is not seen from outside."""
 
+from concurrent.futures import Future
+
 import pytest
 
 from nanovllm_jax import LLM, SamplingParams
@@ -35,3 +37,41 @@ def test_a_compiling_process_that_started_early_ends_though_nothing_had_to_be_co
         assert len(started) == 1
         with pytest.raises(OSError, match="does not run"):
             server.fork()
+
+
+class AtOnce:
+    """A pool whose work is done when it is submitted."""
+
+    def __init__(self, size):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    map = staticmethod(map)
+
+
+def test_the_number_of_blocks_does_not_depend_on_how_far_the_weights_have_come(monkeypatch):
+    """It is a shape of every program: with another number all would be compiled again."""
+    order = []
+
+    def recorded(name, function):
+        def call(*arguments):
+            order.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(build, "ThreadPoolExecutor", AtOnce)
+    for name in ("device_memory", "claim_device_memory", "load_params"):
+        monkeypatch.setattr(build, name, recorded(name, getattr(build, name)))
+    with LLM(max_num_seqs=1, max_model_len=64, enforce_eager=True, skip_tokenizer_init=True):
+        assert order == ["device_memory", "claim_device_memory", "load_params"]

@@ -1,7 +1,9 @@
 """Programs that another process compiles are those that this one would have compiled."""
 
 import dataclasses
+import os
 import re
+import socket
 
 import jax.numpy as jnp
 import pytest
@@ -75,3 +77,16 @@ def test_programs_compiled_elsewhere_are_kept(eight_cores, tmp_path, caplog):
     again = Programs(catalogue, command_buffers=False, kept_in=tmp_path)
     again.compile(KEYS)
     assert [record.cache_hit for record in again.compile_log] == [True] * len(KEYS)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x00\x00\x00\x08half"], ids=["nothing", "half an order"])
+def test_a_worker_that_nobody_asks_ends_without_a_word(sent, capfd):
+    with compile_server(WORKER) as server:
+        server.start()
+        connection = server.fork()
+        with socket.socket(fileno=os.dup(connection.fileno())) as ours:
+            ours.sendall(sent)
+            ours.shutdown(socket.SHUT_WR)
+        with pytest.raises(EOFError):  # the worker's end closes with the worker
+            connection.recv()
+    assert capfd.readouterr().err == ""
